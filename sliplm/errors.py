@@ -1,0 +1,33 @@
+"""What can go wrong, each as one sentence a person can act on. The command line prints the sentence and nothing else."""
+
+
+class SlipError(Exception):
+    """Base of every error this package raises on purpose. Its text never holds a secret."""
+
+
+class BundleError(SlipError):
+    """A bundle is missing, damaged, of another version, or does not belong to its counterpart."""
+
+
+class UnsupportedModelError(SlipError):
+    """The model cannot be read, or has layers that cannot be protected; the text names them."""
+
+
+class NumericsError(SlipError):
+    """An activation is not a finite number; the text names the layer."""
+
+
+class IdentityError(SlipError):
+    """A certificate or an identity file is missing, malformed, expired, or not enrolled."""
+
+
+class LinkError(SlipError):
+    """The other side is unreachable, went away, or did not answer in time."""
+
+
+class ProtocolError(LinkError):
+    """The other side sent something the protocol does not allow."""
+
+
+class VerificationError(LinkError):
+    """An answer of the edge failed its check (Freivalds). Nothing computed from it is ever returned."""
