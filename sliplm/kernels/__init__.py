@@ -1,0 +1,86 @@
+"""Exact products Q x mod p on the wire format, whatever the machine offers: one function, several backends.
+
+A backend is used only after it has proved itself, in this process, against exact integers; one that fails is passed
+over for the next. SLIPLM_BACKEND=native|torch forces one.
+"""
+
+import logging
+import os
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sliplm.errors import UnsupportedModelError
+from sliplm.field import P
+from sliplm.kernels.base import MAX_COLUMNS, IntMatrix
+from sliplm.kernels.native import NativeMatrix
+from sliplm.kernels.portable import TorchMatrix
+
+__all__ = ["MAX_COLUMNS", "IntMatrix", "available_backends", "describe", "prepare", "self_proof"]
+
+BACKENDS: dict[str, type[IntMatrix]] = {"native": NativeMatrix, "torch": TorchMatrix}  # the fastest first
+
+_log = logging.getLogger(__name__)
+
+
+def prepare(q: NDArray[np.int8], backend: str | None = None) -> IntMatrix:
+    """Make `q` (M, K) int8 ready for exact products, with the best backend that works here, or the named one.
+
+    Raises UnsupportedModelError if K is 65536 or more (sums would not fit 32 bits), ValueError for a backend that is
+    unknown or not available, or a `q` that is not a non-empty int8 matrix.
+    """
+    if q.ndim != 2 or q.dtype != np.int8 or not q.size:
+        raise ValueError(f"expected a non-empty int8 matrix, not {q.dtype} of shape {q.shape}")
+    if q.shape[1] > MAX_COLUMNS:
+        raise UnsupportedModelError(
+            f"a layer with {q.shape[1]} inputs is too wide: exact products need at most {MAX_COLUMNS}"
+        )
+    return _named(backend or _choose())(q)
+
+
+def available_backends() -> list[str]:
+    """The backends that can run and have proved themselves here, best first."""
+    forced = os.environ.get("SLIPLM_BACKEND")
+    return [name for name in BACKENDS if forced in (None, "", name) and self_proof(name)]
+
+
+def describe() -> str:
+    """The backend in use and how it runs, for logs and reports: "native (AVX-512 VNNI, 2 threads)"."""
+    return BACKENDS[_choose()].describe()
+
+
+@cache
+def self_proof(backend: str) -> bool:
+    """Whether `backend` runs here and is exact on random and extreme values; asked once per process."""
+    kind = BACKENDS[backend]
+    if not kind.available():
+        return False
+    rng = np.random.default_rng()
+    try:
+        for rows, cols, tokens in [(1, 1, 1), (17, 65, 2), (33, 515, 5), (100, 1030, 1), (64, 4099, 7)]:
+            q = rng.integers(-128, 128, (rows, cols)).astype(np.int8)
+            x = rng.integers(0, P, (tokens, cols)).astype(np.uint32)
+            q[0], q[-1], q[rows // 2, ::2] = -128, 127, -127
+            x[0, ::3], x[-1, 1::3] = P - 1, 0
+            x[tokens // 2, 2::3] = 0x00FFFFFF
+            exact = x.astype(object) @ q.T.astype(object) % P
+            if not (kind(q).product(x) == exact).all():
+                raise ArithmeticError("a product is wrong")
+    except Exception as reason:
+        _log.warning("the %s kernels failed their self-proof and are not used: %s", backend, reason)
+        return False
+    return True
+
+
+def _choose() -> str:
+    usable = available_backends()
+    if not usable:
+        raise ValueError(f"no usable kernel backend (SLIPLM_BACKEND={os.environ.get('SLIPLM_BACKEND', '')})")
+    return usable[0]
+
+
+def _named(backend: str) -> type[IntMatrix]:
+    if backend not in BACKENDS or not self_proof(backend):
+        raise ValueError(f"the kernel backend {backend!r} is not available")
+    return BACKENDS[backend]

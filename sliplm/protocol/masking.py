@@ -1,0 +1,116 @@
+"""The trusted arithmetic of one exchange: encode and mask an activation, check the answer, unmask and decode it.
+
+DESIGN, section 4. Pads come in as arguments; using each one once is the caller's duty (`sliplm.pads`). Every function
+has a native version and a numpy one with the same meaning.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sliplm import field
+from sliplm._core import native
+from sliplm.errors import NumericsError
+from sliplm.split.blinding import Rotation
+
+SAFETY = 1 - 1e-9
+
+
+def amplitude(row_norm: float, width: int) -> float:
+    """The largest length an encoded vector may have before rounding: c |x|, see `encode`.
+
+    Raises NumericsError if a matrix of this width and row norm leaves no room at all for a signal.
+    """
+    length = (field.HALF / max(row_norm, 1.0) - width**0.5 / 2) * SAFETY
+    if not length > 0:
+        raise NumericsError(f"a layer with {width} inputs and row norm {row_norm:.3g} leaves no room for a signal")
+    return length
+
+
+def encode(
+    x: NDArray[np.float32], r: NDArray[np.uint32], row_norm: float, rotation: Rotation | None = None
+) -> tuple[NDArray[np.uint32], NDArray[np.float64]]:
+    """Fixed point and mask: x (T, K) and pads r (T, K) give x~ = round(c H(x)) + r mod p (T, K), and 1/c (T,).
+
+    `row_norm` is R, the largest Euclidean norm of a row of Q, in float64 (its square is an exact integer).
+
+    No overflow, ever: let v be the rotated vector as computed, and x_q = round(c v) = c v + e with |e| <= sqrt(K)/2.
+    By Cauchy-Schwarz |Q_i x_q| <= R (c |v| + sqrt(K)/2), at most (p-1)/2 for c = ((p-1)/2 / R - sqrt(K)/2) / |v|.
+    In float64 |v|, c and c v are each off by less than K 2^-52 < 2^-36 relatively (K < 2^16), together by less
+    than the factor 1 - 10^-9 by which c is shrunk; rounding to the nearest integer is exact. |v| is taken after the
+    rotation, so the transform's own rounding cannot matter.
+
+    Raises NumericsError if x holds a NaN or an infinity, or if R and K leave no room (`amplitude`).
+    """
+    length = amplitude(row_norm, x.shape[1])
+    if native is not None:
+        masked = np.empty(x.shape, np.uint32)
+        inv_c = np.empty(x.shape[0], np.float64)
+        perm, sign = (None, None) if rotation is None else (rotation.perm, rotation.sign)
+        finite = native.encode(np.ascontiguousarray(x), np.ascontiguousarray(r), length, perm, sign, masked, inv_c)
+    else:
+        masked, inv_c, finite = _encode(x, r, length, rotation)
+    if not finite:
+        raise NumericsError("an activation is not a finite number")
+    return masked, inv_c
+
+
+def verify(
+    u: NDArray[np.uint32], uq: NDArray[np.uint32], masked: NDArray[np.uint32], answer: NDArray[np.uint32]
+) -> bool:
+    """Freivalds' check of answer (T, M) = Q masked (T, K), with secret u (C, M) and uq = u Q (C, K).
+
+    True iff the answer is canonical and <u_i, answer_t> = <uq_i, masked_t> mod p for all i and t. A wrong answer passes
+    with probability p^-C over u (Freivalds 1977; DESIGN, section 4). Everything is evaluated, whatever fails first.
+    """
+    if answer.shape != (masked.shape[0], u.shape[1]):
+        return False
+    if native is not None:
+        return bool(native.verify(u, uq, masked, np.ascontiguousarray(answer)))
+    canonical = field.is_canonical(answer)
+    return bool((field.dot(u, answer) == field.dot(uq, masked)).all()) and canonical
+
+
+def decode(
+    answer: NDArray[np.uint32],
+    image: NDArray[np.uint32],
+    scales: NDArray[np.float32],
+    inv_c: NDArray[np.float64],
+    rotation: Rotation | None = None,
+) -> NDArray[np.float32]:
+    """Unmask and scale: answer (T, M) and the pads' image Q r (T, M) give the edge's part of the output, (T, N).
+
+    `scales` (planes, N) with planes * N = M, plane-major rows; `inv_c` (T,) from `encode`; `rotation` of the outputs is
+    undone. Computed in float64, rounded once to float32.
+    """
+    if native is not None:
+        out = np.empty((answer.shape[0], scales.shape[1]), np.float32)
+        perm, sign = (None, None) if rotation is None else (rotation.perm, rotation.sign)
+        native.decode(np.ascontiguousarray(answer), np.ascontiguousarray(image), scales, inv_c, perm, sign, out)
+        return out
+    return _decode(answer, image, scales, inv_c, rotation)
+
+
+def _encode(
+    x: NDArray[np.float32], r: NDArray[np.uint32], length: float, rotation: Rotation | None
+) -> tuple[NDArray[np.uint32], NDArray[np.float64], bool]:
+    v = x.astype(np.float64)
+    if not np.isfinite(v).all():
+        return r, np.ones(len(x)), False
+    if rotation is not None:
+        v = rotation.apply(v)
+    norm = np.sqrt((v * v).sum(axis=1))
+    c = np.where(norm > 0, length / np.where(norm > 0, norm, 1), 1.0)
+    return field.add(field.lift(np.rint(v * c[:, None]).astype(np.int64)), r), 1 / c, True
+
+
+def _decode(
+    answer: NDArray[np.uint32],
+    image: NDArray[np.uint32],
+    scales: NDArray[np.float32],
+    inv_c: NDArray[np.float64],
+    rotation: Rotation | None,
+) -> NDArray[np.float32]:
+    planes, n = scales.shape
+    z = field.centre(field.sub(answer, image)).reshape(-1, planes, n)
+    t = inv_c[:, None] * np.einsum("tjn,jn->tn", z, scales, dtype=np.float64)
+    return (t if rotation is None else rotation.invert(t)).astype(np.float32)

@@ -1,0 +1,101 @@
+"""A secret change of basis for one side of a group: a signed permutation, then a block Walsh-Hadamard transform.
+
+The edge's matrix is stored in blinded coordinates, so that matrices of neighbouring layers share no basis and
+outliers spread before quantisation; the trusted side moves each vector over in O(n log n). (DESIGN, section 5.)
+"""
+
+import secrets
+from dataclasses import dataclass
+from functools import cache
+from typing import TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+MAX_BLOCK = 512
+
+Array = TypeVar("Array", torch.Tensor, NDArray[np.floating])
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Rotation:
+    """x -> H(sign * x[perm]), with H orthonormal and block diagonal. Secret: its repr shows the size only."""
+
+    perm: NDArray[np.int32]
+    """(n,): a permutation of 0..n-1."""
+    sign: NDArray[np.float32]
+    """(n,): +1 or -1."""
+
+    @classmethod
+    def random(cls, n: int, rng: np.random.Generator | None = None) -> "Rotation":
+        """A uniformly random rotation of n coordinates, from the system's entropy unless a test passes `rng`."""
+        draw = secrets.token_bytes if rng is None else rng.bytes
+        keys = np.frombuffer(draw(8 * n), np.uint64)
+        bits = np.unpackbits(np.frombuffer(draw((n + 7) // 8), np.uint8))[:n]
+        return cls(np.argsort(keys, kind="stable").astype(np.int32), bits.astype(np.float32) * 2 - 1)
+
+    def __len__(self) -> int:
+        return len(self.perm)
+
+    def __repr__(self) -> str:
+        return f"Rotation(n={len(self)})"
+
+    def apply(self, x: Array) -> Array:
+        """H(sign * x[perm]) along the last axis of `x` (..., n), floating point; a new array of the same type."""
+        if isinstance(x, torch.Tensor):
+            return hadamard(x[..., torch.from_numpy(self.perm).to(x.device)] * self._sign_like(x))
+        return hadamard(x[..., self.perm] * self.sign.astype(x.dtype))
+
+    def invert(self, y: Array) -> Array:
+        """The x (..., n) with apply(x) = y."""
+        if isinstance(y, torch.Tensor):
+            x = torch.empty_like(y)
+            x[..., torch.from_numpy(self.perm).to(y.device)] = hadamard(y) * self._sign_like(y)
+            return x
+        out = np.empty_like(y)
+        out[..., self.perm] = hadamard(y) * self.sign.astype(y.dtype)
+        return out
+
+    def _sign_like(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(self.sign).to(x.device, x.dtype)
+
+
+def block_sizes(n: int) -> list[int]:
+    """Powers of two, at most 512, largest first, that sum to n: 577 = 512 + 64 + 1."""
+    tail = n % MAX_BLOCK
+    return [MAX_BLOCK] * (n // MAX_BLOCK) + [1 << bit for bit in range(8, -1, -1) if tail >> bit & 1]
+
+
+def hadamard(x: Array) -> Array:
+    """The orthonormal block Walsh-Hadamard transform of the last axis of `x` (..., n). It is its own inverse.
+
+    A block of a*b values is transformed as H_a X H_b on its (a, b) reshape, since H_ab is their Kronecker product.
+    """
+    n = x.shape[-1]
+    whole = n - n % MAX_BLOCK
+    out = torch.empty_like(x) if isinstance(x, torch.Tensor) else np.empty_like(x)
+    start = 0
+    for size in ([MAX_BLOCK] if whole else []) + block_sizes(n - whole):
+        stop = start + (whole if size == MAX_BLOCK else size)
+        a = 1 << (size.bit_length() // 2)
+        b = size // a
+        blocks = x[..., start:stop].reshape(-1, a, b)
+        out[..., start:stop] = (_matrix(a, x) @ (blocks @ _matrix(b, x))).reshape(out[..., start:stop].shape)
+        start = stop
+    return out
+
+
+def _matrix(size: int, like: Array) -> Array:
+    h = _hadamard_matrix(size)
+    if isinstance(like, torch.Tensor):
+        return torch.from_numpy(h).to(like.device, like.dtype)
+    return h.astype(like.dtype)
+
+
+@cache
+def _hadamard_matrix(size: int) -> NDArray[np.float64]:
+    h = np.ones((1, 1))
+    while len(h) < size:
+        h = np.block([[h, h], [h, -h]])
+    return h / np.sqrt(size)
