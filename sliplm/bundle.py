@@ -1,0 +1,244 @@
+"""What each side loads: directories of safetensors files with a manifest of digests.
+
+    DIR/edge/manifest.json      format version, the shape of every Q, SHA-256 of q.safetensors
+    DIR/edge/q.safetensors      int8 tensors "0", "1", ...: the stacked planes of each group, (M, K)
+    DIR/trusted/manifest.json   format version, SHA-256 of every file, and of the edge's manifest
+    DIR/trusted/...             a Transformers checkpoint (see `sliplm.trusted`), and the same q.safetensors,
+                                from which pads are made
+
+The digest of a bundle is the SHA-256 of its edge manifest: it names Q byte by byte, so two sides that agree on it hold
+halves of the same split. Directories appear under their final name only when they are complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import msgspec
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sliplm.errors import BundleError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+Q_FILE = "q.safetensors"
+_DTYPES = {
+    torch.int8: "I8",
+    torch.int32: "I32",
+    torch.int64: "I64",
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+}
+
+
+class EdgeManifest(msgspec.Struct, forbid_unknown_fields=True):
+    format: int
+    shapes: list[tuple[int, int]]
+    q_sha256: str
+
+
+class TrustedManifest(msgspec.Struct, forbid_unknown_fields=True):
+    format: int
+    edge_digest: str
+    files: dict[str, str]
+
+
+class TensorWriter:
+    """Write a safetensors file one tensor at a time, in the order of `layout` (name -> (dtype, shape)).
+
+    The format fixes every offset in a header, so shapes must be known first; tensors then stream through, and memory
+    never holds more than one. Source: the safetensors format description (huggingface/safetensors, README).
+    """
+
+    def __init__(self, path: Path, layout: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for name, (dtype, shape) in layout.items():
+            size = torch.empty((), dtype=dtype).element_size() * int(np.prod(shape, dtype=np.int64))
+            header[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
+            offset += size
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._layout = layout
+        self._names = iter(layout)
+        self._hash = hashlib.sha256()
+        self._file: BinaryIO = path.open("xb")
+        self._put(len(text).to_bytes(8, "little") + text)
+
+    def _put(self, data: bytes | memoryview) -> None:
+        self._hash.update(data)
+        self._file.write(data)
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Append `tensor`, which must be the next one of the layout, with the dtype and shape announced there."""
+        expected = next(self._names, None)
+        if name != expected or self._layout[name] != (tensor.dtype, tuple(tensor.shape)):
+            raise ValueError(f"tensor {name!r} does not match the layout, which expects {expected!r} next")
+        flat = tensor.detach().contiguous().reshape(-1)
+        if flat.numel():
+            self._put(memoryview(flat.view(torch.uint8).numpy()))
+
+    def close(self) -> str:
+        """Flush to disk and return the SHA-256 of the file. Raises ValueError if a tensor is missing."""
+        if (missing := next(self._names, None)) is not None:
+            raise ValueError(f"tensor {missing!r} was never written")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return self._hash.hexdigest()
+
+    def abort(self) -> None:
+        self._file.close()
+
+
+@contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """A temporary directory beside `path` that takes its name when the block succeeds and vanishes when it does not.
+
+    Raises:
+        BundleError: `path` exists and is not an empty directory, or its parent cannot be written.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise BundleError(f"{path} already exists; choose another output directory or remove it first.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
+    except OSError as error:
+        raise BundleError(f"cannot write beside {path}: {error.strerror}.") from error
+    try:
+        yield partial
+        partial.chmod(0o755)
+        partial.replace(path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(value), indent=1) + b"\n")
+
+
+def sha256_file(path: Path, advance: Callable[[int], None] | None = None) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+            if advance:
+                advance(len(block))
+    return digest.hexdigest()
+
+
+def write_edge_manifest(directory: Path, shapes: list[tuple[int, int]], q_sha256: str) -> str:
+    """Write the edge's manifest; return the bundle digest (hex)."""
+    write_json(directory / MANIFEST, EdgeManifest(FORMAT, shapes, q_sha256))
+    return sha256_file(directory / MANIFEST)
+
+
+def write_trusted_manifest(directory: Path, edge_digest: str) -> None:
+    files = {p.name: sha256_file(p) for p in sorted(directory.iterdir()) if p.is_file() and p.name != MANIFEST}
+    write_json(directory / MANIFEST, TrustedManifest(FORMAT, edge_digest, files))
+
+
+def _read_manifest(directory: Path, kind: type[Any], side: str) -> tuple[Any, bytes]:
+    path = directory / MANIFEST
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise BundleError(f"{directory} is not a bundle for the {side}: it has no {MANIFEST}.") from None
+    except OSError as error:
+        raise BundleError(f"cannot read {path}: {error.strerror}.") from error
+    try:
+        version = msgspec.json.decode(raw).get("format")
+        if version != FORMAT:
+            raise BundleError(f"{path} has format version {version}; this release reads version {FORMAT}.")
+        return msgspec.json.decode(raw, type=kind), raw
+    except (msgspec.DecodeError, AttributeError) as error:
+        raise BundleError(f"{path} is not a manifest for the {side} ({error}).") from None
+
+
+def _check(path: Path, expected: str) -> None:
+    try:
+        actual = sha256_file(path)
+    except OSError as error:
+        raise BundleError(f"cannot read {path}: {error.strerror}.") from error
+    if actual != expected:
+        raise BundleError(f"{path} is damaged: its SHA-256 is not the one in the manifest.")
+
+
+class QFile:
+    """The integer matrices of a bundle, memory-mapped; `matrix(g)` is int8 of shape (M, K), read-only."""
+
+    def __init__(self, path: Path, shapes: list[tuple[int, int]]) -> None:
+        try:
+            with path.open("rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            length = int.from_bytes(self._map[:8], "little")
+            header = json.loads(self._map[8 : 8 + length])
+            self._views = []
+            for group, shape in enumerate(shapes):
+                entry = header[str(group)]
+                begin, end = entry["data_offsets"]
+                if entry["dtype"] != "I8" or tuple(entry["shape"]) != shape or end - begin != shape[0] * shape[1]:
+                    raise ValueError("shape")
+                view = np.frombuffer(self._map, np.int8, shape[0] * shape[1], 8 + length + begin)
+                self._views.append(view.reshape(shape))
+        except OSError as error:
+            raise BundleError(f"cannot read {path}: {error.strerror}.") from error
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise BundleError(f"{path} is damaged: its header does not match the manifest.") from None
+
+    def matrix(self, group: int) -> NDArray[np.int8]:
+        return self._views[group]
+
+
+class EdgeBundle:
+    """Everything the edge has: Q and shapes.
+
+    Attributes:
+        digest: 32 bytes that name this split; both sides must agree on it.
+        shapes: (M, K) of every group.
+    """
+
+    def __init__(self, digest: bytes, shapes: list[tuple[int, int]], q: QFile) -> None:
+        self.digest = digest
+        self.shapes = shapes
+        self._q = q
+
+    @classmethod
+    def open(cls, path: Path | str) -> EdgeBundle:
+        """Open DIR/edge, checking every digest. Raises BundleError."""
+        directory = Path(path)
+        manifest, raw = _read_manifest(directory, EdgeManifest, "edge")
+        _check(directory / Q_FILE, manifest.q_sha256)
+        return cls(hashlib.sha256(raw).digest(), manifest.shapes, QFile(directory / Q_FILE, manifest.shapes))
+
+    def matrix(self, group: int) -> NDArray[np.int8]:
+        """Q of `group`: int8, (M, K), memory-mapped, read-only."""
+        return self._q.matrix(group)
+
+
+def open_trusted(path: Path | str) -> TrustedManifest:
+    """Check DIR/trusted, every digest of it, and return its manifest. Raises BundleError."""
+    directory = Path(path)
+    manifest: TrustedManifest
+    manifest, _ = _read_manifest(directory, TrustedManifest, "trusted side")
+    for name, expected in manifest.files.items():
+        if Path(name).name != name:
+            raise BundleError(f"{directory / MANIFEST} names a file outside its directory.")
+        _check(directory / name, expected)
+    return manifest

@@ -1,0 +1,142 @@
+"""One-time pads, made ahead in batches (DESIGN §6).
+
+A pad for (group, token) is r, uniform in F_p^K, and its image Q r. That no pad is used twice holds by construction:
+
+* r comes from a stream whose key is drawn when the pool is made, is kept in memory only, and moves strictly forward;
+* `take` moves pads out of the pool under a lock, so no two callers can receive the same one;
+* a `Pad` gives its r once: the second reading raises. Whoever retries after a failure takes a new pad;
+* after fork the child's pool and stream refuse to work.
+
+What this cannot rule out is a machine whose whole memory is copied and resumed twice (docs/security.md).
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sliplm.kernels import IntMatrix
+from sliplm.pads.prg import Stream
+
+Array = NDArray[np.uint32]
+
+
+class Pad:
+    """Pads for T tokens of one group. `mask()` gives r (T, K), once; `image` is Q r (T, M)."""
+
+    __slots__ = ("_mask", "image")
+
+    def __init__(self, mask: Array, image: Array) -> None:
+        self._mask: Array | None = mask
+        self.image = image
+
+    def __repr__(self) -> str:
+        return "Pad(<secret>)"
+
+    def __reduce__(self) -> str:
+        raise TypeError("a pad cannot be copied")
+
+    def mask(self) -> Array:
+        """r, uint32 (T, K). Raises RuntimeError on the second call."""
+        mask, self._mask = self._mask, None
+        if mask is None:
+            raise RuntimeError("this pad has been used")
+        return mask
+
+
+class Pool:
+    """Pads of every group, refilled by one background thread while somebody wants it.
+
+    Args:
+        matrices: Q of each group.
+        depth: tokens per group to keep ready; 0 makes every pad when it is taken.
+        batch: tokens made at a time.
+    """
+
+    def __init__(self, matrices: Sequence[IntMatrix], depth: int = 64, batch: int = 16) -> None:
+        self._matrices = list(matrices)
+        self._ready: list[deque[tuple[Array, Array]]] = [deque() for _ in matrices]
+        self._levels = [0] * len(self._matrices)
+        self._depth = depth
+        self._batch = max(1, min(batch, depth)) if depth else 1
+        self._stream = Stream()
+        self._stream_lock = threading.Lock()
+        self._state = threading.Condition()
+        self._pid = os.getpid()
+        self._filler: threading.Thread | None = None
+        self._closed = False
+
+    def __repr__(self) -> str:
+        return f"Pool(groups={len(self._matrices)}, level={self.level})"
+
+    @property
+    def level(self) -> int:
+        """Tokens for which every group has a pad ready."""
+        return min(self._levels, default=0)
+
+    def start(self) -> None:
+        """Begin filling in the background. Does nothing when depth is 0 or a filler runs."""
+        with self._state:
+            if self._depth and self._filler is None and not self._closed:
+                self._filler = threading.Thread(target=self._fill, name="pads", daemon=True)
+                self._filler.start()
+
+    def close(self) -> None:
+        with self._state:
+            self._closed = True
+            self._state.notify_all()
+        if self._filler is not None:
+            self._filler.join()
+        self._ready = [deque() for _ in self._matrices]
+
+    def wait(self, tokens: int, timeout: float | None = None) -> bool:
+        """Wait until `tokens` (at most the depth) pads are ready in every group; false after `timeout` seconds."""
+        with self._state:
+            return self._state.wait_for(lambda: self.level >= min(tokens, self._depth) or self._closed, timeout)
+
+    def take(self, group: int, tokens: int) -> Pad:
+        """Pads for `tokens` tokens of `group`; those that are not ready are made now."""
+        if os.getpid() != self._pid:
+            raise RuntimeError("a pool of pads does not survive fork")
+        parts: list[tuple[Array, Array]] = []
+        missing = tokens
+        with self._state:
+            ready = self._ready[group]
+            while missing and ready:
+                mask, image = ready.popleft()
+                if len(mask) > missing:
+                    ready.appendleft((mask[missing:], image[missing:]))
+                    mask, image = mask[:missing], image[:missing]
+                parts.append((mask, image))
+                missing -= len(mask)
+            self._levels[group] -= tokens - missing
+            self._state.notify_all()
+        if missing:
+            parts.append(self._make(group, missing))
+        if len(parts) == 1:
+            return Pad(*parts[0])
+        return Pad(np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts]))
+
+    def _make(self, group: int, tokens: int, threads: int = 0) -> tuple[Array, Array]:
+        matrix = self._matrices[group]
+        with self._stream_lock:
+            mask = self._stream.elements(tokens, matrix.cols)
+        return mask, matrix.product(mask, threads=threads)
+
+    def _fill(self) -> None:
+        while True:
+            with self._state:
+                self._state.wait_for(lambda: self._closed or self.level < self._depth)
+                if self._closed:
+                    return
+                group = min(range(len(self._levels)), key=self._levels.__getitem__)
+            made = self._make(group, self._batch, threads=1)
+            with self._state:
+                self._ready[group].append(made)
+                self._levels[group] += self._batch
+                self._state.notify_all()

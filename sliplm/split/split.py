@@ -1,0 +1,256 @@
+"""Split a checkpoint into an edge bundle and a trusted bundle, one group of matrices at a time (DESIGN §3, §5)."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+
+from sliplm import bundle
+from sliplm.errors import SlipError, UnsupportedModelError
+from sliplm.split.blinding import Rotation
+from sliplm.split.camouflage import low_rank
+from sliplm.split.factors import leading
+from sliplm.split.groups import Group, Member, find_groups
+from sliplm.split.planes import quantise
+from sliplm.split.source import LoadedSource, Source, fake_mode, open_source
+
+logger = logging.getLogger(__name__)
+Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to split.
+
+    Attributes:
+        rank: singular components per matrix that the trusted side keeps.
+        planes: int8 matrices per weight on the edge: 2 is exact for all purposes, 1 is fast.
+        camouflage, blinding: the hardenings of DESIGN §5; off only to measure what they do.
+    """
+
+    rank: int = 16
+    planes: int = 2
+    camouflage: bool = True
+    blinding: bool = True
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise SlipError("the rank must be at least 1.")
+        if self.planes not in (1, 2):
+            raise SlipError("planes must be 1 or 2.")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a split did. Sizes in bytes; `digest` names the split (hex)."""
+
+    digest: str
+    groups: int
+    layers: int
+    protected_parameters: int
+    edge_bytes: int
+    trusted_bytes: int
+
+
+def split(
+    model: str, out: Path, options: Options | None = None, progress: Callable[[int, int], None] | None = None
+) -> Summary:
+    """Split `model` (directory, .gguf file or hub id) into out/edge and out/trusted.
+
+    Memory: a few times the largest group of matrices, for a checkpoint of safetensors.
+
+    Args:
+        progress: called with (weights done, weights in all).
+
+    Raises:
+        UnsupportedModelError: the model cannot be read, or layers of it cannot be protected.
+        BundleError: `out` exists or cannot be written.
+    """
+    options = options or Options()
+    source = open_source(model)
+    with fake_mode():
+        skeleton = source.skeleton()
+        groups = find_groups(skeleton)
+        plain, tied = _other_tensors(skeleton, groups)
+        needed = plain.keys() | {tied.get(_weight(m), _weight(m)) for group in groups for m in group}
+        needed |= {f"{m.name}.bias" for group in groups for m in group if m.bias}
+    if missing := needed - source.names():
+        # Transformers renames or fuses tensors of this architecture while loading; let it.
+        logger.info("loading the whole model: its checkpoint names %d tensors differently", len(missing))
+        source = LoadedSource(source.origin[0])
+        if missing := needed - source.names():
+            raise UnsupportedModelError(f"the checkpoint lacks the weight {min(missing)}.")
+    with bundle.new_directory(out) as partial:
+        (partial / "edge").mkdir()
+        (partial / "trusted").mkdir(mode=0o700)
+        digest = _write(partial, source, groups, plain, tied, options, progress)
+        sizes = [sum(f.stat().st_size for f in (partial / side).iterdir()) for side in ("edge", "trusted")]
+    members = [m for group in groups for m in group]
+    weights = sum(m.rows * m.columns for m in members)
+    return Summary(digest, len(groups), len(members), weights, *sizes)
+
+
+def _weight(member: Member) -> str:
+    return f"{member.name}.weight"
+
+
+def _other_tensors(skeleton: transformers.PreTrainedModel, groups: list[Group]) -> tuple[Layout, dict[str, str]]:
+    """Tensors that stay as they are (name -> dtype, shape), and the tied names (target -> source)."""
+    tied = dict(getattr(skeleton, "all_tied_weights_keys", {}))
+    protected = {f"{m.name}.{kind}" for group in groups for m in group for kind in ("weight", "bias")}
+    plain: Layout = {
+        name: (tensor.dtype, tuple(tensor.shape))
+        for name, tensor in skeleton.state_dict().items()
+        if name not in protected and name not in tied
+    }
+    return plain, tied
+
+
+def _write(
+    directory: Path,
+    source: Source,
+    groups: list[Group],
+    plain: Layout,
+    tied: dict[str, str],
+    options: Options,
+    progress: Callable[[int, int], None] | None,
+) -> str:
+    edge, trusted = directory / "edge", directory / "trusted"
+    shapes = [(options.planes * sum(m.rows for m in group), group[0].columns) for group in groups]
+    layout: Layout = {name: (source.dtype(name), shape) for name, (_, shape) in plain.items()}
+    for group in groups:
+        layout |= group_layout(group, options)
+    total = sum(m.rows * m.columns for group in groups for m in group)
+    done = 0
+    files = [
+        bundle.TensorWriter(edge / bundle.Q_FILE, {str(g): (torch.int8, s) for g, s in enumerate(shapes)}),
+        bundle.TensorWriter(trusted / "model.safetensors", layout),
+    ]
+    q_file, trusted_file = files
+    try:
+        for name, (_, shape) in plain.items():
+            trusted_file.write(name, _shaped(name, source.read(name), shape))
+        for number, group in enumerate(groups):
+            for name, tensor in _split_group(source, group, tied, options):
+                if name == "q":
+                    q_file.write(str(number), tensor)
+                else:
+                    trusted_file.write(name, tensor)
+            done += sum(m.rows * m.columns for m in group)
+            if progress:
+                progress(done, total)
+        digest = bundle.write_edge_manifest(edge, shapes, q_file.close())
+        trusted_file.close()
+    finally:
+        for file in files:
+            file.abort()
+    _share(edge / bundle.Q_FILE, trusted / bundle.Q_FILE)
+    _write_checkpoint_files(trusted, source, groups, options)
+    bundle.write_trusted_manifest(trusted, digest)
+    return digest
+
+
+def group_layout(group: Group, options: Options) -> Layout:
+    """The trusted tensors of a group, in file order: factors and bias of each member; at its first, what they share."""
+    layout: Layout = {}
+    columns, rows = group[0].columns, sum(m.rows for m in group)
+    for m in group:
+        rank = min(options.rank, m.rows, m.columns)
+        layout[f"{m.name}.factor_a"] = (torch.float32, (m.rows, rank))
+        layout[f"{m.name}.factor_b"] = (torch.float32, (rank, m.columns))
+        if m.bias:
+            layout[f"{m.name}.bias"] = (torch.float32, (m.rows,))
+    leader = group[0].name
+    layout[f"{leader}.scales"] = (torch.float32, (options.planes, rows))
+    layout[f"{leader}.row_norm"] = (torch.float32, ())
+    if options.blinding:
+        for side, size in (("in", columns), ("out", rows)):
+            layout[f"{leader}.{side}_perm"] = (torch.int32, (size,))
+            layout[f"{leader}.{side}_sign"] = (torch.float32, (size,))
+    return layout
+
+
+def _split_group(
+    source: Source, group: Group, tied: dict[str, str], options: Options
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The group's trusted tensors in the order of `group_layout`, and "q"."""
+    generator = torch.Generator().manual_seed(0)  # for the sketch of the SVD, which is no secret
+    rest = torch.empty(sum(m.rows for m in group), group[0].columns)
+    start = 0
+    for m in group:
+        stored = source.read(tied.get(_weight(m), _weight(m))).float()
+        weight = _shaped(m.name, stored.T if m.transposed else stored, (m.rows, m.columns))
+        a, b = low_rank(leading(weight, options.rank, generator), options.camouflage)
+        yield f"{m.name}.factor_a", a
+        yield f"{m.name}.factor_b", b
+        if m.bias:
+            yield f"{m.name}.bias", _shaped(m.name, source.read(f"{m.name}.bias"), (m.rows,)).float()
+        torch.addmm(weight, a, b, alpha=-1, out=rest[start : start + m.rows])
+        start += m.rows
+        del stored, weight
+    rotations = [Rotation.random(rest.shape[1]), Rotation.random(rest.shape[0])] if options.blinding else []
+    if rotations:
+        rest = rotations[0].apply(rest)
+        rest = rotations[1].apply(rest.T).T
+    q, scales = quantise(rest, options.planes)
+    del rest
+    leader = group[0].name
+    yield f"{leader}.scales", scales
+    yield f"{leader}.row_norm", row_norm(q)
+    for side, rotation in zip(("in", "out"), rotations, strict=False):
+        yield f"{leader}.{side}_perm", torch.from_numpy(rotation.perm)
+        yield f"{leader}.{side}_sign", torch.from_numpy(rotation.sign)
+    yield "q", q
+
+
+def row_norm(q: torch.Tensor) -> torch.Tensor:
+    """The largest Euclidean norm of a row of int8 `q`, rounded up to float32; at least 1."""
+    largest = max(float(block.double().square().sum(1).max()) for block in q.split(4096))
+    return torch.tensor(np.nextafter(np.float32(max(largest, 1.0) ** 0.5), np.float32(np.inf)))
+
+
+def _shaped(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    if tuple(tensor.shape) != shape:
+        raise UnsupportedModelError(f"{name} has shape {tuple(tensor.shape)}, its configuration says {shape}.")
+    return tensor
+
+
+def _share(original: Path, name: Path) -> None:
+    """Both bundles hold Q; on one file system they share its blocks until one of them is moved away."""
+    try:
+        os.link(original, name)
+    except OSError:
+        shutil.copyfile(original, name)
+
+
+def _write_checkpoint_files(trusted: Path, source: Source, groups: list[Group], options: Options) -> None:
+    """Make `trusted` a checkpoint that `from_pretrained` loads: configuration, generation settings, tokenizer."""
+    config = source.config
+    config.dtype = torch.float32  # results equal those of the float32 original
+    config.quantization_config = {
+        "quant_method": "slip",
+        "planes": options.planes,
+        "rank": options.rank,
+        "blinding": options.blinding,
+        "camouflage": options.camouflage,
+        "groups": [[m.name for m in group] for group in groups],
+    }
+    name, arguments = source.origin
+    config.save_pretrained(trusted)
+    try:
+        generation = transformers.GenerationConfig.from_pretrained(name)
+    except OSError:
+        generation = transformers.GenerationConfig.from_model_config(config)
+    generation.save_pretrained(trusted)
+    try:
+        transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False, **arguments).save_pretrained(trusted)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        logger.warning("the model has no tokenizer that Transformers can load (%s)", str(error).splitlines()[0])
