@@ -1,0 +1,47 @@
+// What the parts of the native core share: the field, the packed layout, one table of functions per instruction set.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace slip {
+
+constexpr uint32_t P = 0x7FFFFFFF;  // 2^31 - 1
+
+// Packed weights: [group of up to 4 row blocks][quad of 4 columns][row block][16 rows][4 columns]. So 64 consecutive
+// bytes hold 16 rows x 4 columns; the four digits they meet are one 32-bit broadcast; no sum ever crosses lanes, and
+// a product reads the matrix once, front to back.
+constexpr size_t kRows = 16, kQuad = 4, kBlocks = 4, kGroup = kRows * kBlocks;
+
+constexpr size_t kTokens = 48;        // tokens that share one pass over a group's weights
+constexpr size_t kQuadsAtOnce = 512;  // columns / 4 per pass: a group's slice stays in L2, three tokens' digits in L1
+constexpr size_t kMaxDigits = 5;
+
+// One instruction set. Every function is exact, whatever the set.
+struct Isa {
+    const char* name;
+    bool (*supported)();
+    // Digits of x in base 2^shift: 4 of 8 bits, or 5 of 7 bits where 8 would saturate or need a sign.
+    size_t digits, shift;
+
+    // Digits of x (n values): out[quad][digit][4], zero-padded to whole quads.
+    void (*split)(const uint32_t* x, size_t n, uint8_t* out);
+    // One group (`blocks` row blocks) times `tokens` tokens over `quads` quads, added to acc[token][digit][blocks * 16].
+    void (*multiply)(const int8_t* w, size_t blocks, const uint8_t* d, size_t token_bytes, size_t tokens, size_t quads,
+                     int32_t* acc);
+    // acc[digit][stride] recombined modulo p into out[rows].
+    void (*combine)(const int32_t* acc, size_t stride, size_t rows, uint32_t* out);
+
+    bool (*canonical)(const uint32_t* x, size_t n);
+    uint32_t (*dot)(const uint32_t* u, const uint32_t* y, size_t n);
+    // acc[k] += u * q[k] for n columns.
+    void (*project)(uint32_t u, const int8_t* q, size_t n, int64_t* acc);
+    // One token; `v` is scratch of n doubles. encode returns false if x is not finite.
+    bool (*encode)(const float* x, const uint32_t* r, size_t n, double length, const int32_t* perm, const float* sign,
+                   double* v, uint32_t* masked, double* inv_c);
+    void (*decode)(const uint32_t* answer, const uint32_t* image, const float* scales, size_t planes, size_t n,
+                   double inv_c, const int32_t* perm, const float* sign, double* v, float* out);
+};
+
+extern const Isa* const kIsas[];  // best first, ends with nullptr
+
+}  // namespace slip

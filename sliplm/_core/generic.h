@@ -1,0 +1,168 @@
+// The loops that need no intrinsics, and the walk over tiles. Included once per instruction set, after `Ops`, so that
+// the compiler vectorises them for it. Everything is in an anonymous namespace and free of standard templates: code
+// compiled for one instruction set must never be linked into another's callers.
+//
+// Ops provides: kDigits, kShift, kRowTile, kTokenTile, and
+//   template <int R, int T> tile(w, stride, d, token_bytes, quads, acc, token_stride, digit_stride)
+#include <cmath>
+
+#include "core.h"
+
+namespace slip {
+namespace {
+
+constexpr size_t kD = Ops::kDigits;
+
+inline void split(const uint32_t* x, size_t n, uint8_t* out) {
+    constexpr uint32_t mask = (1u << Ops::kShift) - 1;
+    const size_t whole = n / kQuad;
+    for (size_t q = 0; q < whole; q++)
+        for (size_t j = 0; j < kD; j++)
+            for (size_t k = 0; k < kQuad; k++)
+                out[(q * kD + j) * kQuad + k] = uint8_t(x[q * kQuad + k] >> (Ops::kShift * j) & mask);
+    for (size_t k = 0; n % kQuad && k < kQuad; k++) {
+        const uint32_t value = whole * kQuad + k < n ? x[whole * kQuad + k] : 0;
+        for (size_t j = 0; j < kD; j++) out[(whole * kD + j) * kQuad + k] = uint8_t(value >> (Ops::kShift * j) & mask);
+    }
+}
+
+template <int R, int T>
+inline void tile(const int8_t* w, size_t blocks, const uint8_t* d, size_t token_bytes, size_t quads, int32_t* acc) {
+    Ops::template tile<R, T>(w, blocks * kRows * kQuad, d, token_bytes, quads, acc, kD * blocks * kRows, blocks * kRows);
+}
+
+template <int T>
+inline void rows(const int8_t* w, size_t blocks, const uint8_t* d, size_t token_bytes, size_t quads, int32_t* acc) {
+    constexpr int R = Ops::kRowTile(T);
+    size_t b = 0;
+    for (; b + R <= blocks; b += R) tile<R, T>(w + b * kRows * kQuad, blocks, d, token_bytes, quads, acc + b * kRows);
+    for (; b < blocks; b++) tile<1, T>(w + b * kRows * kQuad, blocks, d, token_bytes, quads, acc + b * kRows);
+}
+
+void multiply(const int8_t* w, size_t blocks, const uint8_t* d, size_t token_bytes, size_t tokens, size_t quads,
+              int32_t* acc) {
+    constexpr size_t T = Ops::kTokenTile;
+    const size_t step = kD * blocks * kRows;
+    size_t t = 0;
+    if constexpr (T > 1) {
+        for (; t + T <= tokens && tokens - t != T + 1; t += T)  // two pairs rather than T and a straggler
+            rows<T>(w, blocks, d + t * token_bytes, token_bytes, quads, acc + t * step);
+        for (; t + 2 <= tokens; t += 2) rows<2>(w, blocks, d + t * token_bytes, token_bytes, quads, acc + t * step);
+    }
+    for (; t < tokens; t++) rows<1>(w, blocks, d + t * token_bytes, token_bytes, quads, acc + t * step);
+}
+
+void combine(const int32_t* acc, size_t stride, size_t rows, uint32_t* out) {
+    for (size_t i = 0; i < rows; i++) {
+        int64_t sum = int64_t(P) << 30;  // a multiple of p that makes the sum, above -2^60, positive
+        for (size_t j = 0; j < kD; j++) sum += int64_t(acc[j * stride + i]) * (int64_t(1) << (Ops::kShift * j));
+        uint64_t z = uint64_t(sum);
+        z = (z & P) + (z >> 31);
+        z = (z & P) + (z >> 31);
+        out[i] = uint32_t(z >= P ? z - P : z);
+    }
+}
+
+bool canonical(const uint32_t* x, size_t n) {
+    uint32_t bad = 0;
+    for (size_t i = 0; i < n; i++) bad |= x[i] >= P;
+    return !bad;
+}
+
+uint32_t dot(const uint32_t* u, const uint32_t* y, size_t n) {
+    uint64_t low = 0, high = 0;  // n < 2^32 halves of 32 bits fit
+    for (size_t i = 0; i < n; i++) {
+        const uint64_t product = uint64_t(u[i]) * y[i];
+        low += product & 0xFFFFFFFF;
+        high += product >> 32;
+    }
+    return uint32_t((low % P + 2 * (high % P)) % P);  // 2^32 = 2 mod p
+}
+
+void project(uint32_t u, const int8_t* q, size_t n, int64_t* acc) {
+    const int32_t factor = int32_t(u);
+    for (size_t k = 0; k < n; k++) acc[k] += int64_t(factor) * int32_t(q[k]);
+}
+
+// Orthonormal Walsh-Hadamard transform of one block, in place; size is a power of two.
+inline void transform(double* v, size_t size) {
+    size_t h = 1;
+    if (size >= 8) {  // the first three levels at once: they stay within eight neighbours
+        for (double* a = v; a < v + size; a += 8) {
+            double b[8], c[8];
+            for (int i = 0; i < 4; i++) b[i] = a[i] + a[i + 4], b[i + 4] = a[i] - a[i + 4];
+            for (int i = 0; i < 8; i += 4)
+                for (int k = i; k < i + 2; k++) c[k] = b[k] + b[k + 2], c[k + 2] = b[k] - b[k + 2];
+            for (int i = 0; i < 8; i += 2) a[i] = c[i] + c[i + 1], a[i + 1] = c[i] - c[i + 1];
+        }
+        h = 8;
+    }
+    for (; h < size; h *= 2)
+        for (size_t i = 0; i < size; i += 2 * h)
+            for (double *a = v + i, *b = a + h, *end = b; a < end; a++, b++) {
+                const double sum = *a + *b;
+                *b = *a - *b;
+                *a = sum;
+            }
+    const double scale = 1 / std::sqrt(double(size));
+    for (size_t i = 0; i < size; i++) v[i] *= scale;
+}
+
+// Blocks of 512, then the binary digits of what is left, largest first.
+inline void hadamard(double* v, size_t n) {
+    for (size_t size = 512; n; size /= 2)
+        for (; n >= size; n -= size, v += size) transform(v, size);
+}
+
+bool encode(const float* x, const uint32_t* r, size_t n, double length, const int32_t* perm, const float* sign, double* v,
+            uint32_t* masked, double* inv_c) {
+    if (perm) {
+        for (size_t i = 0; i < n; i++) v[i] = double(sign[i]) * x[perm[i]];
+        hadamard(v, n);
+    } else {
+        for (size_t i = 0; i < n; i++) v[i] = x[i];
+    }
+    double part[8] = {};  // several sums, or the loop waits for one addition after the other
+    const size_t even = n & ~size_t(7);
+    for (size_t i = 0; i < even; i += 8)
+        for (int k = 0; k < 8; k++) part[k] += v[i + k] * v[i + k];
+    for (size_t i = even; i < n; i++) part[0] += v[i] * v[i];
+    double square = 0;
+    for (double s : part) square += s;
+    if (!std::isfinite(square)) return false;
+    const double c = square > 0 ? length / std::sqrt(square) : 1;
+    *inv_c = 1 / c;
+    for (size_t i = 0; i < n; i++) {
+        const int32_t value = int32_t(std::rint(v[i] * c));  // |value| < p / 2
+        const uint32_t sum = uint32_t(value < 0 ? value + int32_t(P) : value) + r[i];
+        masked[i] = sum >= P ? sum - P : sum;
+    }
+    return true;
+}
+
+void decode(const uint32_t* answer, const uint32_t* image, const float* scales, size_t planes, size_t n, double inv_c,
+            const int32_t* perm, const float* sign, double* v, float* out) {
+    for (size_t i = 0; i < n; i++) v[i] = 0;
+    for (size_t j = 0; j < planes; j++)
+        for (size_t i = 0; i < n; i++) {
+            int32_t z = int32_t(answer[j * n + i]) - int32_t(image[j * n + i]);  // both below p: no overflow
+            z += z < -int32_t(P / 2) ? int32_t(P) : 0;
+            z -= z > int32_t(P / 2) ? int32_t(P) : 0;
+            v[i] += double(scales[j * n + i]) * z;
+        }
+    for (size_t i = 0; i < n; i++) v[i] *= inv_c;
+    if (!perm) {
+        for (size_t i = 0; i < n; i++) out[i] = float(v[i]);
+        return;
+    }
+    hadamard(v, n);
+    for (size_t i = 0; i < n; i++) out[perm[i]] = float(sign[i] * v[i]);
+}
+
+constexpr Isa make(const char* name, bool (*supported)()) {
+    return {name,      supported, Ops::kDigits, Ops::kShift, split,  multiply,
+            combine,   canonical, dot,          project,     encode, decode};
+}
+
+}  // namespace
+}  // namespace slip

@@ -1,0 +1,14 @@
+// A few threads that wait for work. A caller always works too, so a slow wake-up costs little; a second caller at the
+// same time works alone; a forked child makes its own.
+#pragma once
+#include <cstddef>
+#include <functional>
+
+namespace slip {
+
+size_t cores();  // those this process may run on
+
+// Calls task(i) for every i < count, on at most `threads` threads (0: every core), and returns when all are done.
+void parallel(size_t count, size_t threads, const std::function<void(size_t)>& task);
+
+}  // namespace slip
