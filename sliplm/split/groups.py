@@ -83,12 +83,13 @@ def find_groups(model: nn.Module, inputs: dict[str, Any] | None = None) -> list[
         sets = together.get(name, {frozenset([name])})
         steady = len(sets) == 1 and all(together[other] == sets for other in next(iter(sets)) if other in together)
         names = [n for n in linear if n in next(iter(sets))] if steady else [name]
-        groups.append(tuple(_member(n, linear[n]) for n in names))
+        groups.append(tuple(as_member(n, linear[n]) for n in names))
         done.update(names)
     return groups
 
 
-def _member(name: str, module: nn.Module) -> Member:
+def as_member(name: str, module: nn.Module) -> Member:
+    """Describe a protectable module. Raises UnsupportedModelError if it is too wide."""
     weight, transposed = module.weight, isinstance(module, Conv1D)
     assert isinstance(weight, torch.Tensor)
     rows, columns = reversed(weight.shape) if transposed else weight.shape

@@ -1,0 +1,108 @@
+"""What all protected layers of one model share: the pads, the secrets of the check, and the link to an edge."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sliplm import field
+from sliplm.errors import LinkError, VerificationError
+from sliplm.kernels import IntMatrix
+from sliplm.pads.pool import Pad, Pool
+from sliplm.pads.prg import Stream
+from sliplm.protocol import masking
+from sliplm.protocol.link import Link
+from sliplm.split.blinding import Rotation
+
+CHECKS = 2  # independent Freivalds checks per token and exchange; each misses an error with probability 1/p
+_CHUNK_BYTES = 64 << 20
+_CHUNK_TOKENS = 512
+
+
+class Runtime:
+    """Runs exchanges: takes pads, masks, sends, verifies, unmasks (DESIGN §4).
+
+    Args:
+        matrices: Q of each group, from which pads are made.
+        raw: the same as int8 arrays (M, K), from which the check's secrets are derived once.
+        digest: names the split (32 bytes); an edge must hold the same.
+        link: where exchanges go by default; `using` overrides it for the current context (thread, request).
+        pool_depth: pads to keep ready per group once `pool.start()` is called.
+    """
+
+    def __init__(
+        self,
+        matrices: Sequence[IntMatrix],
+        raw: Sequence[NDArray[np.int8]],
+        digest: bytes,
+        link: Link | None = None,
+        pool_depth: int = 64,
+    ) -> None:
+        self.digest = digest
+        stream = Stream()
+        self._u = [stream.elements(CHECKS, m.rows) for m in matrices]
+        self._uq = [field.project(u, q) for u, q in zip(self._u, raw, strict=True)]
+        self.pool = Pool(matrices, pool_depth)
+        self._default_link = link
+        self._link: ContextVar[Link | None] = ContextVar("link", default=None)
+        self.shapes = [(m.rows, m.cols) for m in matrices]
+
+    def __repr__(self) -> str:
+        return f"Runtime(groups={len(self._u)}, pool={self.pool!r})"
+
+    @contextmanager
+    def using(self, link: Link) -> Iterator[None]:
+        """Send the exchanges of this context over `link`."""
+        token = self._link.set(link)
+        try:
+            yield
+        finally:
+            self._link.reset(token)
+
+    def chunk(self, group: int) -> int:
+        """Tokens per exchange: bounded, so that neither frames nor buffers grow with the prompt."""
+        return max(1, min(_CHUNK_TOKENS, _CHUNK_BYTES // (4 * max(self._u[group].shape[1], self._uq[group].shape[1]))))
+
+    def product(
+        self,
+        group: int,
+        x: NDArray[np.float32],
+        row_norm: float,
+        scales: NDArray[np.float32],
+        rotations: tuple[Rotation | None, Rotation | None],
+    ) -> NDArray[np.float32]:
+        """The edge's part of a group's output: x (T, K) float32 to (T, N) float32, exchanged, verified, decoded.
+
+        Raises:
+            LinkError: no edge, or it went away. VerificationError: its answer is wrong; nothing is returned.
+            NumericsError: x is not finite.
+        """
+        link = self._link.get() or self._default_link
+        if link is None:
+            raise LinkError("no edge is connected.")
+        step = self.chunk(group)
+        parts = [
+            self._exchange(link, group, x[i : i + step], row_norm, scales, rotations) for i in range(0, len(x), step)
+        ]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _exchange(
+        self,
+        link: Link,
+        group: int,
+        x: NDArray[np.float32],
+        row_norm: float,
+        scales: NDArray[np.float32],
+        rotations: tuple[Rotation | None, Rotation | None],
+    ) -> NDArray[np.float32]:
+        pad: Pad = self.pool.take(group, len(x))
+        masked, inv_c = masking.encode(x, pad.mask(), row_norm, rotations[0])
+        answer = link.exchange(group, masked)
+        if not masking.verify(self._u[group], self._uq[group], masked, answer):
+            link.close()
+            raise VerificationError("the edge gave a wrong answer; it was caught and discarded.")
+        return masking.decode(answer, pad.image, scales, inv_c, rotations[1])
