@@ -1,0 +1,276 @@
+"""A channel: frames over one TLS connection, with a time limit on every wait.
+
+Both roles of connection are half-duplex, so a channel belongs to one thread at a time and needs no locks and
+no queues. The one exception is `abort`, which any thread may call to make the others stop waiting.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import socket
+import ssl
+import time
+from typing import NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sliplm.errors import BundleError, IdentityError, LinkError, ProtocolError, SlipError, VerificationError
+from sliplm.protocol import frames, tls
+from sliplm.protocol.authority import SERVER_NAME
+from sliplm.protocol.frames import HEADER, Code, Header, Hello, Kind, Role, Welcome
+from sliplm.protocol.messages import RequestError
+
+Address = tuple[str, int]
+
+CONNECT_SECONDS = 10.0
+DRAIN_SECONDS = 1.0
+WRITE_BYTES = 1 << 20
+SLOWEST = 1e6
+"""Bytes per second below which a peer that keeps sending is given up nevertheless."""
+
+
+class Channel:
+    """Frames over a connected TLS socket, which the channel owns from now on.
+
+    `timeout` (seconds) limits how long the peer may be silent; one payload may take that long plus a second
+    per megabyte. All methods raise LinkError when the connection fails, and ProtocolError when the peer
+    breaks the rules; after either the channel can only be closed.
+    """
+
+    def __init__(self, sock: ssl.SSLSocket, peer: str, timeout: float) -> None:
+        self.peer = peer
+        self.version = 0
+        self._sock = sock
+        self._header = bytearray(HEADER.size)
+        self._out = np.empty(1 << 14, np.uint8)
+        self.set_timeout(timeout)
+
+    def set_timeout(self, timeout: float) -> None:
+        self.timeout = timeout
+        self._sock.settimeout(timeout)
+
+    # --- sending --------------------------------------------------------------------------------------------
+
+    def stage(self, rows: int, cols: int) -> NDArray[np.uint32]:
+        """Room for the payload of the next frame, a (rows, cols) array: fill it, then call `send_staged`.
+
+        It lies behind the room for the header, so that both leave in one write without another copy.
+        """
+        size = HEADER.size + 4 * rows * cols
+        if self._out.size < size:
+            self._out = np.empty(size, np.uint8)
+        return self._out[HEADER.size : size].view(np.uint32).reshape(rows, cols)
+
+    def send_staged(self, kind: Kind, group: int, sequence: int, staged: NDArray[np.uint32]) -> None:
+        """Send the array that `stage` returned."""
+        size = 4 * staged.size
+        HEADER.pack_into(self._out.data, 0, kind, self.version, group, len(staged), sequence, size)
+        self._write(self._out.data[: HEADER.size + size])
+
+    def send(self, kind: Kind, payload: bytes = b"", *, group: int = 0, sequence: int = 0) -> None:
+        """Send a frame without an array."""
+        self._write(HEADER.pack(kind, self.version, group, 0, sequence, len(payload)) + payload)
+
+    def send_error(self, code: Code, sentence: str, sequence: int = 0) -> None:
+        """Send an ERROR; `sentence` must hold no secret."""
+        self.send(Kind.ERROR, frames.clean(sentence).encode(), group=code, sequence=sequence)
+
+    def _write(self, data: bytes | memoryview) -> None:
+        try:
+            if len(data) <= WRITE_BYTES:
+                self._sock.sendall(data)
+                return
+            with memoryview(data) as view:  # piece by piece, because the timeout holds for a whole call
+                for start in range(0, len(view), WRITE_BYTES):
+                    self._sock.sendall(view[start : start + WRITE_BYTES])
+        except (OSError, ValueError) as error:
+            self._fail(error)
+
+    # --- receiving ------------------------------------------------------------------------------------------
+
+    def receive(self) -> Header:
+        """The next frame's header, valid and within the limits. Its payload must be read next."""
+        self._read(memoryview(self._header))
+        return frames.parse_header(self._header, self.version)
+
+    def read(self, header: Header) -> bytes:
+        """The payload of a frame without an array (so at most 1 MiB)."""
+        data = bytearray(header.length)
+        self._read(memoryview(data))
+        return bytes(data)
+
+    def read_array(self, into: NDArray[np.uint32]) -> None:
+        """Read a payload into a C-contiguous array, whose size the caller has compared with the header."""
+        self._read(into.data.cast("B"))
+
+    def read_error(self, header: Header) -> SlipError:
+        """The exception that stands for an ERROR frame."""
+        sentence = (
+            frames.clean(self.read(header).decode("utf-8", "replace")) or "the other side gave no reason"
+        )
+        return _EXCEPTIONS.get(header.group, LinkError)(sentence)
+
+    def _read(self, view: memoryview) -> None:
+        done, size, deadline = 0, len(view), 0.0
+        try:
+            while done < size:
+                # TLS delivers at most 16 KiB at a time, and `settimeout` holds for one call only.
+                count = self._sock.recv_into(view[done:] if done else view)
+                if count == 0:
+                    when = " in the middle of a frame" if done else ""
+                    raise LinkError(f"{self.peer} closed the connection{when}")
+                done += count
+                if done < size:
+                    now = time.monotonic()
+                    deadline = deadline or now + self.timeout + size / SLOWEST
+                    if now > deadline:
+                        raise TimeoutError
+        except (OSError, ValueError) as error:
+            self._fail(error)
+
+    def peer_left(self) -> bool:
+        """Whether the peer closed the connection, or spoke although it was not its turn. Does not wait."""
+        try:
+            self._sock.settimeout(0)
+            self._sock.recv(1)
+            return True
+        except (ssl.SSLWantReadError, BlockingIOError):
+            return False
+        except (OSError, ValueError):
+            return True
+        finally:
+            with contextlib.suppress(OSError):
+                self._sock.settimeout(self.timeout)
+
+    def _fail(self, error: Exception) -> NoReturn:
+        if isinstance(error, TimeoutError):
+            raise LinkError(f"{self.peer} did not answer within {self.timeout:g} s") from None
+        if isinstance(error, ssl.SSLError):
+            raise tls.explain(error, self.peer) from None
+        raise LinkError(f"the connection to {self.peer} was lost") from None
+
+    # --- ending ---------------------------------------------------------------------------------------------
+
+    def certificate(self) -> bytes:
+        """The peer's certificate in DER form."""
+        der = self._sock.getpeercert(binary_form=True)
+        if not der:
+            raise IdentityError(f"{self.peer} has no certificate")
+        return der
+
+    def abort(self) -> None:
+        """Cut the connection, from any thread; whoever waits on the channel gets a LinkError at once.
+
+        This shuts down TCP below TLS. `SSLSocket.shutdown` would drop the TLS state under the other thread's
+        feet, and that thread would go on in plain text.
+        """
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
+
+    def close(self, drain: bool = False) -> None:
+        """Close. With `drain`, first let the peer read what was sent last: closing a socket with unread input
+        resets the connection, and the peer would lose the ERROR that says why."""
+        if drain:
+            drain_socket(self._sock)
+        self._sock.close()
+
+    def __repr__(self) -> str:
+        return f"Channel({self.peer})"
+
+
+_EXCEPTIONS: dict[int, type[SlipError]] = {
+    Code.VERSION: ProtocolError,
+    Code.IDENTITY: IdentityError,
+    Code.BUNDLE: BundleError,
+    Code.REQUEST: RequestError,
+    Code.UNVERIFIED: VerificationError,
+}
+
+
+def drain_socket(sock: socket.socket) -> None:
+    """Say that nothing more will be sent, then swallow what still arrives, for at most a second."""
+    deadline = time.monotonic() + DRAIN_SECONDS
+    try:
+        socket.socket.shutdown(sock, socket.SHUT_WR)  # below TLS, see Channel.abort
+        while (left := deadline - time.monotonic()) > 0:
+            sock.settimeout(left)
+            if not socket.socket.recv(sock, 1 << 16):
+                break
+    except (OSError, ValueError):
+        pass
+
+
+def tune(sock: socket.socket) -> None:
+    """No Nagle delay, and let the kernel notice within half a minute a peer that lost its power or its
+    network."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)):
+        if hasattr(socket, option):
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+
+
+def parse_address(text: str) -> Address:
+    """HOST:PORT, with an IPv6 address in brackets. Raises LinkError."""
+    host, colon, port = text.rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        host = ""
+    if not colon or not host or not (port.isascii() and port.isdigit()) or int(port) > 65535:
+        raise LinkError(f"{text!r} is not an address: write HOST:PORT")
+    return host, int(port)
+
+
+def connect(
+    address: Address, context: ssl.SSLContext, role: Role, digest: bytes, timeout: float
+) -> tuple[Channel, Welcome]:
+    """The edge's end of a new connection, after HELLO and WELCOME; `timeout` holds from then on.
+
+    Raises IdentityError, BundleError or ProtocolError where trying again cannot help, and LinkError where it
+    can.
+    """
+    peer = "the trusted side"
+    where = f"{address[0]}:{address[1]}"
+    try:
+        sock = socket.create_connection(address, CONNECT_SECONDS)
+    except socket.gaierror:
+        raise LinkError(f"the host of {where} is unknown") from None
+    except TimeoutError:
+        raise LinkError(f"{where} did not answer within {CONNECT_SECONDS:g} s") from None
+    except (OSError, UnicodeError) as error:
+        why = getattr(error, "strerror", None) or "not a host name"
+        raise LinkError(f"{peer} at {where} cannot be reached: {why}") from None
+    try:
+        tune(sock)
+        wrapped = context.wrap_socket(sock, server_hostname=SERVER_NAME)
+    except ssl.SSLError as error:
+        sock.close()
+        raise tls.explain(error, peer) from None
+    except OSError:
+        sock.close()
+        raise LinkError(f"{peer} at {where} broke off the handshake") from None
+    channel = Channel(wrapped, peer, CONNECT_SECONDS)
+    try:
+        channel.send(Kind.HELLO, frames.pack_hello(Hello(*frames.VERSIONS, role, digest)))
+        header = channel.receive()
+        if header.kind == Kind.ERROR:
+            raise channel.read_error(header)
+        if header.kind != Kind.WELCOME:
+            raise ProtocolError(f"{peer} answered HELLO with {Kind(header.kind).name}")
+        welcome = frames.parse_welcome(channel.read(header))
+        check_digest(digest, welcome.digest)
+        channel.version = welcome.version
+        channel.set_timeout(timeout)
+    except BaseException:
+        channel.close()
+        raise
+    return channel, welcome
+
+
+def check_digest(ours: bytes, theirs: bytes) -> None:
+    """Raises BundleError unless both sides' bundles come from the same split."""
+    if not hmac.compare_digest(ours, theirs):
+        raise BundleError("this edge bundle belongs to another split than the trusted bundle")

@@ -1,0 +1,184 @@
+"""Frames: what crosses the wire, byte by byte. `docs/protocol.md` is the specification, with test vectors.
+
+Nothing here touches a socket. Everything that arrives goes through `parse_header` before one byte of payload
+is read or one byte of memory is reserved for it, so a hostile peer can cost at most one bounded frame.
+"""
+
+from __future__ import annotations
+
+import enum
+import struct
+from typing import NamedTuple
+
+from sliplm.errors import ProtocolError
+
+VERSIONS = (1, 1)
+"""The oldest and the newest protocol version that this code speaks."""
+
+MAGIC = b"SLIP"
+DIGEST_BYTES = 32
+HEADER = struct.Struct("<BBHIII")
+"""kind u8, version u8, group u16, rows u32, sequence u32, payload length u32; little-endian, 16 bytes."""
+
+MAX_ROWS = 1024
+MAX_ARRAY_BYTES = 256 << 20
+MAX_JSON_BYTES = 1 << 20
+MAX_ERROR_BYTES = 1 << 10
+MAX_NAME_BYTES = 128
+
+_HELLO = struct.Struct("<4sBBBx32s")
+_WELCOME = struct.Struct("<Bxxx32s")
+
+
+class Kind(enum.IntEnum):
+    """What a frame is. The comment names who sends it, and on which kind of connection."""
+
+    HELLO = 1  # edge, first frame of every connection
+    WELCOME = 2  # trusted, the answer to HELLO
+    EXCHANGE = 3  # trusted, WORK: masked rows
+    RESULT = 4  # edge, WORK: the product
+    ERROR = 5  # either side: one sentence; `group` holds a Code
+    PING = 6  # trusted, WORK, when idle
+    PONG = 7  # edge, WORK
+    GENERATE = 8  # edge, REQUEST: a GenerateRequest as JSON
+    TEXT = 9  # trusted, REQUEST: a Chunk as JSON
+    DONE = 10  # trusted, REQUEST: the last Chunk
+
+
+class Role(enum.IntEnum):
+    """What a connection is for, said in HELLO."""
+
+    WORK = 1
+    REQUEST = 2
+
+
+class Code(enum.IntEnum):
+    """Why an ERROR was sent, for the program; its payload is the sentence for the person."""
+
+    FAILED = 0  # try again if you like
+    VERSION = 1  # no common protocol version: final
+    IDENTITY = 2  # not enrolled, revoked or expired: final
+    BUNDLE = 3  # the bundle belongs to another split: final
+    BUSY = 4  # too many connections: try again later
+    REQUEST = 5  # the request itself is wrong
+    NO_WORKER = 6  # no worker of this device is connected
+    UNVERIFIED = 7  # an answer of the edge failed its check
+
+
+class Header(NamedTuple):
+    kind: int
+    version: int
+    group: int
+    rows: int
+    sequence: int
+    length: int
+
+
+class Hello(NamedTuple):
+    oldest: int
+    newest: int
+    role: Role
+    digest: bytes
+
+
+class Welcome(NamedTuple):
+    version: int
+    digest: bytes
+    model_name: str
+
+
+# Kind -> (shortest payload, longest payload, carries an array, `group` may be non-zero)
+_RULES: dict[int, tuple[int, int, bool, bool]] = {
+    Kind.HELLO: (_HELLO.size, _HELLO.size, False, False),
+    Kind.WELCOME: (_WELCOME.size, _WELCOME.size + MAX_NAME_BYTES, False, False),
+    Kind.EXCHANGE: (4, MAX_ARRAY_BYTES, True, True),
+    Kind.RESULT: (4, MAX_ARRAY_BYTES, True, True),
+    Kind.ERROR: (0, MAX_ERROR_BYTES, False, True),
+    Kind.PING: (0, 0, False, False),
+    Kind.PONG: (0, 0, False, False),
+    Kind.GENERATE: (2, MAX_JSON_BYTES, False, False),
+    Kind.TEXT: (2, MAX_JSON_BYTES, False, False),
+    Kind.DONE: (2, MAX_JSON_BYTES, False, False),
+}
+
+
+def parse_header(data: bytes | bytearray | memoryview, version: int) -> Header:
+    """The header in `data` (16 bytes), checked against every limit that does not depend on the model's
+    shapes.
+
+    `version` is the one agreed on, or 0 before that. Raises ProtocolError.
+    """
+    if len(data) != HEADER.size:
+        raise ProtocolError(f"a frame header has {HEADER.size} bytes, not {len(data)}")
+    header = Header._make(HEADER.unpack(data))
+    kind, seen, group, rows, _, length = header
+    rule = _RULES.get(kind)
+    if rule is None:
+        raise ProtocolError(f"the other side sent a frame of the unknown kind {kind}")
+    # An ERROR may come before or instead of a WELCOME, when its sender knows no agreed version yet.
+    if seen != version and not (kind == Kind.ERROR and seen == 0):
+        raise ProtocolError(f"the other side sent a frame of protocol version {seen}, not {version}")
+    shortest, longest, is_array, has_group = rule
+    if not shortest <= length <= longest:
+        raise ProtocolError(f"the other side announced a {Kind(kind).name} frame of {length} bytes")
+    if is_array:
+        if not 1 <= rows <= MAX_ROWS or length % (4 * rows):
+            raise ProtocolError(f"the other side announced {rows} rows in {length} bytes")
+    elif rows or (group and not has_group):
+        raise ProtocolError(f"the other side sent a {Kind(kind).name} frame with a rows or group field")
+    return header
+
+
+def pack_hello(hello: Hello) -> bytes:
+    """The 40-byte payload of HELLO."""
+    return _HELLO.pack(MAGIC, hello.oldest, hello.newest, hello.role, hello.digest)
+
+
+def parse_hello(payload: bytes) -> Hello:
+    """Raises ProtocolError unless `payload` is a well-formed HELLO."""
+    if len(payload) != _HELLO.size:
+        raise ProtocolError("the other side sent a HELLO of the wrong length")
+    magic, oldest, newest, role, digest = _HELLO.unpack(payload)
+    if magic != MAGIC or not 1 <= oldest <= newest or payload[7]:
+        raise ProtocolError("the other side does not speak this protocol")
+    try:
+        return Hello(oldest, newest, Role(role), digest)
+    except ValueError:
+        raise ProtocolError(f"the other side asked for a connection of the unknown role {role}") from None
+
+
+def choose_version(hello: Hello) -> int:
+    """The newest version both sides speak. Raises ProtocolError if there is none."""
+    version = min(hello.newest, VERSIONS[1])
+    if version < max(hello.oldest, VERSIONS[0]):
+        raise ProtocolError(
+            f"the edge speaks protocol versions {hello.oldest} to {hello.newest}, the trusted side "
+            f"{VERSIONS[0]} to {VERSIONS[1]}: update the older one"
+        )
+    return version
+
+
+def pack_welcome(welcome: Welcome) -> bytes:
+    """The payload of WELCOME: 36 bytes, then the model's public name."""
+    name = clean(welcome.model_name, MAX_NAME_BYTES)
+    return _WELCOME.pack(welcome.version, welcome.digest) + name.encode()
+
+
+def parse_welcome(payload: bytes) -> Welcome:
+    """Raises ProtocolError unless `payload` is a WELCOME with a version that this code offered."""
+    if len(payload) < _WELCOME.size or any(payload[1:4]):
+        raise ProtocolError("the other side sent a malformed WELCOME")
+    version, digest = _WELCOME.unpack_from(payload)
+    if not VERSIONS[0] <= version <= VERSIONS[1]:
+        raise ProtocolError(f"the trusted side chose protocol version {version}, which was not offered")
+    name = payload[_WELCOME.size :].decode("utf-8", "replace")
+    return Welcome(version, digest, clean(name, MAX_NAME_BYTES))
+
+
+def clean(text: str, limit: int = MAX_ERROR_BYTES) -> str:
+    """`text` on one line, printable characters only, at most `limit` bytes of UTF-8.
+
+    Applied when sending and again on arrival: the text ends up on somebody's terminal and in logs.
+    """
+    printable = "".join(c if c.isprintable() else " " for c in text[:limit])
+    return printable.encode("utf-8", "replace")[:limit].decode("utf-8", "ignore").strip()

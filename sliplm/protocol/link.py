@@ -1,0 +1,163 @@
+"""A link carries one exchange: masked rows go to the edge, their product with a group's matrix comes back.
+
+A link knows nothing of masks and checks; to it the numbers are opaque. It promises that the answer has the
+right shape and belongs to this question, and that after any failure it never answers again.
+"""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sliplm.errors import LinkError, ProtocolError
+from sliplm.protocol.channel import Channel
+from sliplm.protocol.frames import MAX_ROWS, Header, Kind
+
+if TYPE_CHECKING:
+    from sliplm.edge.engine import EdgeEngine
+
+Field = NDArray[np.uint32]
+Shape = tuple[int, int]
+"""A group's matrix: (M, K), rows and columns."""
+
+FRAME_BYTES = 32 << 20
+"""Longer inputs travel in several frames of about this size, which bounds the memory on both sides."""
+
+
+class Link(abc.ABC):
+    """The trusted side's way to one edge. Safe to call from several threads."""
+
+    @abc.abstractmethod
+    def exchange(self, group: int, x: Field) -> Field:
+        """`Q x mod p` for every row of `x`: (T, K) uint32 to a fresh (T, M) uint32, with Q the matrix of
+        `group`.
+
+        Raises LinkError if the edge is gone or too slow, ProtocolError if it misbehaves. The answer is *not*
+        verified here.
+        """
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """End the link; a running exchange fails. May be called twice, and from any thread."""
+
+
+class InProcessLink(Link):
+    """An edge in this very process: tests, notebooks, `slip demo`."""
+
+    def __init__(self, engine: EdgeEngine) -> None:
+        self._engine = engine
+        self._closed = False
+
+    def exchange(self, group: int, x: Field) -> Field:
+        if self._closed:
+            raise LinkError("the link is closed")
+        return self._engine.product(group, x)
+
+    def close(self) -> None:
+        self._closed = True
+
+
+class RemoteLink(Link):
+    """The trusted end of a WORK connection. The first failure, of whatever kind, closes it for good: an
+    answer that comes too late can then never be taken for the answer to a later question.
+
+    `shapes` gives (M, K) of every group, `timeout` the seconds that one frame and its answer may take.
+    """
+
+    def __init__(self, channel: Channel, shapes: Sequence[Shape], timeout: float = 30.0) -> None:
+        self.last_used = time.monotonic()
+        self._channel = channel
+        self._shapes = list(shapes)
+        self._timeout = timeout
+        self._sequence = 0
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        channel.set_timeout(timeout)
+
+    @property
+    def alive(self) -> bool:
+        return not self._closed.is_set()
+
+    def wait_closed(self, timeout: float) -> bool:
+        """Whether the link closed within `timeout` seconds."""
+        return self._closed.wait(timeout)
+
+    def exchange(self, group: int, x: Field) -> Field:
+        if not 0 <= group < len(self._shapes):
+            raise ValueError(f"there is no group {group}")
+        m, k = self._shapes[group]
+        if x.ndim != 2 or x.shape[1] != k or x.dtype != np.uint32 or not len(x):
+            raise ValueError(f"group {group} takes (T, {k}) uint32, not {x.shape} {x.dtype}")
+        most = max(1, min(MAX_ROWS, FRAME_BYTES // (4 * max(m, k))))
+        if len(x) <= most:
+            return self._exchange(group, x, m)
+        y = np.empty((len(x), m), np.uint32)
+        for i in range(0, len(x), most):
+            y[i : i + most] = self._exchange(group, x[i : i + most], m)
+        return y
+
+    def _exchange(self, group: int, x: Field, m: int) -> Field:
+        rows, k = x.shape
+        with self._turn():
+            channel, sequence = self._channel, self._sequence
+            staged = channel.stage(rows, k)
+            staged[:] = x
+            channel.send_staged(Kind.EXCHANGE, group, sequence, staged)
+            header = channel.receive()
+            if header != (Kind.RESULT, channel.version, group, rows, sequence, 4 * rows * m):
+                raise self._refuse(header)
+            y = np.empty((rows, m), np.uint32)
+            channel.read_array(y)
+            return y
+
+    def ping(self) -> None:
+        """Make sure that the edge is still there. Raises LinkError if not. Needless during an exchange."""
+        if self._lock.locked():
+            return
+        with self._turn():
+            self._channel.send(Kind.PING, sequence=self._sequence)
+            header = self._channel.receive()
+            if header.kind != Kind.PONG or header.sequence != self._sequence:
+                raise self._refuse(header)
+
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """The channel to ourselves, for one question and its answer."""
+        if not self._lock.acquire(timeout=self._timeout):
+            raise LinkError(f"the edge was busy with other requests for {self._timeout:g} s")
+        try:
+            if self._closed.is_set():
+                raise LinkError("the connection to the edge is closed")
+            self._sequence = (self._sequence + 1) & 0xFFFFFFFF
+            yield
+            self.last_used = time.monotonic()
+        except BaseException:
+            self._closed.set()
+            self._channel.close()
+            raise
+        finally:
+            self._lock.release()
+
+    def _refuse(self, header: Header) -> LinkError:
+        if header.kind == Kind.ERROR:
+            return ProtocolError(f"the edge answered: {self._channel.read_error(header)}")
+        if header.kind in (Kind.RESULT, Kind.PONG):
+            return ProtocolError("the edge's answer does not belong to the question")
+        return ProtocolError(f"the edge sent {Kind(header.kind).name} out of turn")
+
+    def close(self) -> None:
+        self._closed.set()
+        self._channel.abort()
+        if self._lock.acquire(timeout=1.0):  # an exchange under way has been woken up, and closes by itself
+            self._channel.close()
+            self._lock.release()
+
+    def __repr__(self) -> str:
+        return f"RemoteLink({self._channel.peer}, {'alive' if self.alive else 'closed'})"

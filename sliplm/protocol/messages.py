@@ -1,0 +1,103 @@
+"""The JSON messages of a REQUEST connection: what to generate, and the text that comes back."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from sliplm.errors import ProtocolError, SlipError
+from sliplm.protocol.frames import MAX_JSON_BYTES
+
+Count = Annotated[int, Meta(ge=0)]
+StopText = Annotated[str, Meta(min_length=1, max_length=256)]
+
+
+class RequestError(SlipError):
+    """The request asks for something that is malformed or that this model cannot do.
+
+    The sentence is shown to whoever made the request. An engine raises it too, for example for a prompt that
+    does not fit the model's context.
+    """
+
+
+class Message(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """One turn of a chat."""
+
+    role: Annotated[str, Meta(min_length=1, max_length=32)]
+    content: str
+
+    def __repr__(self) -> str:  # a prompt is its author's business: keep it out of logs
+        return f"Message(role={self.role!r}, {len(self.content)} characters)"
+
+
+class GenerateRequest(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """What to generate. Exactly one of `prompt` (plain text) and `messages` (a chat) is given.
+
+    `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 switch these filters off; `stop` lists texts that end
+    the generation and are not part of it. Ranges are checked when a request is decoded.
+    """
+
+    prompt: str | None = None
+    messages: list[Message] | None = None
+    max_tokens: Annotated[int, Meta(ge=1, le=1 << 20)] = 256
+    temperature: Annotated[float, Meta(ge=0, le=2)] = 0.0
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Meta(ge=0, le=1 << 20)] = 0
+    seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)] | None = None
+    stop: Annotated[list[StopText], Meta(max_length=16)] = msgspec.field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give either a prompt or messages, and not both")
+        if self.messages is not None and not self.messages:
+            raise ValueError("messages is empty")
+
+    def __repr__(self) -> str:
+        return f"GenerateRequest(max_tokens={self.max_tokens}, temperature={self.temperature})"
+
+
+class Chunk(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """A piece of generated text. The last chunk, and only it, has a `finish_reason`; its counts are the
+    totals."""
+
+    text: str
+    finish_reason: Literal["stop", "length"] | None = None
+    prompt_tokens: Count = 0
+    completion_tokens: Count = 0
+
+    def __repr__(self) -> str:
+        return f"Chunk({len(self.text)} characters, finish_reason={self.finish_reason!r})"
+
+
+_encoder = msgspec.json.Encoder()
+_request = msgspec.json.Decoder(GenerateRequest)
+_chunk = msgspec.json.Decoder(Chunk)
+
+
+def encode(message: GenerateRequest | Chunk) -> bytes:
+    """`message` as JSON. Raises RequestError if it exceeds what one frame may carry."""
+    try:
+        data = _encoder.encode(message)
+    except UnicodeEncodeError:  # a lone surrogate
+        raise RequestError("the text is not valid Unicode") from None
+    if len(data) > MAX_JSON_BYTES:
+        raise RequestError(f"the request has {len(data)} bytes; at most {MAX_JSON_BYTES} are possible")
+    return data
+
+
+def decode_request(data: bytes) -> GenerateRequest:
+    """Raises RequestError, with a sentence that names the offending field."""
+    try:
+        return _request.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise RequestError(f"the request is not valid: {error}") from None
+
+
+def decode_chunk(data: bytes) -> Chunk:
+    """Raises ProtocolError: only a faulty trusted side sends a malformed chunk."""
+    try:
+        return _chunk.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        raise ProtocolError("the trusted side sent a malformed chunk of text") from None

@@ -1,0 +1,115 @@
+"""TLS 1.3 with certificates on both sides, and its errors as sentences.
+
+`ssl.create_default_context` is not used on purpose: it honours SSLKEYLOGFILE and trusts the system's
+authorities.
+"""
+
+from __future__ import annotations
+
+import ssl
+from datetime import datetime, timezone
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+
+from sliplm.errors import IdentityError, LinkError, SlipError
+from sliplm.protocol import authority
+
+
+def server_context(directory: Path | str) -> ssl.SSLContext:
+    """The trusted side's context. Creates the authority on first use and renews the server's certificate.
+
+    Raises IdentityError.
+    """
+    chain, ca_pem = authority.server_files(directory)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.num_tickets = 0  # no resumption: every connection proves its certificate afresh
+    return _finish(context, chain, ca_pem)
+
+
+def client_context(identity: Path | str) -> ssl.SSLContext:
+    """An edge's context, from the identity file that `authority.add_device` wrote. Raises IdentityError."""
+    path = Path(identity)
+    ca_pem = _check_identity(path)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = True
+    context.hostname_checks_common_name = False  # a device chooses its common name
+    return _finish(context, path, ca_pem)
+
+
+def _finish(context: ssl.SSLContext, chain: Path, ca_pem: bytes) -> ssl.SSLContext:
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.verify_flags |= ssl.VERIFY_X509_STRICT
+    try:
+        # An empty password instead of OpenSSL's prompt on the terminal, which nobody may be watching.
+        context.load_cert_chain(chain, password=lambda: b"")
+        # Only the authority: OpenSSL would take every certificate of the file for an authority.
+        context.load_verify_locations(cadata=ca_pem.decode("ascii"))
+    except (OSError, ValueError):
+        raise IdentityError(f"{chain} does not hold a matching key and certificate") from None
+    return context
+
+
+def _check_identity(path: Path) -> bytes:
+    """The authority's certificate (PEM) in an identity file that is well-formed and in date."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise IdentityError(f"the identity file {path} cannot be read: {error.strerror}") from None
+    try:
+        serialization.load_pem_private_key(data, password=None)
+        own, ca = x509.load_pem_x509_certificates(data)
+    except (ValueError, TypeError):
+        raise IdentityError(f"{path} is not an identity file, or it is damaged") from None
+    now = datetime.now(timezone.utc)
+    if now > own.not_valid_after_utc:
+        day = own.not_valid_after_utc.date()
+        raise IdentityError(f"the identity file {path} expired on {day}: enrol this device again")
+    if now < own.not_valid_before_utc:
+        raise IdentityError(f"the identity file {path} is not valid yet: check this machine's clock")
+    return ca.public_bytes(serialization.Encoding.PEM)
+
+
+# X509_V_ERR_* of OpenSSL's x509_vfy.h -> what it means between an edge and a trusted side.
+_VERIFY = {
+    9: "is not valid yet: check both clocks",
+    10: "has expired",
+    18: "was issued by another authority",
+    19: "was issued by another authority",
+    20: "was issued by another authority",
+    21: "was issued by another authority",
+    7: "was issued by another authority",
+    26: "is of the wrong kind: an edge cannot pose as a trusted side, nor the other way round",
+    62: "does not belong to a trusted side",
+}
+
+# TLS alerts, as OpenSSL spells them (the prefix varies), -> what the peer thought of our certificate.
+_ALERTS = {
+    "ALERT_CERTIFICATE_EXPIRED": "this side's certificate has expired",
+    "ALERT_CERTIFICATE_REVOKED": "this side's certificate was revoked",
+    "ALERT_CERTIFICATE_REQUIRED": "the other side requires a certificate",
+    "ALERT_UNKNOWN_CA": "this side's certificate was issued by another authority",
+    "ALERT_BAD_CERTIFICATE": "the other side rejected this side's certificate",
+    "ALERT_CERTIFICATE_UNKNOWN": "the other side rejected this side's certificate",
+    "ALERT_UNSUPPORTED_CERTIFICATE": "this side's certificate is of the wrong kind",
+    "ALERT_ACCESS_DENIED": "the other side rejected this side's certificate",
+    "ALERT_DECRYPT_ERROR": "this side's certificate was issued by another authority",
+}
+
+
+def explain(error: ssl.SSLError, peer: str) -> SlipError:
+    """`error` as an IdentityError if a certificate is at fault, otherwise as a LinkError. `peer` names the
+    other side, for example "the trusted side"."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        why = _VERIFY.get(error.verify_code, f"was rejected ({error.verify_message})")
+        return IdentityError(f"{peer}'s certificate {why}")
+    reason = error.reason or ""
+    for alert, sentence in _ALERTS.items():
+        if alert in reason:
+            return IdentityError(sentence)
+    if isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError):
+        return LinkError(f"{peer} closed the connection")
+    what = reason.replace("_", " ").lower() or "unknown reason"
+    return LinkError(f"the encrypted connection to {peer} failed ({what})")

@@ -1,0 +1,382 @@
+"""The trusted side's server: edges connect, lend their worker, and get text.
+
+One thread per connection, and no event loop: a thread is either waiting for its peer, with a time limit, or
+computing. What goes wrong on one connection ends that connection and no other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+import ssl
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from sliplm.errors import IdentityError, LinkError, ProtocolError, SlipError, VerificationError
+from sliplm.protocol import authority, frames, tls
+from sliplm.protocol.authority import Device
+from sliplm.protocol.channel import Address, Channel, check_digest, drain_socket, tune
+from sliplm.protocol.frames import Code, Kind, Role, Welcome
+from sliplm.protocol.link import Link, RemoteLink, Shape
+from sliplm.protocol.messages import Chunk, GenerateRequest, RequestError, decode_request, encode
+
+HANDSHAKE_SECONDS = 10.0
+KEEPALIVE_SECONDS = 5.0
+EXCHANGE_SECONDS = 30.0
+WORKER_SECONDS = 5.0
+CONTEXT_SECONDS = 86400.0
+POLL_SECONDS = 0.2
+
+_log = logging.getLogger(__name__)
+
+
+class Engine(Protocol):
+    """What generates text. Called from many threads; it serialises itself as it needs to."""
+
+    def generate(self, request: GenerateRequest, link: Link) -> Iterator[Chunk]:
+        """Text, from exchanges over `link`; closing the iterator cancels. The last chunk, and only it, has a
+        `finish_reason`. An iteration without text yields an empty chunk now and then, so that cancelling
+        works.
+
+        Raises RequestError, whose sentence the requester sees; any other SlipError ends the request with a
+        sentence that names no cause. VerificationError also ends the link. Text must have been verified when
+        it is yielded.
+        """
+        ...
+
+    def model_name(self) -> str:
+        """The model's public name; edges see it."""
+        ...
+
+
+class TrustedServer:
+    """Serves `engine` on `host`:`port` (0: any free port, see `address`) to the devices enrolled in
+    `directory`.
+
+    `digest` and `shapes` ((M, K) per group) are those of the bundle. Binds at once; `serve_forever` does the
+    rest. Raises LinkError if the address cannot be used, and IdentityError if the authority is damaged.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        digest: bytes,
+        shapes: Sequence[Shape],
+        directory: Path | str,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        *,
+        keepalive: float = KEEPALIVE_SECONDS,
+        exchange_timeout: float = EXCHANGE_SECONDS,
+        worker_wait: float = WORKER_SECONDS,
+        max_connections: int = 256,
+        max_per_device: int = 64,
+    ) -> None:
+        self._engine = engine
+        self._digest = digest
+        self._shapes = list(shapes)
+        self._directory = Path(directory)
+        self._keepalive = keepalive
+        self._exchange_timeout = exchange_timeout
+        self._worker_wait = worker_wait
+        self._max_connections = max_connections
+        self._max_per_device = max_per_device
+
+        self._changed = threading.Condition()  # guards the two dicts below
+        self._links: dict[str, list[RemoteLink]] = {}  # by device fingerprint, newest last
+        self._connections: dict[
+            threading.Thread, tuple[socket.socket, str]
+        ] = {}  # fingerprint "" until known
+        self._stopping = threading.Event()
+        self._stopped = threading.Event()
+        self._serving: threading.Thread | None = None
+
+        self._context = tls.server_context(directory)
+        self._renew_at = time.monotonic() + CONTEXT_SECONDS
+        self._listener = _listen(host, port)
+        bound = self._listener.getsockname()
+        self.address: Address = (bound[0], bound[1])
+
+    # --- running --------------------------------------------------------------------------------------------
+
+    def serve_forever(self) -> None:
+        """Accept connections until `close`."""
+        self._serving = threading.current_thread()
+        _log.info("listening on %s:%d", *self.address)
+        try:
+            while not self._stopping.is_set():
+                self._renew()
+                try:
+                    sock, address = self._listener.accept()
+                except TimeoutError:
+                    continue
+                except OSError as error:  # the peer gave up already, or no descriptor is left: both pass
+                    _log.warning("a connection could not be accepted: %s", error.strerror)
+                    self._stopping.wait(POLL_SECONDS)
+                    continue
+                self._start(sock, f"{address[0]}:{address[1]}")
+        finally:
+            self._shut_down()
+
+    def close(self) -> None:
+        """Stop serving and end all connections; running requests get an ERROR. Safe in a signal handler,
+        where it returns at once, and `serve_forever` then does the work."""
+        self._stopping.set()
+        if self._serving is None:
+            self._shut_down()
+        elif self._serving is not threading.current_thread():
+            self._stopped.wait(10)
+
+    def _shut_down(self) -> None:
+        self._stopping.set()
+        self._listener.close()
+        with self._changed:
+            connections = dict(self._connections)
+            links = [link for group in self._links.values() for link in group]
+            self._changed.notify_all()
+        for link in links:  # this makes the generations that use it fail, and they say why
+            link.close()
+        deadline = time.monotonic() + 2
+        for thread in connections:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        for sock, _ in connections.values():
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)
+        for thread in connections:
+            thread.join(0.5)
+        _log.info("stopped")
+        self._stopped.set()
+
+    def _renew(self) -> None:
+        """Take up a renewed certificate, in a process that outlives it."""
+        if time.monotonic() < self._renew_at:
+            return
+        self._renew_at = time.monotonic() + CONTEXT_SECONDS
+        try:
+            self._context = tls.server_context(self._directory)
+        except IdentityError as error:
+            _log.error("the server's certificate could not be renewed: %s", error)
+
+    # --- one connection -------------------------------------------------------------------------------------
+
+    def _start(self, sock: socket.socket, where: str) -> None:
+        thread = threading.Thread(
+            target=self._connection, args=(sock, where), name=f"slip {where}", daemon=True
+        )
+        with self._changed:
+            if len(self._connections) >= self._max_connections:
+                _log.warning("%s: refused, too many connections", where)
+                sock.close()
+                return
+            self._connections[thread] = (sock, "")
+        thread.start()
+
+    def _connection(self, sock: socket.socket, where: str) -> None:
+        channel: Channel | None = None
+        try:
+            channel = Channel(self._handshake(sock), "the edge", HANDSHAKE_SECONDS)
+            device, role = self._greet(channel)
+            _log.info("%s: device %s connected (%s)", where, device.name, role.name)
+            if role == Role.WORK:
+                self._work(channel, device)
+            else:
+                self._request(channel, device)
+            _log.info("%s: device %s done (%s)", where, device.name, role.name)
+        except SlipError as error:
+            _log.warning("%s: %s", where, error)
+        except Exception as error:  # a fault of ours; the text of an unknown exception might hold anything
+            _log.error("%s: internal error: %s", where, _locate(error))
+        finally:
+            if channel is not None:
+                channel.close(drain=True)
+            sock.close()
+            with self._changed:
+                self._connections.pop(threading.current_thread(), None)
+
+    def _handshake(self, sock: socket.socket) -> ssl.SSLSocket:
+        try:
+            tune(sock)
+            sock.settimeout(HANDSHAKE_SECONDS)
+            wrapped = self._context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+        except OSError:
+            raise LinkError("the peer left at once") from None
+        try:
+            with self._changed:
+                self._connections[threading.current_thread()] = (wrapped, "")
+            wrapped.do_handshake()
+        except (OSError, ValueError) as error:
+            drain_socket(wrapped)  # so that the alert arrives, which tells the edge what is wrong
+            wrapped.close()
+            if isinstance(error, ssl.SSLError):
+                raise tls.explain(error, "the edge") from None
+            raise LinkError("the peer did not complete the handshake") from None
+        return wrapped
+
+    def _greet(self, channel: Channel) -> tuple[Device, Role]:
+        """HELLO and WELCOME; who this is and what for. A refusal is sent to the edge, and raised here."""
+        code = Code.FAILED
+        try:
+            header = channel.receive()
+            if header.kind != Kind.HELLO:
+                raise ProtocolError("the edge did not start with HELLO")
+            hello = frames.parse_hello(channel.read(header))
+            code = Code.VERSION
+            version = frames.choose_version(hello)
+            code = Code.IDENTITY
+            device = authority.admit(self._directory, channel.certificate())
+            code = Code.BUNDLE
+            check_digest(self._digest, hello.digest)
+            code = Code.BUSY
+            self._identify(device)
+        except SlipError as error:
+            with contextlib.suppress(LinkError):
+                channel.send_error(code, str(error))
+            raise
+        channel.send(
+            Kind.WELCOME, frames.pack_welcome(Welcome(version, self._digest, self._engine.model_name()))
+        )
+        channel.version = version
+        return device, hello.role
+
+    def _identify(self, device: Device) -> None:
+        """Note whose connection this is; no device may take all of them."""
+        me = threading.current_thread()
+        with self._changed:
+            mine = sum(mark == device.fingerprint for _, mark in self._connections.values())
+            if mine >= self._max_per_device:
+                raise LinkError(f"this device has {mine} connections already: try again later")
+            self._connections[me] = (self._connections[me][0], device.fingerprint)
+
+    # --- WORK -----------------------------------------------------------------------------------------------
+
+    def _work(self, channel: Channel, device: Device) -> None:
+        """Keep the link alive, and the device admitted, until either ends. The exchanges come from other
+        threads."""
+        link = RemoteLink(channel, self._shapes, self._exchange_timeout)
+        with self._changed:
+            self._links.setdefault(device.fingerprint, []).append(link)
+            self._changed.notify_all()
+        try:
+            while not link.wait_closed(self._keepalive) and not self._stopping.is_set():
+                authority.admit(self._directory, device.fingerprint)
+                if time.monotonic() - link.last_used > self._keepalive / 2:
+                    link.ping()
+        finally:
+            with self._changed:
+                self._links[device.fingerprint].remove(link)
+                if not self._links[device.fingerprint]:
+                    del self._links[device.fingerprint]
+            link.close()
+
+    def _claim(self, device: Device) -> RemoteLink:
+        """The device's newest link that answers. Raises LinkError if none turns up in time."""
+        deadline = time.monotonic() + self._worker_wait
+        while True:
+            with self._changed:
+                while not (alive := [k for k in self._links.get(device.fingerprint, ()) if k.alive]):
+                    left = deadline - time.monotonic()
+                    if left <= 0 or self._stopping.is_set():
+                        raise LinkError("this device has no worker connected: start `slip edge` on it")
+                    self._changed.wait(left)
+            link = alive[-1]
+            try:
+                if time.monotonic() - link.last_used > 1.0:
+                    link.ping()  # an edge that lost its power would otherwise cost the request a long wait
+            except LinkError:
+                continue
+            return link
+
+    # --- REQUEST --------------------------------------------------------------------------------------------
+
+    def _request(self, channel: Channel, device: Device) -> None:
+        header = channel.receive()
+        if header.kind != Kind.GENERATE:
+            raise ProtocolError("the edge did not follow HELLO with GENERATE")
+        channel.set_timeout(self._exchange_timeout)
+        try:
+            request = decode_request(channel.read(header))
+        except RequestError as error:
+            channel.send_error(Code.REQUEST, str(error))
+            return
+        try:
+            link = self._claim(device)
+        except LinkError as error:
+            channel.send_error(Code.NO_WORKER, str(error))
+            return
+        try:
+            self._generate(channel, request, link)
+        except _PeerGone:
+            _log.info("device %s cancelled its request", device.name)
+        except RequestError as error:
+            channel.send_error(Code.REQUEST, str(error))
+        except VerificationError as error:
+            link.close()
+            _log.error("device %s: %s", device.name, error)
+            channel.send_error(
+                Code.UNVERIFIED, "an answer of this edge failed its check, so generation stopped"
+            )
+        except LinkError as error:
+            _log.warning("device %s: %s", device.name, error)
+            why = "the trusted side is shutting down" if self._stopping.is_set() else str(error)
+            channel.send_error(Code.FAILED, f"generation stopped: {why}")
+        except Exception as error:
+            # Layer names and the like are not for the edge, whatever the exception says.
+            _log.error(
+                "device %s: %s", device.name, error if isinstance(error, SlipError) else _locate(error)
+            )
+            channel.send_error(Code.FAILED, "generation failed on the trusted side; its log says why")
+
+    def _generate(self, channel: Channel, request: GenerateRequest, link: Link) -> None:
+        chunks = self._engine.generate(request, link)
+        try:
+            for chunk in chunks:
+                if self._stopping.is_set():
+                    raise LinkError("the trusted side is shutting down")
+                last = chunk.finish_reason is not None
+                try:
+                    if channel.peer_left():
+                        raise _PeerGone
+                    channel.send(Kind.DONE if last else Kind.TEXT, encode(chunk))
+                except LinkError:
+                    raise _PeerGone from None
+                if last:
+                    return
+            raise RuntimeError("the engine stopped without a finish reason")
+        finally:
+            close = getattr(chunks, "close", None)
+            if close is not None:
+                close()
+
+
+class _PeerGone(Exception):
+    """The requester closed its connection: nobody is left to tell."""
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, proto)
+    except (OSError, UnicodeError, OverflowError):
+        raise LinkError(f"{host}:{port} is not an address of this machine") from None
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(128)
+        listener.settimeout(POLL_SECONDS)
+    except OSError as error:
+        listener.close()
+        raise LinkError(f"cannot listen on {host}:{port}: {(error.strerror or str(error)).lower()}") from None
+    return listener
+
+
+def _locate(error: Exception) -> str:
+    """The kind and the place of an unexpected exception, without its text."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__} in {Path(frame.filename).name}, line {frame.lineno}"
