@@ -84,28 +84,51 @@ void project(uint32_t u, const int8_t* q, size_t n, int64_t* acc) {
     for (size_t k = 0; k < n; k++) acc[k] += int64_t(factor) * int32_t(q[k]);
 }
 
+// Eight neighbours; the compiler turns it into what the instruction set has.
+typedef double Eight __attribute__((vector_size(64), aligned(8), may_alias));
+#if defined(__clang__)
+#define SLIP_SHUFFLE __builtin_shufflevector
+#else
+typedef int64_t EightIndices __attribute__((vector_size(64)));
+#define SLIP_SHUFFLE(x, _, ...) __builtin_shuffle(x, EightIndices{__VA_ARGS__})
+#endif
+
 // Orthonormal Walsh-Hadamard transform of one block, in place; size is a power of two.
 inline void transform(double* v, size_t size) {
-    size_t h = 1;
-    if (size >= 8) {  // the first three levels at once: they stay within eight neighbours
-        for (double* a = v; a < v + size; a += 8) {
-            double b[8], c[8];
-            for (int i = 0; i < 4; i++) b[i] = a[i] + a[i + 4], b[i + 4] = a[i] - a[i + 4];
-            for (int i = 0; i < 8; i += 4)
-                for (int k = i; k < i + 2; k++) c[k] = b[k] + b[k + 2], c[k + 2] = b[k] - b[k + 2];
-            for (int i = 0; i < 8; i += 2) a[i] = c[i] + c[i + 1], a[i + 1] = c[i] - c[i + 1];
-        }
-        h = 8;
-    }
-    for (; h < size; h *= 2)
-        for (size_t i = 0; i < size; i += 2 * h)
-            for (double *a = v + i, *b = a + h, *end = b; a < end; a++, b++) {
-                const double sum = *a + *b;
-                *b = *a - *b;
-                *a = sum;
-            }
     const double scale = 1 / std::sqrt(double(size));
-    for (size_t i = 0; i < size; i++) v[i] *= scale;
+    if (size < 8) {
+        for (size_t h = 1; h < size; h *= 2)
+            for (size_t i = 0; i < size; i++)
+                if (!(i & h)) {
+                    const double sum = v[i] + v[i + h];
+                    v[i + h] = v[i] - v[i + h];
+                    v[i] = sum;
+                }
+        for (size_t i = 0; i < size; i++) v[i] *= scale;
+        return;
+    }
+    Eight *const all = reinterpret_cast<Eight*>(v), *const end = all + size / 8;
+    const Eight one = {1, -1, 1, -1, 1, -1, 1, -1}, two = {1, 1, -1, -1, 1, 1, -1, -1};
+    const Eight four = Eight{1, 1, 1, 1, -1, -1, -1, -1} * scale;
+    for (Eight* a = all; a < end; a++) {  // the first three levels stay within eight neighbours
+        Eight x = *a;
+        x = SLIP_SHUFFLE(x, x, 1, 0, 3, 2, 5, 4, 7, 6) + x * one;
+        x = SLIP_SHUFFLE(x, x, 2, 3, 0, 1, 6, 7, 4, 5) + x * two;
+        *a = SLIP_SHUFFLE(x, x, 4, 5, 6, 7, 0, 1, 2, 3) * scale + x * four;
+    }
+    size_t h = 1;
+    for (; 4 * h <= size / 8; h *= 4)  // two levels per pass over the block
+        for (Eight* a = all; a < end; a += 3 * h)
+            for (Eight* stop = a + h; a < stop; a++) {
+                const Eight s = a[0] + a[h], d = a[0] - a[h], t = a[2 * h] + a[3 * h], e = a[2 * h] - a[3 * h];
+                a[0] = s + t, a[h] = d + e, a[2 * h] = s - t, a[3 * h] = d - e;
+            }
+    if (2 * h <= size / 8)
+        for (Eight* a = all; a < all + h; a++) {
+            const Eight s = a[0] + a[h];
+            a[h] = a[0] - a[h];
+            a[0] = s;
+        }
 }
 
 // Blocks of 512, then the binary digits of what is left, largest first.
