@@ -1,7 +1,7 @@
-"""Arithmetic in F_p with p = 2^31 - 1: the numbers on the wire, the pads and the checks are all elements of it.
+"""Arithmetic in F_p with p = 2^31 - 1: what is on the wire, the pads and the checks are all elements of it.
 
-An array of field elements is uint32 with every value below p ("canonical"). Whoever receives an array from outside
-asks `is_canonical` first; nothing else here looks.
+An array of field elements is uint32 with every value below p ("canonical"). Whoever receives an array from
+outside asks `is_canonical` first; nothing else here looks.
 """
 
 from collections.abc import Iterator
@@ -27,7 +27,8 @@ def is_canonical(x: NDArray[np.uint32]) -> bool:
 
 def lift(x: NDArray[Any]) -> NDArray[np.uint32]:
     """The integers `x` (any shape, any integer type) modulo p."""
-    return np.mod(x, P).astype(np.uint32)
+    result: NDArray[np.uint32] = np.mod(x, P).astype(np.uint32)
+    return result
 
 
 def centre(z: NDArray[np.uint32]) -> NDArray[np.int32]:
@@ -37,14 +38,16 @@ def centre(z: NDArray[np.uint32]) -> NDArray[np.int32]:
 
 def add(a: NDArray[np.uint32], b: NDArray[np.uint32]) -> NDArray[np.uint32]:
     """a + b mod p, elementwise, with broadcasting."""
-    total = a + b  # below 2^32
-    return np.minimum(total, total - _P32)  # where total < p, total - p wraps round to something larger
+    total: NDArray[np.uint32] = a + b  # below 2^32
+    total = np.minimum(total, total - _P32)  # where total < p, total - p wraps to something larger
+    return total
 
 
 def sub(a: NDArray[np.uint32], b: NDArray[np.uint32]) -> NDArray[np.uint32]:
     """a - b mod p, elementwise, with broadcasting."""
-    difference = a - b  # wraps round where a < b, and adding p wraps it back
-    return np.minimum(difference, difference + _P32)
+    difference: NDArray[np.uint32] = a - b  # wraps where a < b, and adding p wraps it back
+    difference = np.minimum(difference, difference + _P32)
+    return difference
 
 
 def dot(u: NDArray[np.uint32], y: NDArray[np.uint32]) -> NDArray[np.uint32]:
@@ -68,7 +71,7 @@ def dot(u: NDArray[np.uint32], y: NDArray[np.uint32]) -> NDArray[np.uint32]:
 def project(u: NDArray[np.uint32], q: NDArray[np.int8]) -> NDArray[np.uint32]:
     """u @ q mod p, exactly: u (C, M) canonical, q (M, K) int8, the result (C, K).
 
-    Freivalds' Q^T u, once per matrix at start-up, so `q` may be large: memory beyond the result stays bounded.
+    Freivalds' Q^T u, once per matrix at start-up, so `q` may be large: memory stays bounded.
     """
     if u.ndim != 2 or q.ndim != 2 or u.shape[1] != q.shape[0]:
         raise ValueError(f"cannot multiply {u.shape} by {q.shape}")

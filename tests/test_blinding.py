@@ -1,4 +1,4 @@
-"""The secret change of basis: orthogonal, exactly the transform the native code applies, and silent about itself."""
+"""The secret change of basis: orthogonal, the transform the native code applies, and silent about itself."""
 
 import numpy as np
 import pytest

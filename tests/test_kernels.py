@@ -162,7 +162,7 @@ matrix = NativeMatrix(q)
 assert (matrix.product(x) == x.sum()).all()
 pid = os.fork()
 if pid == 0:
-    os._exit(0 if (matrix.product(x) == x.sum()).all() and (NativeMatrix(q).product(x) == x.sum()).all() else 3)
+    os._exit(0 if all((m.product(x) == x.sum()).all() for m in (matrix, NativeMatrix(q))) else 3)
 assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
@@ -221,7 +221,8 @@ from sliplm import field, kernels
 from sliplm.protocol import masking
 assert kernels.available_backends() == ["torch"], kernels.available_backends()
 assert field.native is None and masking.native is None
-print(kernels.prepare(np.full((2, 3), -128, np.int8)).product(np.full((1, 3), field.P - 1, np.uint32)).tolist())
+matrix = kernels.prepare(np.full((2, 3), -128, np.int8))
+print(matrix.product(np.full((1, 3), field.P - 1, np.uint32)).tolist())
 """
     env = os.environ | ({"SLIPLM_BACKEND": "torch"} if how == "forced" else {})
     done = subprocess.run(

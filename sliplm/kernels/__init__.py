@@ -1,7 +1,7 @@
 """Exact products Q x mod p on the wire format, whatever the machine offers: one function, several backends.
 
-A backend is used only after it has proved itself, in this process, against exact integers; one that fails is passed
-over for the next. SLIPLM_BACKEND=native|torch forces one.
+A backend is used only after it has proved itself, in this process, against exact integers; one that fails is
+passed over for the next. SLIPLM_BACKEND=native|torch forces one.
 """
 
 import logging
@@ -27,8 +27,8 @@ _log = logging.getLogger(__name__)
 def prepare(q: NDArray[np.int8], backend: str | None = None) -> IntMatrix:
     """Make `q` (M, K) int8 ready for exact products, with the best backend that works here, or the named one.
 
-    Raises UnsupportedModelError if K is 65536 or more (sums would not fit 32 bits), ValueError for a backend that is
-    unknown or not available, or a `q` that is not a non-empty int8 matrix.
+    Raises UnsupportedModelError if K is 65536 or more (sums would not fit 32 bits); ValueError for a backend
+    that is unknown or not available, or a `q` that is not a non-empty int8 matrix.
     """
     if q.ndim != 2 or q.dtype != np.int8 or not q.size:
         raise ValueError(f"expected a non-empty int8 matrix, not {q.dtype} of shape {q.shape}")

@@ -23,7 +23,7 @@ class IntMatrix(ABC):
     def product(
         self, x: NDArray[np.uint32], *, out: NDArray[np.uint32] | None = None, threads: int = 0
     ) -> NDArray[np.uint32]:
-        """Q x_t mod p for every row of `x` (T, cols), C-contiguous and canonical; the result (T, rows) is canonical.
+        """Q x_t mod p for every row of `x` (T, cols), C-contiguous and canonical: (T, rows), canonical.
 
         Written to `out` if given. `threads` = 0 uses every core. Raises ValueError for wrong shapes or types.
         """

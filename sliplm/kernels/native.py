@@ -8,7 +8,7 @@ from sliplm.kernels.base import IntMatrix
 
 
 class NativeMatrix(IntMatrix):
-    """Q repacked, in aligned memory, for the best instruction set of this machine (or `isa`, see `native.isas()`)."""
+    """Q repacked in aligned memory, for the best instruction set or for `isa`, one of `native.isas()`."""
 
     def __init__(self, q: NDArray[np.int8], isa: str = "") -> None:
         self._packed = native.PackedMatrix(np.ascontiguousarray(q), isa)

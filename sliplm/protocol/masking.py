@@ -1,8 +1,11 @@
-"""The trusted arithmetic of one exchange: encode and mask an activation, check the answer, unmask and decode it.
+"""The trusted arithmetic of one exchange: encode and mask an activation, check the answer, unmask it, decode.
 
-DESIGN, section 4. Pads come in as arguments; using each one once is the caller's duty (`sliplm.pads`). Every function
-has a native version and a numpy one with the same meaning.
+DESIGN, section 4. Pads come in as arguments; using each one once is the caller's duty (`sliplm.pads`). Every
+function has a native version and a numpy one with the same meaning.
 """
+
+import math
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +23,7 @@ def amplitude(row_norm: float, width: int) -> float:
 
     Raises NumericsError if a matrix of this width and row norm leaves no room at all for a signal.
     """
-    length = (field.HALF / max(row_norm, 1.0) - width**0.5 / 2) * SAFETY
+    length = (field.HALF / max(float(row_norm), 1.0) - math.sqrt(width) / 2) * SAFETY
     if not length > 0:
         raise NumericsError(
             f"a layer with {width} inputs and row norm {row_norm:.3g} leaves no room for a signal"
@@ -31,15 +34,15 @@ def amplitude(row_norm: float, width: int) -> float:
 def encode(
     x: NDArray[np.float32], r: NDArray[np.uint32], row_norm: float, rotation: Rotation | None = None
 ) -> tuple[NDArray[np.uint32], NDArray[np.float64]]:
-    """Fixed point and mask: x (T, K) and pads r (T, K) give x~ = round(c H(x)) + r mod p (T, K), and 1/c (T,).
+    """Fixed point and mask: x (T, K) and pads r (T, K) give x~ = round(c v) + r mod p (T, K), and 1/c (T,).
 
-    `row_norm` is R, the largest Euclidean norm of a row of Q, in float64 (its square is an exact integer).
+    v is `rotation` applied to x, or x itself. `row_norm` is R, the largest Euclidean norm of a row of Q, in
+    float64 (its square is an exact integer).
 
-    No overflow, ever: let v be the rotated vector as computed, and x_q = round(c v) = c v + e with |e| <= sqrt(K)/2.
-    By Cauchy-Schwarz |Q_i x_q| <= R (c |v| + sqrt(K)/2), at most (p-1)/2 for c = ((p-1)/2 / R - sqrt(K)/2) / |v|.
-    In float64 |v|, c and c v are each off by less than K 2^-52 < 2^-36 relatively (K < 2^16), together by less
-    than the factor 1 - 10^-9 by which c is shrunk; rounding to the nearest integer is exact. |v| is taken after the
-    rotation, so the transform's own rounding cannot matter.
+    No overflow, ever. Let v be as computed, rounding errors included, and x_q = round(c v) = c v + e, where
+    |e| <= sqrt(K)/2. By Cauchy-Schwarz |Q_i x_q| <= R (c |v| + sqrt(K)/2), which is at most (p-1)/2 for
+    c = ((p-1)/2 / R - sqrt(K)/2) / |v|. In float64 |v|, R, c and c v are each off by a factor of less than
+    1 + K 2^-52 < 1 + 2^-36 (K < 2^16), all together by less than the 1 - 10^-9 by which c is shrunk.
 
     Raises NumericsError if x holds a NaN or an infinity, or if R and K leave no room (`amplitude`).
     """
@@ -63,8 +66,9 @@ def verify(
 ) -> bool:
     """Freivalds' check of answer (T, M) = Q masked (T, K), with secret u (C, M) and uq = u Q (C, K).
 
-    True iff the answer is canonical and <u_i, answer_t> = <uq_i, masked_t> mod p for all i and t. A wrong answer passes
-    with probability p^-C over u (Freivalds 1977; DESIGN, section 4). Everything is evaluated, whatever fails first.
+    True iff the answer is canonical and <u_i, answer_t> = <uq_i, masked_t> mod p for all i and t. A wrong
+    answer passes with probability p^-C over u (Freivalds 1977; DESIGN, section 4). Everything is evaluated,
+    whatever fails first.
     """
     if answer.shape != (masked.shape[0], u.shape[1]):
         return False
@@ -81,10 +85,10 @@ def decode(
     inv_c: NDArray[np.float64],
     rotation: Rotation | None = None,
 ) -> NDArray[np.float32]:
-    """Unmask and scale: answer (T, M) and the pads' image Q r (T, M) give the edge's part of the output, (T, N).
+    """Unmask and scale: answer (T, M) and the pads' image Q r (T, M) give the edge's part of y, (T, N).
 
-    `scales` (planes, N) with planes * N = M, plane-major rows; `inv_c` (T,) from `encode`; `rotation` of the outputs is
-    undone. Computed in float64, rounded once to float32.
+    `scales` (planes, N) with planes * N = M, rows plane by plane; `inv_c` (T,) from `encode`; the outputs'
+    `rotation` is undone. Computed in float64, rounded once to float32.
     """
     if native is not None:
         out = np.empty((answer.shape[0], scales.shape[1]), np.float32)
@@ -99,7 +103,7 @@ def decode(
 def _encode(
     x: NDArray[np.float32], r: NDArray[np.uint32], length: float, rotation: Rotation | None
 ) -> tuple[NDArray[np.uint32], NDArray[np.float64], bool]:
-    v = x.astype(np.float64)
+    v: NDArray[Any] = x.astype(np.float64)
     if not np.isfinite(v).all():
         return r, np.ones(len(x)), False
     if rotation is not None:
@@ -118,5 +122,6 @@ def _decode(
 ) -> NDArray[np.float32]:
     planes, n = scales.shape
     z = field.centre(field.sub(answer, image)).reshape(-1, planes, n)
-    t = inv_c[:, None] * np.einsum("tjn,jn->tn", z, scales, dtype=np.float64)
-    return (t if rotation is None else rotation.invert(t)).astype(np.float32)
+    t: NDArray[Any] = inv_c[:, None] * np.einsum("tjn,jn->tn", z, scales, dtype=np.float64)
+    y: NDArray[np.float32] = (t if rotation is None else rotation.invert(t)).astype(np.float32)
+    return y

@@ -1,7 +1,7 @@
-"""A secret change of basis for one side of a group: a signed permutation, then a block Walsh-Hadamard transform.
+"""A secret change of basis for one side of a group: a signed permutation, then a block Hadamard transform.
 
-The edge's matrix is stored in blinded coordinates, so that matrices of neighbouring layers share no basis and
-outliers spread before quantisation; the trusted side moves each vector over in O(n log n). (DESIGN, section 5.)
+The edge's matrix is stored in blinded coordinates, so that matrices of neighbouring layers share no basis,
+and outliers spread before quantisation; moving a vector costs the trusted side O(n log n). (DESIGN, 5.)
 """
 
 import secrets
@@ -29,7 +29,7 @@ class Rotation:
 
     @classmethod
     def random(cls, n: int, rng: np.random.Generator | None = None) -> "Rotation":
-        """A uniformly random rotation of n coordinates, from the system's entropy unless a test passes `rng`."""
+        """A uniformly random rotation of n values, from the system's entropy unless a test passes `rng`."""
         draw = secrets.token_bytes if rng is None else rng.bytes
         keys = np.frombuffer(draw(8 * n), np.uint64)
         bits = np.unpackbits(np.frombuffer(draw((n + 7) // 8), np.uint8))[:n]
@@ -42,7 +42,7 @@ class Rotation:
         return f"Rotation(n={len(self)})"
 
     def apply(self, x: Array) -> Array:
-        """H(sign * x[perm]) along the last axis of `x` (..., n), floating point; a new array of the same type."""
+        """H(sign * x[perm]) along the last axis of `x` (..., n), in the floating type of `x`."""
         if isinstance(x, torch.Tensor):
             return hadamard(x[..., torch.from_numpy(self.perm).to(x.device)] * self._sign_like(x))
         return hadamard(x[..., self.perm] * self.sign.astype(x.dtype))
@@ -70,7 +70,7 @@ def block_sizes(n: int) -> list[int]:
 def hadamard(x: Array) -> Array:
     """The orthonormal block Walsh-Hadamard transform of the last axis of `x` (..., n). It is its own inverse.
 
-    A block of a*b values is transformed as H_a X H_b on its (a, b) reshape, since H_ab is their Kronecker product.
+    A block of a*b values becomes H_a X H_b on its (a, b) reshape, since H_ab is their Kronecker product.
     """
     n = x.shape[-1]
     whole = n - n % MAX_BLOCK
@@ -95,7 +95,8 @@ def _matrix(size: int, like: Array) -> Array:
 
 @cache
 def _hadamard_matrix(size: int) -> NDArray[np.float64]:
-    h = np.ones((1, 1))
+    h: NDArray[np.float64] = np.ones((1, 1))
     while len(h) < size:
         h = np.block([[h, h], [h, -h]])
-    return h / np.sqrt(size)
+    h /= np.sqrt(size)
+    return h
