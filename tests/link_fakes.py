@@ -1,4 +1,4 @@
-"""What the link's tests share: tiny exact matrices, an engine that only exchanges, and running servers and workers."""
+"""What the link's tests share: tiny exact matrices, an engine that only exchanges, running servers and workers."""
 
 from __future__ import annotations
 
@@ -54,10 +54,9 @@ def make_engine(kind: type[FakeMatrix] = FakeMatrix, digest: bytes = DIGEST) -> 
 
 
 class FakeEngine:
-    """Yields `max_tokens` words, one exchange each, checked like the real thing: against the expected product.
+    """Yields `max_tokens` words after `delay` seconds each. Every word costs an exchange, whose answer is checked.
 
-    Prompts "boom" and "wrong" fail; `delay` seconds pass per word; `cancelled` is set when an iterator is closed
-    early.
+    The prompts "boom" and "layer" fail; `cancelled` is set when an iterator is closed early.
     """
 
     def __init__(self, delay: float = 0.0) -> None:
@@ -120,7 +119,9 @@ def serving(directory: Path, engine: FakeEngine | None = None, **options) -> Ite
 
 
 @contextlib.contextmanager
-def working(server_or_address, identity: Path, engine: EdgeEngine | None = None, **options) -> Iterator[EdgeWorker]:
+def working(
+    server_or_address, identity: Path, engine: EdgeEngine | None = None, **options
+) -> Iterator[EdgeWorker]:
     """A connected worker."""
     address = getattr(server_or_address, "address", server_or_address)
     worker = EdgeWorker(engine or make_engine(), address, identity, **options)
