@@ -1,4 +1,4 @@
-"""What the link's tests share: tiny exact matrices, an engine that only exchanges, running servers and workers."""
+"""What the link's tests share: tiny exact matrices, an engine that only exchanges, servers and workers."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def make_engine(kind: type[FakeMatrix] = FakeMatrix, digest: bytes = DIGEST) -> 
 
 
 class FakeEngine:
-    """Yields `max_tokens` words after `delay` seconds each. Every word costs an exchange, whose answer is checked.
+    """Yields `max_tokens` words after `delay` seconds each; every word costs an exchange, which is checked.
 
     The prompts "boom" and "layer" fail; `cancelled` is set when an iterator is closed early.
     """

@@ -1,0 +1,328 @@
+"""The edge's OpenAI-compatible API: formats, errors, and clients that hang up."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import httpx
+import pytest
+import uvicorn
+from link_fakes import FakeEngine, enrol, running, serving, wait_until, working
+from starlette.testclient import TestClient
+
+from sliplm.edge.api import create_app
+from sliplm.errors import BundleError, LinkError, VerificationError
+from sliplm.protocol.messages import Chunk, GenerateRequest, Message, RequestError
+
+CHAT = "/v1/chat/completions"
+PLAIN = "/v1/completions"
+HELLO = {"messages": [{"role": "user", "content": "hello"}]}
+
+
+class Backend:
+    """Yields "Hel", "lo", "" and remembers what was asked; fails with `error` before chunk number `after`."""
+
+    def __init__(self, error: Exception | None = None, after: int = 0) -> None:
+        self.asked: list[GenerateRequest] = []
+        self.error, self.after = error, after
+
+    def __call__(self, request: GenerateRequest) -> Iterator[Chunk]:
+        self.asked.append(request)
+        for i, chunk in enumerate([Chunk("Hel"), Chunk("lo"), Chunk("", "stop", 3, 2)]):
+            if self.error and i == self.after:
+                raise self.error
+            yield chunk
+
+
+@pytest.fixture
+def backend() -> Backend:
+    return Backend()
+
+
+@pytest.fixture
+def client(backend) -> TestClient:
+    return TestClient(create_app(backend, lambda: "m"))
+
+
+def events(response) -> list:
+    assert response.headers["content-type"].startswith("text/event-stream")
+    lines = response.text.strip().split("\n\n")
+    assert all(line.startswith("data: ") for line in lines)
+    return [line[6:] if line == "data: [DONE]" else json.loads(line[6:]) for line in lines]
+
+
+def error_of(response, status: int) -> dict:
+    assert response.status_code == status, response.text
+    body = response.json()
+    assert set(body) == {"error"} and set(body["error"]) == {"message", "type", "param", "code"}
+    assert "Traceback" not in response.text
+    return body["error"]
+
+
+def test_models(client):
+    (model,) = client.get("/v1/models").json()["data"]
+    assert model["id"] == "m" and model["object"] == "model"
+
+
+def test_health():
+    up = [True]
+    client = TestClient(create_app(Backend(), connected=lambda: up[0]))
+    assert client.get("/healthz").json() == {"status": "ok", "connected": True}
+    up[0] = False
+    assert client.get("/healthz").status_code == 503
+
+
+def test_chat(client, backend):
+    answer = client.post(CHAT, json=HELLO | {"model": "m", "max_completion_tokens": 9}).json()
+    assert (
+        answer["object"] == "chat.completion"
+        and answer["model"] == "m"
+        and answer["id"].startswith("chatcmpl-")
+    )
+    (choice,) = answer["choices"]
+    assert (
+        choice["message"] == {"role": "assistant", "content": "Hello"} and choice["finish_reason"] == "stop"
+    )
+    assert answer["usage"] == {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+    assert backend.asked == [
+        GenerateRequest(messages=[Message("user", "hello")], max_tokens=9, temperature=1.0)
+    ]
+
+
+def test_completion(client, backend):
+    body = {
+        "prompt": "x",
+        "max_tokens": 5,
+        "temperature": 0,
+        "top_p": 0.5,
+        "top_k": 4,
+        "seed": 7,
+        "stop": ".",
+    }
+    answer = client.post(PLAIN, json=body).json()
+    assert answer["object"] == "text_completion" and answer["choices"][0]["text"] == "Hello"
+    wanted = GenerateRequest(prompt="x", max_tokens=5, top_p=0.5, top_k=4, seed=7, stop=["."])
+    assert backend.asked == [wanted]
+
+
+def test_chat_stream(client):
+    *chunks, done = events(client.post(CHAT, json=HELLO | {"stream": True}))
+    assert done == "[DONE]" and {c["object"] for c in chunks} == {"chat.completion.chunk"}
+    assert len({c["id"] for c in chunks}) == 1 and all("usage" not in c for c in chunks)
+    deltas = [c["choices"][0]["delta"] for c in chunks]
+    assert deltas == [{"role": "assistant", "content": "Hel"}, {"content": "lo"}, {"content": ""}]
+    assert [c["choices"][0]["finish_reason"] for c in chunks] == [None, None, "stop"]
+
+
+def test_completion_stream_with_usage(client):
+    body = {"prompt": "x", "stream": True, "stream_options": {"include_usage": True}}
+    *chunks, usage, done = events(client.post(PLAIN, json=body))
+    assert done == "[DONE]" and "".join(c["choices"][0]["text"] for c in chunks) == "Hello"
+    assert usage["choices"] == [] and usage["usage"]["total_tokens"] == 5
+
+
+def test_what_usual_clients_send(client, backend):
+    defaults = {
+        "n": 1,
+        "presence_penalty": 0,
+        "frequency_penalty": 0.0,
+        "user": "me",
+        "stop": None,
+        "seed": None,
+    }
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    messages = [{"role": "developer", "content": "be brief"}, {"role": "user", "content": parts}]
+    assert client.post(CHAT, json=defaults | {"messages": messages, "logprobs": False}).status_code == 200
+    assert backend.asked[0].messages == [Message("system", "be brief"), Message("user", "ab")]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "says"),
+    [
+        (CHAT, {}, "messages"),
+        (CHAT, {"messages": []}, "messages"),
+        (CHAT, {"messages": [{"role": "robot", "content": "x"}]}, "robot"),
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "image_url"),
+        (CHAT, HELLO | {"tools": []}, "tools"),
+        (CHAT, HELLO | {"n": 2}, "n`"),
+        (CHAT, HELLO | {"logprobs": True}, "logprobs"),
+        (CHAT, HELLO | {"max_tokens": 0}, "max_tokens"),
+        (CHAT, HELLO | {"max_tokens": "many"}, "max_tokens"),
+        (CHAT, HELLO | {"temperature": 3}, "temperature"),
+        (CHAT, HELLO | {"top_p": 0}, "top_p"),
+        (CHAT, HELLO | {"seed": -1}, "seed"),
+        (CHAT, HELLO | {"stop": ["x"] * 17}, "stop"),
+        (CHAT, HELLO | {"stop": ""}, "stop"),
+        (CHAT, HELLO | {"presence_penalty": 1}, "presence_penalty"),
+        (CHAT, HELLO | {"stream": "yes"}, "stream"),
+        (PLAIN, {}, "prompt"),
+        (PLAIN, {"prompt": ["a", "b"]}, "prompt"),
+        (PLAIN, {"prompt": "x", "echo": True}, "echo"),
+        (PLAIN, {"prompt": "\ud800"}, "valid"),
+        (PLAIN, [], "object"),
+    ],
+)
+def test_bad_requests_are_named(client, backend, path, body, says):
+    error = error_of(
+        client.post(path, content=json.dumps(body), headers={"content-type": "application/json"}), 400
+    )
+    assert says in error["message"] and error["type"] == "invalid_request_error"
+    assert not backend.asked
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"\xff", b"[" * 100_000, b'{"prompt": "\xff"}'])
+def test_bodies_that_are_no_json(client, data):
+    error_of(client.post(PLAIN, content=data, headers={"content-type": "application/json"}), 400)
+
+
+def test_other_refusals(client):
+    assert (
+        error_of(client.post(PLAIN, json={"prompt": "x", "model": "gpt"}), 404)["code"] == "model_not_found"
+    )
+    error_of(client.post(PLAIN, content=b'{"prompt": "x"}', headers={"content-type": "text/plain"}), 415)
+    error_of(client.post(PLAIN, json={"prompt": "x" * (1 << 20)}), 413)
+    error_of(client.get("/nowhere"), 404)
+    error_of(client.get(CHAT), 405)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "code"),
+    [
+        (RequestError("the prompt is too long"), 400, "invalid_request"),
+        (LinkError("the trusted side cannot be reached"), 503, "trusted_unavailable"),
+        (BundleError("another split"), 503, "refused"),
+        (VerificationError("failed its check"), 502, "verification_failed"),
+        (RuntimeError("a secret"), 500, "internal_error"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_failures_before_the_first_text_have_a_status(error, status, code, stream):
+    client = TestClient(create_app(Backend(error)), raise_server_exceptions=False)
+    shown = error_of(client.post(PLAIN, json={"prompt": "x", "stream": stream}), status)
+    assert shown["code"] == code and "secret" not in shown["message"]
+
+
+@pytest.mark.parametrize("error", [LinkError("generation stopped"), RuntimeError("a secret")])
+def test_failures_in_the_middle_end_the_stream_without_done(error):
+    client = TestClient(create_app(Backend(error, after=1)), raise_server_exceptions=False)
+    first, last = events(client.post(PLAIN, json={"prompt": "x", "stream": True}))
+    assert first["choices"][0]["text"] == "Hel" and last["error"]["type"] == "server_error"
+    assert "secret" not in last["error"]["message"]
+    assert "Hel" not in client.post(PLAIN, json={"prompt": "x"}).text
+
+
+def test_a_generation_that_just_ends_is_an_error():
+    client = TestClient(create_app(lambda request: iter([Chunk("Hel")])))
+    error_of(client.post(PLAIN, json={"prompt": "x"}), 503)
+
+
+# --- the whole way: HTTP client, edge, trusted side ---------------------------------------------------
+
+
+@contextlib.contextmanager
+def listening(app) -> Iterator[str]:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2))
+        server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
+
+        def stop() -> None:
+            server.should_exit = True
+
+        with running(lambda: server.run([sock]), stop):
+            wait_until(lambda: server.started)
+            yield f"http://127.0.0.1:{sock.getsockname()[1]}"
+
+
+@pytest.fixture
+def engine() -> FakeEngine:
+    return FakeEngine()
+
+
+@pytest.fixture
+def url(tmp_path, engine):
+    home = tmp_path / "authority"
+    identity = enrol(home)
+    with serving(home, engine, worker_wait=0.2) as server, working(server, identity) as worker:
+        app = create_app(worker.generate, lambda: worker.model_name, worker.connected.is_set)
+        with listening(app) as url:
+            yield url
+
+
+def test_the_whole_way(url):
+    with httpx.Client(base_url=url, timeout=20) as client:
+        assert client.get("/v1/models").json()["data"][0]["id"] == "fake-model"
+        assert client.get("/healthz").status_code == 200
+        answer = client.post(PLAIN, json={"prompt": "x", "max_tokens": 2}).json()
+        assert answer["choices"][0]["text"] == "word0 word1 "
+        assert events(client.post(CHAT, json=HELLO | {"max_tokens": 2, "stream": True}))[-1] == "[DONE]"
+
+
+def test_requests_run_side_by_side(url, engine):
+    engine.delay = 0.01
+    answers: list[int] = []
+
+    def one(stream: bool) -> None:
+        body = HELLO | {"max_tokens": 20, "stream": stream}
+        answers.append(httpx.post(url + CHAT, json=body, timeout=30).status_code)
+
+    threads = [threading.Thread(target=one, args=(i % 2 == 0,)) for i in range(10)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(40)
+    assert answers == [200] * 10
+
+
+def test_hanging_up_in_a_stream_cancels(url, engine):
+    engine.delay = 0.01
+    body = HELLO | {"max_tokens": 100_000, "stream": True}
+    with httpx.stream("POST", url + CHAT, json=body, timeout=20) as response:
+        next(response.iter_lines())
+    assert engine.cancelled.wait(10)
+
+
+def test_hanging_up_before_the_answer_cancels(url, engine):
+    engine.delay = 0.01
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(url + CHAT, json=HELLO | {"max_tokens": 100_000}, timeout=httpx.Timeout(10, read=0.3))
+    assert engine.cancelled.wait(10)
+
+
+def test_hanging_up_while_connecting_closes_what_comes_of_it():
+    release, closed = threading.Event(), threading.Event()
+
+    class Late(Iterator[Chunk]):
+        def __next__(self) -> Chunk:
+            raise StopIteration
+
+        def close(self) -> None:
+            closed.set()
+
+    def slow(_: GenerateRequest) -> Iterator[Chunk]:
+        release.wait(10)
+        return Late()
+
+    with listening(create_app(slow)) as url:
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(url + CHAT, json=HELLO, timeout=httpx.Timeout(10, read=0.2))
+        time.sleep(0.2)
+        release.set()
+        assert closed.wait(10)
+
+
+def test_a_cheating_edge_gets_no_text(tmp_path):
+    from link_fakes import WrongMatrix, make_engine
+
+    home = tmp_path / "authority"
+    identity = enrol(home)
+    with serving(home) as server, working(server, identity, make_engine(WrongMatrix)) as worker:
+        client = TestClient(create_app(worker.generate))
+        for stream in (False, True):
+            wait_until(worker.connected.is_set)
+            error = error_of(client.post(PLAIN, json={"prompt": "x", "stream": stream}), 502)
+            assert error["code"] == "verification_failed"
