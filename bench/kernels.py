@@ -1,0 +1,147 @@
+"""How fast the exact products are, beside what the memory delivers and beside PyTorch's bfloat16.
+
+    python bench/kernels.py [--rows 11264] [--cols 2048] [--tokens 512] [--rounds 41] [--json]
+
+Contenders are interleaved, each walks through its own set of matrices, larger together than a cache, and the median
+of all rounds counts. GB/s is the bytes of the matrix (int8: 1 a weight, bfloat16: 2) over the time of one product.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from sliplm import field, kernels
+from sliplm.field import P
+from sliplm.protocol import masking
+from sliplm.split.blinding import Rotation
+
+EXCLUDES = (
+    "excluded: packing the matrix (once, at start-up), the link, the pads' images; masking, check and decoding "
+    "are timed apart, blinded, two planes, two checks"
+)
+WORKING_SET = 1 << 27  # bytes per contender
+
+Contender = Callable[[int], object]
+
+
+def medians(contenders: dict[str, Contender], rounds: int) -> dict[str, float]:
+    """Median seconds of each, interleaved; the first rounds, a fifth, warm up."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for i in range(rounds + rounds // 5 + 1):
+        for name, run in contenders.items():
+            start = time.perf_counter()
+            run(i)
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(taken[-rounds:]) for name, taken in times.items()}
+
+
+def products(rows: int, cols: int, tokens: int, rounds: int) -> list[dict[str, object]]:
+    rng = np.random.default_rng(0)
+    count = max(2, WORKING_SET // (rows * cols))
+    exact = [kernels.prepare(rng.integers(-128, 128, (rows, cols), np.int8)) for _ in range(min(count, 32))]
+    plain = [torch.randn(rows, cols).bfloat16() for _ in range(max(2, len(exact) // 2))]
+    memory = [torch.randint(0, 100, (rows * cols // 4,), dtype=torch.int32) for _ in exact]
+    results: list[dict[str, object]] = []
+    for threads in dict.fromkeys((1, 2, torch.get_num_threads())):
+        torch.set_num_threads(threads)
+        for t in (1, tokens):
+            x = rng.integers(0, P, (t, cols)).astype(np.uint32)
+            out, half = np.empty((t, rows), np.uint32), torch.randn(t, cols).bfloat16()
+            contenders: dict[str, Contender] = {
+                "exact": lambda i, x=x, out=out, n=threads: exact[i % len(exact)].product(
+                    x, out=out, threads=n
+                ),
+                "bfloat16": lambda i, x=half: torch.nn.functional.linear(x, plain[i % len(plain)]),
+            }
+            if t == 1:
+                contenders |= {
+                    "read (sum)": lambda i: memory[i % len(memory)].view(torch.float32).sum(),
+                    "read (max)": lambda i: memory[i % len(memory)].max(),
+                }
+            for name, seconds in medians(contenders, rounds if t == 1 else max(3, rounds // 8)).items():
+                size = rows * cols * (2 if name == "bfloat16" else 1)
+                results.append(
+                    {
+                        "what": name,
+                        "threads": threads,
+                        "tokens": t,
+                        "ms": seconds * 1e3,
+                        "GB/s": size / seconds / 1e9 if t == 1 else None,
+                        "GMAC/s": rows * cols * t / seconds / 1e9 if not name.startswith("read") else None,
+                    }
+                )
+    return results
+
+
+def trusted(rows: int, cols: int, tokens: int, rounds: int) -> list[dict[str, object]]:
+    """The trusted side's part of one exchange, in microseconds a token, on every core."""
+    rng = np.random.default_rng(1)
+    outputs = rows // 2
+    into, out = Rotation.random(cols, rng), Rotation.random(outputs, rng)
+    u = rng.integers(0, P, (2, 2 * outputs)).astype(np.uint32)
+    uq = rng.integers(0, P, (2, cols)).astype(np.uint32)
+    scales = rng.random((2, outputs)).astype(np.float32)
+    results: list[dict[str, object]] = []
+    for t in (1, tokens):
+        x, r = rng.normal(size=(t, cols)).astype(np.float32), rng.integers(0, P, (t, cols)).astype(np.uint32)
+        answer = rng.integers(0, P, (t, 2 * outputs)).astype(np.uint32)
+        image, inv_c = answer[::-1].copy(), np.ones(t)
+        contenders: dict[str, Contender] = {
+            "encode": lambda i, x=x, r=r: masking.encode(x, r, 5000.0, into),
+            "verify": lambda i, r=r, answer=answer: masking.verify(u, uq, r, answer),
+            "decode": lambda i, a=answer, b=image, c=inv_c: masking.decode(a, b, scales, c, out),
+        }
+        for name, seconds in medians(contenders, rounds).items():
+            results.append({"what": name, "tokens": t, "us_per_token": seconds / t * 1e6})
+    q = rng.integers(-128, 128, (rows, cols), np.int8)
+    u = rng.integers(0, P, (2, rows)).astype(np.uint32)
+    for name, run in {
+        "project": lambda i: field.project(u, q),
+        "prepare": lambda i: kernels.prepare(q),
+    }.items():
+        results.append({"what": name, "ms": medians({name: run}, 5)[name] * 1e3})
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name, default in (("rows", 11264), ("cols", 2048), ("tokens", 512), ("rounds", 41)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--json", action="store_true")
+    args = vars(parser.parse_args())
+    as_json = args.pop("json")
+    report = {
+        "backend": kernels.describe(),
+        **args,
+        "excludes": EXCLUDES,
+        "products": products(**args),
+        "trusted": trusted(**args),
+    }
+    if as_json:
+        json.dump(report, sys.stdout, indent=1)
+        return
+    print(
+        f"{report['backend']}; matrix {args['rows']} x {args['cols']}; medians of {args['rounds']}\n{EXCLUDES}\n"
+    )
+    print(f"{'':12}{'threads':>8}{'tokens':>8}{'ms':>10}{'GB/s':>8}{'GMAC/s':>8}")
+    for row in report["products"]:
+        numbers = "".join(f"{row[key]:8.1f}" if row[key] else f"{'':8}" for key in ("GB/s", "GMAC/s"))
+        print(f"{row['what']:12}{row['threads']:8}{row['tokens']:8}{row['ms']:10.3f}{numbers}")
+    print()
+    for row in report["trusted"]:
+        if "ms" in row:
+            print(f"{row['what']:12}{row['ms']:10.1f} ms")
+        else:
+            print(f"{row['what']:12}{row['tokens']:8} tokens{row['us_per_token']:10.2f} us a token")
+
+
+if __name__ == "__main__":
+    main()
