@@ -2,8 +2,8 @@
 
     python bench/kernels.py [--rows 11264] [--cols 2048] [--tokens 512] [--rounds 41] [--json]
 
-Contenders are interleaved, each walks through its own set of matrices, larger together than a cache, and the median
-of all rounds counts. GB/s is the bytes of the matrix (int8: 1 a weight, bfloat16: 2) over the time of one product.
+Contenders are interleaved, each walks through its own set of matrices, larger together than a cache, and the
+median of all rounds counts. GB/s is the matrix (int8: 1 byte a weight, bfloat16: 2) over the time.
 """
 
 import argparse
@@ -22,8 +22,8 @@ from sliplm.protocol import masking
 from sliplm.split.blinding import Rotation
 
 EXCLUDES = (
-    "excluded: packing the matrix (once, at start-up), the link, the pads' images; masking, check and decoding "
-    "are timed apart, blinded, two planes, two checks"
+    "excluded: packing (once, at start-up), the link, the pads' images; masking, check and decoding are "
+    "timed apart: blinded, two planes, two checks"
 )
 WORKING_SET = 1 << 27  # bytes per contender
 
@@ -128,9 +128,8 @@ def main() -> None:
     if as_json:
         json.dump(report, sys.stdout, indent=1)
         return
-    print(
-        f"{report['backend']}; matrix {args['rows']} x {args['cols']}; medians of {args['rounds']}\n{EXCLUDES}\n"
-    )
+    print(f"{report['backend']}; matrix {args['rows']} x {args['cols']}; medians of {args['rounds']}")
+    print(EXCLUDES + "\n")
     print(f"{'':12}{'threads':>8}{'tokens':>8}{'ms':>10}{'GB/s':>8}{'GMAC/s':>8}")
     for row in report["products"]:
         numbers = "".join(f"{row[key]:8.1f}" if row[key] else f"{'':8}" for key in ("GB/s", "GMAC/s"))
