@@ -63,7 +63,7 @@ class Pool:
         self._ready: list[deque[tuple[Array, Array]]] = [deque() for _ in matrices]
         self._levels = [0] * len(self._matrices)
         self._depth = depth
-        self._batch = max(1, min(batch, depth)) if depth else 1
+        self._batch = batch
         self._stream = Stream()
         self._stream_lock = threading.Lock()
         self._state = threading.Condition()
@@ -78,6 +78,12 @@ class Pool:
     def level(self) -> int:
         """Tokens for which every group has a pad ready."""
         return min(self._levels, default=0)
+
+    def resize(self, depth: int) -> None:
+        """Keep `depth` pads per group ready from now on."""
+        with self._state:
+            self._depth = depth
+            self._state.notify_all()
 
     def start(self) -> None:
         """Begin filling in the background. Does nothing when depth is 0 or a filler runs."""
@@ -135,8 +141,9 @@ class Pool:
                 if self._closed:
                     return
                 group = min(range(len(self._levels)), key=self._levels.__getitem__)
-            made = self._make(group, self._batch, threads=1)
+                count = min(self._batch, self._depth - self._levels[group])
+            made = self._make(group, count, threads=1)
             with self._state:
                 self._ready[group].append(made)
-                self._levels[group] += self._batch
+                self._levels[group] += count
                 self._state.notify_all()

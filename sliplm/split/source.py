@@ -28,13 +28,7 @@ class Source(ABC):
 
     def skeleton(self) -> transformers.PreTrainedModel:
         """The model with fake tensors: shapes and code, no memory. Call, and use the result, under `fake_mode()`."""
-        return self._model_class()._from_config(self.config).eval()
-
-    def _model_class(self) -> Any:
-        for name in self.config.architectures or []:
-            if hasattr(transformers, name):
-                return getattr(transformers, name)
-        return transformers.AutoModelForCausalLM._model_mapping[type(self.config)]
+        return _model_class(self.config)._from_config(self.config).eval()
 
     @abstractmethod
     def names(self) -> set[str]:
@@ -89,14 +83,8 @@ class LoadedSource(Source):
     """A model that Transformers has loaded whole: .gguf files, and checkpoints whose tensor names it rewrites."""
 
     def __init__(self, name: str, **arguments: Any) -> None:
-        self.config = _config(name, arguments)
         self.origin = (name, arguments)
-        try:
-            model = self._model_class().from_pretrained(name, dtype=torch.float32, **arguments)
-        except ImportError as error:
-            raise UnsupportedModelError(f"reading this model needs another package: {error}") from None
-        except (OSError, ValueError, RuntimeError, SafetensorError, KeyError, IndexError) as error:
-            raise UnsupportedModelError(f"Transformers cannot load {name}: {_first_line(error)}") from None
+        model = _load(name, _config(name, arguments), arguments)
         self.config = _plain(model.config)
         self.config.architectures = [type(model).__name__]
         self._tensors = dict(model.state_dict(keep_vars=False))
@@ -113,16 +101,48 @@ class LoadedSource(Source):
 
 def open_source(model: str) -> Source:
     """A directory, a .gguf file, or a hub id. Raises UnsupportedModelError."""
+    path, arguments = locate(model)
+    return LoadedSource(str(path), **arguments) if arguments else SafetensorsSource(path)
+
+
+def load_whole(model: str) -> Any:
+    """The unmodified model in float32, ready to run. Raises UnsupportedModelError."""
+    path, arguments = locate(model)
+    return _load(str(path), _config(str(path), arguments), arguments).eval()
+
+
+def locate(model: str) -> tuple[Path, dict[str, Any]]:
+    """What Transformers needs to load `model`: a directory, and extra arguments. Raises UnsupportedModelError."""
     path = Path(model).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
             raise UnsupportedModelError(f"{path} does not exist.")
-        return LoadedSource(str(path.parent), gguf_file=path.name)
+        return path.parent, {"gguf_file": path.name}
     if not path.is_dir():
         if path.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
             raise UnsupportedModelError(f"{model} is not a model: expected a directory, a .gguf file or a hub id.")
         path = _download(model)
-    return SafetensorsSource(path)
+    return path, {}
+
+
+def _model_class(config: transformers.PretrainedConfig) -> Any:
+    for name in config.architectures or []:
+        if hasattr(transformers, name):
+            return getattr(transformers, name)
+    mapping = transformers.AutoModelForCausalLM._model_mapping
+    if type(config) not in mapping:
+        raise UnsupportedModelError(f"the configuration names no architecture that Transformers has ({config.model_type}).")
+    return mapping[type(config)]
+
+
+def _load(name: str, config: transformers.PretrainedConfig, arguments: dict[str, Any]) -> Any:
+    kind = _model_class(config)
+    try:
+        return kind.from_pretrained(name, dtype=torch.float32, **arguments)
+    except ImportError as error:
+        raise UnsupportedModelError(f"reading this model needs another package: {_first_line(error)}") from None
+    except Exception as error:  # the readers of half a dozen formats raise whatever they do
+        raise UnsupportedModelError(f"Transformers cannot load {name}: {_first_line(error)}") from None
 
 
 def _download(model: str) -> Path:

