@@ -81,7 +81,12 @@ def test_dot_is_exact(m):
 def test_project_is_exact(path, m, k, checks):
     rng = np.random.default_rng(k)
     u, q = random_elements(rng, (checks, m)), rng.integers(-128, 128, (m, k)).astype(np.int8)
-    u[0], q[:, 0], q[:, -1] = P - 1, -128, 127
+    u[0], u[-1], q[:, 0], q[:, -1] = (
+        P - 1,
+        HALF,
+        -128,
+        127,
+    )  # the last sum is odd, and for 70,001 rows above 2^53
     low, high = (u & 0xFFFF).astype(np.int64) @ q, (u >> 16).astype(np.int64) @ q
     exact = (low + (high << 16)) % P  # below 2^16 * 2^7 * 2^17 + 2^56: fits
     assert (field.project(u, q) == exact).all()

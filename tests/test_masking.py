@@ -138,6 +138,15 @@ def test_encode_rounds_the_rotated_input_scaled_by_c(k):
     assert (field.add(r, field.lift(unmask(masked, r))) == masked).all()
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_sum_of_exactly_p_is_zero(sign):
+    x, zero = np.full((1, 1), sign, np.float32), np.zeros((1, 1), np.uint32)
+    r = field.sub(zero, encode(x, zero, 100.0, None)[0])
+    assert encode(x, r, 100.0, None)[0][0, 0] == 0
+    for off in (1, P - 1):
+        assert encode(x, field.add(r, np.full_like(r, off)), 100.0, None)[0][0, 0] == off
+
+
 def test_a_zero_vector_is_sent_as_its_pad():
     r = np.arange(10, dtype=np.uint32)[None]
     masked, inv_c = encode(np.zeros((1, 10), np.float32), r, 100.0, None)
