@@ -286,11 +286,14 @@ def test_hanging_up_in_a_stream_cancels(url, engine):
     assert engine.cancelled.wait(10)
 
 
-def test_hanging_up_before_the_answer_cancels(url, engine):
+def test_hanging_up_before_the_answer_cancels(url, engine, caplog):
     engine.delay = 0.01
+    caplog.set_level("INFO")
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(url + CHAT, json=HELLO | {"max_tokens": 100_000}, timeout=httpx.Timeout(10, read=0.3))
     assert engine.cancelled.wait(10)
+    wait_until(lambda: "cancelled its request" in caplog.text)
+    assert "Exception" not in caplog.text
 
 
 def test_hanging_up_while_connecting_closes_what_comes_of_it():

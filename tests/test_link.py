@@ -236,9 +236,9 @@ def result(edge: Channel, header, sequence=0, group=0, extra_rows=0, extra_cols=
         (
             lambda e, h: e._write(HEADER.pack(4, 1, 0, 2, h.sequence, 48) + b"abc") or e.close(),
             LinkError,
-            "middle",
+            "closed the connection",
         ),
-        (lambda e, h: e._write(b"abc") or e.close(), LinkError, "middle"),
+        (lambda e, h: e._write(b"abc") or e.close(), LinkError, "closed the connection"),
         (lambda e, h: e.close(), LinkError, "closed the connection"),
         (lambda e, h: e.abort(), LinkError, "closed the connection"),
         (
@@ -420,7 +420,7 @@ def test_the_worker_leaves_a_silent_trusted_side_and_comes_back(home, identity):
         (lambda c: c.send(Kind.DONE, b'{"text": "a"}'), ProtocolError, "after its end"),
         (lambda c: c.send(Kind.PING), ProtocolError, "PING out of turn"),
         (lambda c: None, LinkError, "closed the connection"),
-        (lambda c: c._write(b"abc"), LinkError, "middle of a frame"),
+        (lambda c: c._write(b"abc"), LinkError, "closed the connection"),
         (lambda c: c.send_error(Code.REQUEST, "too long"), RequestError, "too long"),
         (lambda c: c.send_error(99, "strange"), LinkError, "strange"),
     ],

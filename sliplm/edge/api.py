@@ -23,13 +23,14 @@ from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from sliplm.errors import LinkError, SlipError, VerificationError
 from sliplm.protocol.frames import MAX_JSON_BYTES
 from sliplm.protocol.messages import Chunk, GenerateRequest, Message, RequestError
 
-MAX_CONCURRENT = 64
-"""Generations under way at once; more wait their turn."""
+MAX_THREADS = 64
+"""As many threads wait for text at once. The trusted side allows one device no more connections than that."""
 
 Generate = Callable[[GenerateRequest], Iterator[Chunk]]
 """Starts a generation. If the iterator has a `close`, it cancels, from any thread."""
@@ -97,7 +98,7 @@ class _Body(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 class ChatBody(_Body, kw_only=True):
     messages: Annotated[list[_ChatMessage], Meta(min_length=1)]
     max_completion_tokens: int | None = None
-    logprobs: Literal[False] | None = None  # type: ignore[valid-type]
+    logprobs: Literal[False] | None = None
 
 
 class CompletionBody(_Body, kw_only=True):
@@ -214,10 +215,9 @@ def create_app(
 
     async def chat(request: Request) -> Response:
         body = await _body(request, ChatBody)
-        limit = body.max_completion_tokens
-        what = {"messages": [m.plain() for m in body.messages]} | (
-            {} if limit is None else {"max_tokens": limit}
-        )
+        what: dict[str, Any] = {"messages": [m.plain() for m in body.messages]}
+        if body.max_completion_tokens is not None:
+            what["max_tokens"] = body.max_completion_tokens
         return await answer(request, body, body.request(**what), chat=True)
 
     async def completions(request: Request) -> Response:
@@ -231,7 +231,7 @@ def create_app(
         if body.model not in (None, model):
             raise _ApiError(404, f"there is no model {body.model!r} here, only {model!r}", "model_not_found")
         if not threads:
-            threads.append(anyio.CapacityLimiter(MAX_CONCURRENT))
+            threads.append(anyio.CapacityLimiter(MAX_THREADS))
         style = _Style(chat, model)
         stream = _Stream(generate, wanted, threads[0])
         if not body.stream:
@@ -240,11 +240,14 @@ def create_app(
         # Errors before the first chunk still get a status code of their own.
         first = await _unless_disconnected(request, stream, stream.next)
         with_usage = body.stream_options is not None and body.stream_options.include_usage
-        return StreamingResponse(_events(stream, first, style, with_usage), media_type="text/event-stream")
+        return _EventStream(stream, _events(stream, first, style, with_usage))
 
     async def on_error(_: Request, error: Exception) -> Response:
         problem = _translate(error)
         return _json(problem.body, problem.status)
+
+    async def on_hang_up(_: Request, error: Exception) -> Response:
+        return Response(status_code=499)  # nobody reads it; without it, the server would log a traceback
 
     async def not_found(_: Request, error: Exception) -> Response:
         status = getattr(error, "status_code", 404)
@@ -261,6 +264,7 @@ def create_app(
         exception_handlers={
             SlipError: on_error,
             _ApiError: on_error,
+            ClientDisconnect: on_hang_up,
             404: not_found,
             405: not_found,
             500: on_error,
@@ -329,6 +333,20 @@ class _Stream:
             _close(chunks)
 
 
+class _EventStream(StreamingResponse):
+    """Closes the generation whatever happens, even if the client is gone before the first event."""
+
+    def __init__(self, stream: _Stream, events: AsyncIterator[bytes]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"cache-control": "no-store"})
+        self._stream = stream
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._stream.close()
+
+
 def _close(chunks: Iterator[Chunk]) -> None:
     close = getattr(chunks, "close", None)
     if close is not None:
@@ -358,7 +376,7 @@ async def _unless_disconnected(request: Request, stream: _Stream, work: Callable
     if result:
         return result[0]
     stream.close()
-    raise failure[0] if failure else ClientDisconnect
+    raise failure[0] if failure else ClientDisconnect()
 
 
 async def _events(stream: _Stream, chunk: Chunk, style: _Style, with_usage: bool) -> AsyncIterator[bytes]:
@@ -376,5 +394,3 @@ async def _events(stream: _Stream, chunk: Chunk, style: _Style, with_usage: bool
         yield b"data: [DONE]\n\n"
     except Exception as error:
         yield _event(_translate(error).body)
-    finally:
-        stream.close()

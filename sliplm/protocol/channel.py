@@ -26,6 +26,7 @@ Address = tuple[str, int]
 
 CONNECT_SECONDS = 10.0
 DRAIN_SECONDS = 1.0
+READ_BYTES = 1 << 15
 WRITE_BYTES = 1 << 20
 SLOWEST = 1e6
 """Bytes per second below which a peer that keeps sending is given up nevertheless."""
@@ -43,8 +44,10 @@ class Channel:
         self.peer = peer
         self.version = 0
         self._sock = sock
-        self._header = bytearray(HEADER.size)
-        self._out = np.empty(1 << 14, np.uint8)
+        self._in = memoryview(bytearray(READ_BYTES))
+        self._start = self._end = 0  # the part of `_in` that has not been used yet
+        self._out = np.empty(READ_BYTES, np.uint8)
+        self._staged: dict[tuple[int, int], NDArray[np.uint32]] = {}
         self.set_timeout(timeout)
 
     def set_timeout(self, timeout: float) -> None:
@@ -58,10 +61,15 @@ class Channel:
 
         It lies behind the room for the header, so that both leave in one write without another copy.
         """
-        size = HEADER.size + 4 * rows * cols
-        if self._out.size < size:
-            self._out = np.empty(size, np.uint8)
-        return self._out[HEADER.size : size].view(np.uint32).reshape(rows, cols)
+        staged = self._staged.get((rows, cols))
+        if staged is None:
+            size = HEADER.size + 4 * rows * cols
+            if self._out.size < size or len(self._staged) > 64:
+                self._staged.clear()  # they are views of the old buffer
+                self._out = np.empty(max(size, self._out.size), np.uint8)
+            staged = self._out[HEADER.size : size].view(np.uint32).reshape(rows, cols)
+            self._staged[rows, cols] = staged
+        return staged
 
     def send_staged(self, kind: Kind, group: int, sequence: int, staged: NDArray[np.uint32]) -> None:
         """Send the array that `stage` returned."""
@@ -79,12 +87,10 @@ class Channel:
 
     def _write(self, data: bytes | memoryview) -> None:
         try:
-            if len(data) <= WRITE_BYTES:
-                self._sock.sendall(data)
-                return
-            with memoryview(data) as view:  # piece by piece, because the timeout holds for a whole call
-                for start in range(0, len(view), WRITE_BYTES):
-                    self._sock.sendall(view[start : start + WRITE_BYTES])
+            # Piece by piece, because the timeout holds for one call.
+            done = self._sock.send(data if len(data) <= WRITE_BYTES else data[:WRITE_BYTES])
+            while done < len(data):
+                done += self._sock.send(data[done : done + WRITE_BYTES])
         except (OSError, ValueError) as error:
             self._fail(error)
 
@@ -92,8 +98,27 @@ class Channel:
 
     def receive(self) -> Header:
         """The next frame's header, valid and within the limits. Its payload must be read next."""
-        self._read(memoryview(self._header))
-        return frames.parse_header(self._header, self.version)
+        if self._end - self._start < HEADER.size:
+            self._fetch_header()
+        header = frames.parse_header(self._in[self._start : self._start + HEADER.size], self.version)
+        self._start += HEADER.size
+        return header
+
+    def comes(self, header: tuple[int, ...]) -> bool:
+        """Whether the next frame has exactly this header; it is then done with. Otherwise, `receive` it."""
+        if self._end - self._start < HEADER.size:
+            self._fetch_header()
+        if HEADER.unpack_from(self._in, self._start) != header:
+            return False
+        self._start += HEADER.size
+        return True
+
+    def _fetch_header(self) -> None:
+        left = self._end - self._start
+        self._in[:left] = self._in[self._start : self._end]
+        self._start, self._end = 0, left
+        while self._end < HEADER.size:
+            self._end += self._receive_some(self._in[self._end :])
 
     def read(self, header: Header) -> bytes:
         """The payload of a frame without an array (so at most 1 MiB)."""
@@ -113,22 +138,27 @@ class Channel:
         return _EXCEPTIONS.get(header.group, LinkError)(sentence)
 
     def _read(self, view: memoryview) -> None:
-        done, size, deadline = 0, len(view), 0.0
+        size = len(view)
+        done = min(size, self._end - self._start)  # what came along with the header
+        view[:done] = self._in[self._start : self._start + done]
+        self._start += done
+        if done == size:
+            return
+        deadline = time.monotonic() + self.timeout + size / SLOWEST
+        while done < size:
+            done += self._receive_some(view[done:])
+            if done < size and time.monotonic() > deadline:
+                self._fail(TimeoutError())
+
+    def _receive_some(self, view: memoryview) -> int:
+        """At least one byte: TLS delivers up to 16 KiB at a time."""
         try:
-            while done < size:
-                # TLS delivers at most 16 KiB at a time, and `settimeout` holds for one call only.
-                count = self._sock.recv_into(view[done:] if done else view)
-                if count == 0:
-                    when = " in the middle of a frame" if done else ""
-                    raise LinkError(f"{self.peer} closed the connection{when}")
-                done += count
-                if done < size:
-                    now = time.monotonic()
-                    deadline = deadline or now + self.timeout + size / SLOWEST
-                    if now > deadline:
-                        raise TimeoutError
+            count = self._sock.recv_into(view)
         except (OSError, ValueError) as error:
             self._fail(error)
+        if not count:
+            raise LinkError(f"{self.peer} closed the connection")
+        return count
 
     def peer_left(self) -> bool:
         """Whether the peer closed the connection, or spoke although it was not its turn. Does not wait."""

@@ -7,10 +7,9 @@ right shape and belongs to this question, and that after any failure it never an
 from __future__ import annotations
 
 import abc
-import contextlib
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,6 +28,9 @@ Shape = tuple[int, int]
 
 FRAME_BYTES = 32 << 20
 """Longer inputs travel in several frames of about this size, which bounds the memory on both sides."""
+
+
+_RESULT, _PONG = int(Kind.RESULT), int(Kind.PONG)  # enums are slow to look up and to compare
 
 
 class Link(abc.ABC):
@@ -105,45 +107,52 @@ class RemoteLink(Link):
 
     def _exchange(self, group: int, x: Field, m: int) -> Field:
         rows, k = x.shape
-        with self._turn():
+        y = np.empty((rows, m), np.uint32)
+        self._take_turn()
+        try:
             channel, sequence = self._channel, self._sequence
             staged = channel.stage(rows, k)
             staged[:] = x
             channel.send_staged(Kind.EXCHANGE, group, sequence, staged)
-            header = channel.receive()
-            if header != (Kind.RESULT, channel.version, group, rows, sequence, 4 * rows * m):
-                raise self._refuse(header)
-            y = np.empty((rows, m), np.uint32)
+            if not channel.comes((_RESULT, channel.version, group, rows, sequence, y.nbytes)):
+                raise self._refuse(channel.receive())
             channel.read_array(y)
-            return y
+            self.last_used = time.monotonic()
+        except BaseException:
+            self._give_up()
+            raise
+        finally:
+            self._lock.release()
+        return y
 
     def ping(self) -> None:
         """Make sure that the edge is still there. Raises LinkError if not. Needless during an exchange."""
         if self._lock.locked():
             return
-        with self._turn():
-            self._channel.send(Kind.PING, sequence=self._sequence)
-            header = self._channel.receive()
-            if header.kind != Kind.PONG or header.sequence != self._sequence:
-                raise self._refuse(header)
-
-    @contextlib.contextmanager
-    def _turn(self) -> Iterator[None]:
-        """The channel to ourselves, for one question and its answer."""
-        if not self._lock.acquire(timeout=self._timeout):
-            raise LinkError(f"the edge was busy with other requests for {self._timeout:g} s")
+        self._take_turn()
         try:
-            if self._closed.is_set():
-                raise LinkError("the connection to the edge is closed")
-            self._sequence = (self._sequence + 1) & 0xFFFFFFFF
-            yield
+            self._channel.send(Kind.PING, sequence=self._sequence)
+            if not self._channel.comes((_PONG, self._channel.version, 0, 0, self._sequence, 0)):
+                raise self._refuse(self._channel.receive())
             self.last_used = time.monotonic()
         except BaseException:
-            self._closed.set()
-            self._channel.close()
+            self._give_up()
             raise
         finally:
             self._lock.release()
+
+    def _take_turn(self) -> None:
+        """The channel to ourselves, for one question and its answer; whoever gets it releases the lock."""
+        if not self._lock.acquire(timeout=self._timeout):
+            raise LinkError(f"the edge was busy with other requests for {self._timeout:g} s")
+        if self._closed.is_set():
+            self._lock.release()
+            raise LinkError("the connection to the edge is closed")
+        self._sequence = (self._sequence + 1) & 0xFFFFFFFF
+
+    def _give_up(self) -> None:
+        self._closed.set()
+        self._channel.close()
 
     def _refuse(self, header: Header) -> LinkError:
         if header.kind == Kind.ERROR:
