@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import transformers
 
-import sliplm.trusted.quantizer  # noqa: F401 - registers the method
+import sliplm.trusted  # noqa: F401 - teaches Transformers to load the bundle
 from sliplm import bundle
 from sliplm.errors import BundleError
 from sliplm.evaluate import agreement, text, thief

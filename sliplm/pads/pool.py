@@ -109,6 +109,8 @@ class Pool:
         """Pads for `tokens` tokens of `group`; those that are not ready are made now."""
         if os.getpid() != self._pid:
             raise RuntimeError("a pool of pads does not survive fork")
+        if self._closed:
+            raise RuntimeError("the pool of pads is closed")
         parts: list[tuple[Array, Array]] = []
         missing = tokens
         with self._state:

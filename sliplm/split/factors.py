@@ -69,9 +69,10 @@ def _randomized(
 def _spectrum(
     weight: torch.Tensor, u: torch.Tensor, s: torch.Tensor, vt: torch.Tensor, generator: torch.Generator
 ) -> torch.Tensor:
-    """Evenly spaced quantiles of the spectral density of weight - u s vt (N, K), N >= K."""
+    """Evenly spaced quantiles of the spectral density of weight - u s vt (N, K), N >= K, off its null space."""
     steps = min(_LANCZOS_STEPS, weight.shape[1] - 1)
     basis = torch.randn(weight.shape[1], _PROBES, generator=generator)
+    basis -= vt.T @ (vt @ basis)  # the residual's own null space is not part of its spectrum
     basis /= basis.norm(dim=0)
     history = [basis]
     alphas, betas = [], []

@@ -138,11 +138,15 @@ def _model_class(config: transformers.PretrainedConfig) -> Any:
 def _load(name: str, config: transformers.PretrainedConfig, arguments: dict[str, Any]) -> Any:
     kind = _model_class(config)
     try:
-        return kind.from_pretrained(name, dtype=torch.float32, **arguments)
+        model, info = kind.from_pretrained(name, dtype=torch.float32, output_loading_info=True, **arguments)
     except ImportError as error:
         raise UnsupportedModelError(f"reading this model needs another package: {_first_line(error)}") from None
     except Exception as error:  # the readers of half a dozen formats raise whatever they do
         raise UnsupportedModelError(f"Transformers cannot load {name}: {_first_line(error)}") from None
+    # Transformers would fill these with random numbers and carry on.
+    if missing := sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}):
+        raise UnsupportedModelError(f"{name} lacks {missing[0]}, or has it in another shape; it is incomplete.")
+    return model
 
 
 def _download(model: str) -> Path:

@@ -12,7 +12,6 @@ import torch
 import transformers
 from transformers.generation.streamers import BaseStreamer
 
-import sliplm.trusted.quantizer  # noqa: F401 - registers the method
 from sliplm import bundle
 from sliplm.errors import LinkError, SlipError
 from sliplm.protocol.link import Link
