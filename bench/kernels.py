@@ -8,10 +8,13 @@ median of all rounds counts. GB/s is the matrix (int8: 1 byte a weight, bfloat16
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
+
+os.environ["OMP_WAIT_POLICY"] = "passive"  # or PyTorch's threads spin through the next contender's turn
 
 import numpy as np
 import torch

@@ -47,7 +47,6 @@ struct Ops {
             for (int b = 0; b < 4; b++) sum[j][b] = vld1q_s32(acc + j * digit_stride + b * 4);
         for (size_t q = 0; q < quads; q++, w += stride, d += kDigits * 4) {
             const uint8x16_t digits = vld1q_u8(d);
-            __builtin_prefetch(w + 2048);
 #pragma GCC unroll 4
             for (int b = 0; b < 4; b++) {
                 const int8x16_t weights = vld1q_s8(w + b * 16);

@@ -22,10 +22,7 @@ struct Ops {
         for (size_t q = 0; q < quads; q++, w += stride, d += 16) {
             __m512i weights[R];
 #pragma GCC unroll 4
-            for (int b = 0; b < R; b++) {
-                weights[b] = _mm512_loadu_si512(w + b * 64);
-                if (T == 1) _mm_prefetch(reinterpret_cast<const char*>(w + b * 64 + kAhead), _MM_HINT_T0);
-            }
+            for (int b = 0; b < R; b++) weights[b] = _mm512_loadu_si512(w + b * 64);
 #pragma GCC unroll 4
             for (int t = 0; t < T; t++)
 #pragma GCC unroll 4
@@ -45,8 +42,6 @@ struct Ops {
                 for (int b = 0; b < R; b++)
                     _mm512_storeu_si512(acc + t * token_stride + j * digit_stride + b * 16, sum[t][j][b]);
     }
-
-    static constexpr size_t kAhead = 4096;  // bytes
 };
 }  // namespace
 

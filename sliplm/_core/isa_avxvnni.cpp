@@ -21,7 +21,6 @@ struct Ops {
         for (size_t q = 0; q < quads; q++, w += stride, d += 16) {
             const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w));
             const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + 32));
-            _mm_prefetch(reinterpret_cast<const char*>(w + 4096), _MM_HINT_T0);
 #pragma GCC unroll 4
             for (int j = 0; j < 4; j++) {
                 int32_t quad;

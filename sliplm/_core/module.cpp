@@ -123,7 +123,7 @@ private:
                  [&](size_t t) { isa_.split(x + t * cols_, cols_, digits.get() + t * token_bytes); });
         // Few enough tasks to hand out cheaply, enough to even out threads that start late or are interrupted.
         const size_t rounds = (tokens + kTokens - 1) / kTokens;
-        const size_t run = std::max<size_t>(1, groups() / (8 * threads));
+        const size_t run = std::max<size_t>(1, groups() / (32 * threads));
         const size_t runs = (groups() + run - 1) / run;
         parallel(runs * rounds, threads, [&](size_t task) {
             const size_t t = task % rounds * kTokens, begin = task / rounds * run;
