@@ -84,6 +84,8 @@ class Runtime:
         link = self._link.get() or self._default_link
         if link is None:
             raise LinkError("no edge is connected.")
+        if not len(x):
+            return np.empty((0, scales.shape[1]), np.float32)
         step = self.chunk(group)
         parts = [
             self._exchange(link, group, x[i : i + step], row_norm, scales, rotations) for i in range(0, len(x), step)

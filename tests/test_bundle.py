@@ -1,0 +1,140 @@
+"""Bundles: every damage is found, and two halves of different splits never meet."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from sliplm import bundle
+from sliplm.errors import BundleError, SlipError
+
+
+@pytest.fixture
+def copy(tiny_split: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_split, tmp_path / "copy"))
+
+
+def test_tensor_writer_writes_what_safetensors_reads(tmp_path: Path) -> None:
+    tensors = {
+        "a": torch.randn(3, 5).to(torch.bfloat16), "empty": torch.zeros(0, 4), "scalar": torch.tensor(2.5),
+        "b": torch.randint(-128, 128, (4, 7), dtype=torch.int8), "view": torch.arange(12.0).reshape(3, 4).T,
+    }  # fmt: skip
+    writer = bundle.TensorWriter(tmp_path / "x", {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()})
+    for name, tensor in tensors.items():
+        writer.write(name, tensor)
+    assert writer.close() == bundle.sha256_file(tmp_path / "x")
+    assert all(torch.equal(t, tensors[n]) for n, t in load_file(tmp_path / "x").items())
+
+
+def test_tensor_writer_refuses_what_was_not_announced(tmp_path: Path) -> None:
+    writer = bundle.TensorWriter(tmp_path / "x", {"a": (torch.float32, (2,)), "b": (torch.int8, (1,))})
+    for name, tensor in [("b", torch.zeros(1, dtype=torch.int8)), ("a", torch.zeros(3))]:
+        with pytest.raises(ValueError):
+            writer.write(name, tensor)
+    with pytest.raises(ValueError):
+        bundle.TensorWriter(tmp_path / "y", {"a": (torch.float32, (2,))}).close()
+
+
+def test_edge_matrices_are_read_only_and_exact(tiny_split: Path) -> None:
+    edge = bundle.EdgeBundle.open(tiny_split / "edge")
+    stored = load_file(tiny_split / "edge" / "q.safetensors")
+    assert len(edge.digest) == 32
+    for g, shape in enumerate(edge.shapes):
+        assert edge.matrix(g).shape == tuple(shape)
+        assert np.array_equal(edge.matrix(g), stored[str(g)].numpy())
+        with pytest.raises(ValueError):
+            edge.matrix(g)[0, 0] = 1
+
+
+@pytest.mark.parametrize("side", ["edge", "trusted"])
+def test_every_flipped_bit_is_found(side: str, copy: Path) -> None:
+    def open_it() -> None:
+        if side == "edge":
+            bundle.EdgeBundle.open(copy / "edge")
+        else:
+            bundle.open_trusted(copy / "trusted")
+
+    open_it()
+    rng = np.random.default_rng()
+    for path in sorted((copy / side).iterdir()):
+        if path.name == "manifest.json":
+            continue  # the digest of the edge's manifest is what the two sides compare
+        raw = path.read_bytes()
+        at = int(rng.integers(len(raw)))
+        path.unlink()  # q.safetensors is a hard link in the original
+        path.write_bytes(raw[:at] + bytes([raw[at] ^ 1 << int(rng.integers(8))]) + raw[at + 1 :])
+        with pytest.raises(BundleError, match="damaged"):
+            open_it()
+        path.write_bytes(raw[:-1])
+        with pytest.raises(BundleError, match="damaged"):
+            open_it()
+        path.unlink()
+        with pytest.raises(BundleError, match="cannot read"):
+            open_it()
+        path.write_bytes(raw)
+    open_it()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"format": 1}', '{"format": 1, "shapes": "x", "q_sha256": ""}'])
+def test_malformed_manifests(text: str, copy: Path) -> None:
+    for side in ("edge", "trusted"):
+        (copy / side / "manifest.json").write_text(text)
+    for reader, side in ((bundle.EdgeBundle.open, "edge"), (bundle.open_trusted, "trusted")):
+        with pytest.raises(BundleError):
+            reader(copy / side)
+
+
+def test_another_format_version_is_named(copy: Path) -> None:
+    path = copy / "edge" / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
+    with pytest.raises(BundleError, match="version 99"):
+        bundle.EdgeBundle.open(copy / "edge")
+
+
+def test_shapes_that_do_not_fit_the_file(copy: Path) -> None:
+    path = copy / "edge" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["shapes"][0] = [manifest["shapes"][0][1], manifest["shapes"][0][0]]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match="header"):
+        bundle.EdgeBundle.open(copy / "edge")
+
+
+def test_the_wrong_side_and_no_bundle_at_all(tiny_split: Path, tmp_path: Path) -> None:
+    for path in (tiny_split / "trusted", tmp_path, tmp_path / "nothing"):
+        with pytest.raises(BundleError):
+            bundle.EdgeBundle.open(path)
+    with pytest.raises(BundleError):
+        bundle.open_trusted(tiny_split / "edge")
+
+
+def test_a_damaged_trusted_bundle_does_not_load(copy: Path) -> None:
+    q = copy / "trusted" / "q.safetensors"
+    raw = bytearray(q.read_bytes())
+    raw[-1] ^= 1
+    q.unlink()
+    q.write_bytes(raw)
+    with pytest.raises(SlipError, match="damaged"):
+        transformers.AutoModelForCausalLM.from_pretrained(copy / "trusted")
+
+
+def test_the_trusted_directory_is_private(tiny_split: Path) -> None:
+    assert os.stat(tiny_split / "trusted").st_mode & 0o077 == 0
+
+
+def test_new_directory_is_all_or_nothing(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), bundle.new_directory(tmp_path / "x") as partial:
+        (partial / "half").write_text("written")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    with bundle.new_directory(tmp_path / "deep" / "x") as partial:
+        (partial / "whole").write_text("written")
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["x"]
