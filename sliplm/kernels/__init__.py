@@ -6,6 +6,7 @@ passed over for the next. SLIPLM_BACKEND=native|torch forces one.
 
 import logging
 import os
+from collections.abc import Iterator
 from functools import cache
 
 import numpy as np
@@ -41,8 +42,7 @@ def prepare(q: NDArray[np.int8], backend: str | None = None) -> IntMatrix:
 
 def available_backends() -> list[str]:
     """The backends that can run and have proved themselves here, best first."""
-    forced = os.environ.get("SLIPLM_BACKEND")
-    return [name for name in BACKENDS if forced in (None, "", name) and self_proof(name)]
+    return list(_usable())
 
 
 def describe() -> str:
@@ -73,11 +73,15 @@ def self_proof(backend: str) -> bool:
     return True
 
 
+def _usable() -> Iterator[str]:
+    forced = os.environ.get("SLIPLM_BACKEND")
+    return (name for name in BACKENDS if forced in (None, "", name) and self_proof(name))
+
+
 def _choose() -> str:
-    usable = available_backends()
-    if not usable:
-        raise ValueError(f"no usable kernel backend (SLIPLM_BACKEND={os.environ.get('SLIPLM_BACKEND', '')})")
-    return usable[0]
+    for name in _usable():  # the first proof that holds is enough
+        return name
+    raise ValueError(f"no usable kernel backend (SLIPLM_BACKEND={os.environ.get('SLIPLM_BACKEND', '')})")
 
 
 def _named(backend: str) -> type[IntMatrix]:
