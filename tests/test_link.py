@@ -58,8 +58,8 @@ def rows(count: int, group: int = 0) -> np.ndarray:
 
 
 def the_link(server: TrustedServer) -> RemoteLink:
-    wait_until(lambda: bool(server._links))
-    return next(iter(server._links.values()))[-1]
+    wait_until(lambda: bool(server.links()))
+    return server.links()[-1]
 
 
 def ask(prompt: str = "hi", words: int = 3) -> GenerateRequest:
@@ -312,7 +312,7 @@ def test_a_cheating_edge_is_cut_off_and_no_text_of_it_appears(home, identity, ca
         with pytest.raises(VerificationError, match="failed its check"):
             text(worker)
         assert not cheated.alive
-        wait_until(lambda: bool(server._links))  # it may come back, and is caught again
+        wait_until(lambda: bool(server.links()))  # it may come back, and is caught again
         with pytest.raises(VerificationError):
             text(worker)
 
@@ -343,7 +343,7 @@ def test_an_edge_killed_in_the_middle_is_noticed_at_once(home, identity):
         finally:
             process.kill()
             process.wait(10)
-        wait_until(lambda: not server._links)
+        wait_until(lambda: not server.links())
 
 
 # --- the trusted side misbehaves ------------------------------------------------------------------
@@ -679,7 +679,7 @@ def test_a_dead_link_is_passed_over(home, identity):
     """The newest connection lost its power: it is still open, and does not answer."""
     with serving(home, exchange_timeout=0.5) as server, working(server, identity) as worker:
         dead, _ = connect(server.address, tls.client_context(identity), Role.WORK, DIGEST, 10)
-        wait_until(lambda: len(next(iter(server._links.values()))) == 2)
+        wait_until(lambda: len(server.links()) == 2)
         the_link(server).last_used -= 2
         assert text(worker)
         dead.close()

@@ -132,14 +132,18 @@ class TrustedServer:
         elif self._serving is not threading.current_thread():
             self._stopped.wait(10)
 
+    def links(self) -> list[RemoteLink]:
+        """The live links of all devices, the newest of each device last."""
+        with self._changed:
+            return [link for group in self._links.values() for link in group if link.alive]
+
     def _shut_down(self) -> None:
         self._stopping.set()
         self._listener.close()
         with self._changed:
             connections = dict(self._connections)
-            links = [link for group in self._links.values() for link in group]
             self._changed.notify_all()
-        for link in links:  # this makes the generations that use it fail, and they say why
+        for link in self.links():  # this makes the generations that use it fail, and they say why
             link.close()
         deadline = time.monotonic() + 2
         for thread in connections:

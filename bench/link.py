@@ -1,0 +1,148 @@
+"""How long one exchange takes on this machine: RemoteLink to a worker process over loopback TLS, no products.
+
+    python bench/link.py [--cols 2048] [--rows 1 32 512] [--rounds 5000] [--json]
+
+The edge sends its input back, so all that is timed is TLS, the sockets and Python on both sides. Beside it, the
+same bytes over a bare ssl socket: what the link itself adds is the difference. Where the scheduler puts the two
+processes matters as much: `taskset -c 1` in front puts them on one core, and the numbers closer together.
+"""
+
+import argparse
+import json
+import multiprocessing
+import socket
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from sliplm.edge.engine import EdgeEngine
+from sliplm.edge.worker import EdgeWorker
+from sliplm.field import P
+from sliplm.protocol import authority, tls
+from sliplm.trusted.server import TrustedServer
+
+DIGEST = bytes(32)
+
+
+class Mirror:
+    """An IntMatrix that multiplies by one."""
+
+    nbytes = 0
+
+    def __init__(self, cols: int) -> None:
+        self.rows = self.cols = cols
+
+    def product(self, x, *, out=None, threads=0):
+        out[:] = x
+        return out
+
+
+class Silent:
+    def generate(self, request, link):
+        yield from ()
+
+    def model_name(self) -> str:
+        return "none"
+
+
+def work(cols: int, address: tuple[str, int], identity: Path) -> None:
+    EdgeWorker(EdgeEngine([Mirror(cols)], DIGEST), address, identity).run()
+
+
+def read(sock: socket.socket, view: memoryview) -> bool:
+    done = 0
+    while done < len(view):
+        count = sock.recv_into(view[done:])
+        if not count:
+            return False
+        done += count
+    return True
+
+
+def echo(address: tuple[str, int], identity: Path, sizes: list[int]) -> None:
+    raw = socket.create_connection(address)
+    raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock = tls.client_context(identity).wrap_socket(raw, server_hostname=authority.SERVER_NAME)
+    for size in sizes:
+        data = memoryview(bytearray(size))
+        while read(sock, data):
+            sock.sendall(data)
+            if data[0]:  # the last round of this size
+                break
+
+
+def time_rounds(step: Callable[[bool], object], rounds: int) -> dict[str, float]:
+    times = []
+    for i in range(rounds + rounds // 5 + 1):
+        start = time.perf_counter()
+        step(i == rounds + rounds // 5)
+        times.append((time.perf_counter() - start) * 1e6)
+    kept = times[rounds // 5 :]  # the first fifth warms up
+    return {"median_us": statistics.median(kept), "p10_us": statistics.quantiles(kept, n=10)[0]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--cols", type=int, default=2048)
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 32, 512])
+    parser.add_argument("--rounds", type=int, default=5000)
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    plan = [(rows, max(20, args.rounds // rows)) for rows in args.rows]
+    spawn = multiprocessing.get_context("spawn")
+    results = []
+    with tempfile.TemporaryDirectory() as tmp:
+        home, identity = Path(tmp) / "authority", Path(tmp) / "identity.pem"
+        authority.add_device(home, "bench", identity)
+
+        server = TrustedServer(Silent(), DIGEST, [(args.cols, args.cols)], home)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        edge = spawn.Process(target=work, args=(args.cols, server.address, identity), daemon=True)
+        edge.start()
+        while not server.links():
+            time.sleep(0.01)
+        link = server.links()[0]
+        rng = np.random.default_rng()
+        for rows, rounds in plan:
+            x = rng.integers(0, P, (rows, args.cols)).astype(np.uint32)
+            took = time_rounds(lambda _, x=x: link.exchange(0, x), rounds)
+            results.append({"what": "link", "rows": rows, "bytes": x.nbytes, **took})
+        edge.terminate()
+        server.close()
+
+        sizes = [16 + 4 * rows * args.cols for rows, _ in plan]
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            mirror = spawn.Process(target=echo, args=(listener.getsockname(), identity, sizes), daemon=True)
+            mirror.start()
+            raw, _ = listener.accept()
+            raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            with tls.server_context(home).wrap_socket(raw, server_side=True) as sock:
+                for (rows, rounds), size in zip(plan, sizes, strict=True):
+                    data = memoryview(bytearray(size))
+
+                    def once(last: bool, sock=sock, data=data) -> None:
+                        data[0] = last
+                        sock.sendall(data)
+                        read(sock, data)
+
+                    results.append(
+                        {"what": "bare ssl", "rows": rows, "bytes": size, **time_rounds(once, rounds)}
+                    )
+            mirror.join(10)
+    if args.json:
+        print(json.dumps(results))
+        return
+    for r in results:
+        print(f"{r['what']:9} {r['rows']:5} rows {r['bytes'] / 1024:8.0f} KiB each way"
+              f"  median {r['median_us']:9.1f} us  p10 {r['p10_us']:9.1f} us")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
