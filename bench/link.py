@@ -2,9 +2,9 @@
 
     python bench/link.py [--cols 2048] [--rows 1 32 512] [--rounds 5000] [--json]
 
-The edge sends its input back, so all that is timed is TLS, the sockets and Python on both sides. Beside it, the
-same bytes over a bare ssl socket: what the link itself adds is the difference. Where the scheduler puts the two
-processes matters as much: `taskset -c 1` in front puts them on one core, and the numbers closer together.
+The edge sends its input back, so all that is timed is TLS, the sockets and Python on both sides. Beside it,
+the same bytes over a bare ssl socket: what the link itself adds is the difference. Where the scheduler puts
+the two processes matters as much: `taskset -c 1` in front puts them on one core.
 """
 
 import argparse
