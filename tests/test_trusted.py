@@ -48,8 +48,8 @@ def protected(tiny_split: Path) -> Any:
 
 
 def watch(model: Any, spoil: Any = None) -> Watching:
-    link = Watching(model.slip._default_link, spoil)
-    model.slip._default_link = link
+    link = Watching(model.slip.default_link, spoil)
+    model.slip.default_link = link
     return link
 
 
@@ -222,7 +222,7 @@ def engine(tiny_split: Path) -> Engine:
 
 
 def ask(engine: Engine, **what: Any) -> tuple[str, Chunk]:
-    chunks = list(engine.generate(GenerateRequest(**what), engine.model.slip._default_link))
+    chunks = list(engine.generate(GenerateRequest(**what), engine.model.slip.default_link))
     assert all(c.finish_reason is None for c in chunks[:-1])
     return "".join(c.text for c in chunks), chunks[-1]
 
@@ -261,7 +261,7 @@ def test_a_seed_makes_sampling_repeatable(engine: Engine) -> None:
 
 
 def test_closing_the_iterator_stops_the_generation(engine: Engine) -> None:
-    link = Watching(engine.model.slip._default_link)
+    link = Watching(engine.model.slip.default_link)
     chunks = engine.generate(GenerateRequest(prompt="Hello", max_tokens=100), link)
     next(chunks)
     chunks.close()
@@ -279,7 +279,7 @@ def test_prompts_that_do_not_fit(engine: Engine) -> None:
 
 
 def test_a_failing_edge_ends_the_stream_with_an_error_and_no_text(engine: Engine) -> None:
-    link = Watching(engine.model.slip._default_link, flip_one_bit)
+    link = Watching(engine.model.slip.default_link, flip_one_bit)
     got = []
     with pytest.raises(VerificationError):
         got.extend(engine.generate(GenerateRequest(prompt="Hello"), link))

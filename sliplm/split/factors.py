@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 EXACT_BELOW = 1024  # smaller side up to which the Gram matrix is diagonalised outright
-_LANCZOS_STEPS = 48
+_LANCZOS_STEPS = 24
 _PROBES = 4
 _QUANTILES = 1024
 

@@ -47,7 +47,7 @@ class Runtime:
         self._u = [stream.elements(CHECKS, m.rows) for m in matrices]
         self._uq = [field.project(u, q) for u, q in zip(self._u, raw, strict=True)]
         self.pool = Pool(matrices, pool_depth)
-        self._default_link = link
+        self.default_link = link
         self._link: ContextVar[Link | None] = ContextVar("link", default=None)
         self.shapes = [(m.rows, m.cols) for m in matrices]
 
@@ -81,7 +81,7 @@ class Runtime:
             LinkError: no edge, or it went away. VerificationError: its answer is wrong; nothing is returned.
             NumericsError: x is not finite.
         """
-        link = self._link.get() or self._default_link
+        link = self._link.get() or self.default_link
         if link is None:
             raise LinkError("no edge is connected.")
         if not len(x):
