@@ -18,7 +18,7 @@ check: $(STAMP)
 	$(BIN)/mypy
 
 numbers: $(STAMP)
-	$(BIN)/python bench/numbers.py
+	$(BIN)/python bench/acceptance.py
 
 # torch first and pinned: it has a CPU build, and a looser requirement would pull gigabytes of CUDA.
 $(STAMP): requirements.txt requirements-dev.txt pyproject.toml CMakeLists.txt $(wildcard sliplm/_core/*.cpp sliplm/_core/*.hpp)

@@ -1,118 +1,168 @@
-"""Which linear maps are protected, and which of them read the same input (q, k, v; gate, up): one group, one round trip."""
+"""Which layers are protected, and which of their matrices read the same input (q, k, v; gate, up): one group, one
+round trip."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from dataclasses import dataclass
+import logging
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from sliplm.errors import UnsupportedModelError
+from sliplm.split.example import example_inputs
+from sliplm.split.layers import Member, is_experts, is_linear, members
 
-MAX_COLUMNS = (1 << 16) - 1  # int32 accumulation in the edge's kernel is exact up to here (DESIGN §4)
-
-
-@dataclass(frozen=True)
-class Member:
-    """One protected linear map: y = W x + b with W of shape (rows, columns).
-
-    `transposed` says that the stored weight is W^T, as in GPT-2's Conv1D.
-    """
-
-    name: str
-    rows: int
-    columns: int
-    bias: bool
-    transposed: bool
-
-
+logger = logging.getLogger(__name__)
 Group = tuple[Member, ...]
+Layers = dict[str, tuple[Member, ...]]  # by the name of the layer
+
+MAX_UNKNOWN = 0.1  # share of the protected weights that unknown layers may hold
 
 
-def is_protectable(module: nn.Module) -> bool:
-    """A plain linear map, whose forward is the one we replace."""
-    return (isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward) or type(module) is Conv1D
+def find_groups(model: nn.Module, inputs: Any = None, rank: int = 0) -> list[Group]:
+    """Group the matrices of `model` by the tensor they read, which one forward pass shows (under fake tensors it costs
+    no arithmetic).
 
-
-def find_groups(model: nn.Module, inputs: dict[str, Any] | None = None) -> list[Group]:
-    """Trace `model` once (under fake tensors it costs no arithmetic) and group its linear maps by the tensor they read.
+    Grouping decides about round trips only, never about results. Where the pass fails, every matrix is a group.
 
     Args:
-        inputs: keyword arguments of the call; by default made from the model's configuration.
+        inputs: of the forward pass: a dictionary of keyword arguments, a tuple of positional ones, or one tensor; by
+            default made from the model's configuration.
+        rank: layers with a matrix of at most this rank stay on the trusted side, as nothing would be left for the edge.
 
     Returns:
-        Groups in order of execution. Maps that the trace does not reach come last, each alone.
+        Groups in order of execution. Matrices that the pass does not reach come last, each alone.
 
     Raises:
         UnsupportedModelError: naming the modules that cannot be protected.
     """
-    linear = {name: module for name, module in model.named_modules() if is_protectable(module)}
-    _refuse_others(model, set(linear))
+    layers = find_layers(model, rank)
+    _refuse_unknown(model, layers, rank)
     calls: dict[Hashable, list[str]] = {}
+    try:
+        with torch.no_grad(), _watched(model, layers, calls):
+            _call(model, example_inputs(model) if inputs is None else inputs)
+    except Exception as error:  # whatever the model's code raises
+        reason = str(error).strip().splitlines()
+        logger.warning("no round trips are saved: a trial run failed (%s)", reason[0] if reason else repr(error))
+        calls = {}
+    return _arrange({m.name: m for found in layers.values() for m in found}, calls)
+
+
+def find_layers(model: nn.Module, rank: int = 0) -> Layers:
+    """The layers of `model` that are protected at this rank."""
+    return {name: found for name, found in _supported(model).items() if not _too_small(found, rank)}
+
+
+def left_out(model: nn.Module, groups: list[Group]) -> list[str]:
+    """Layers that hold matrices and stay on the trusted side all the same, embedding tables apart."""
+    protected = {m.weight for group in groups for m in group}
+    return [
+        f"{name} ({type(module).__name__})"
+        for name, module in model.named_modules()
+        if not isinstance(module, nn.Embedding)
+        and any(p.dim() >= 2 and f"{name}.{key}" not in protected for key, p in _parameters(module))
+    ]
+
+
+def _supported(model: nn.Module) -> Layers:
+    return {name: found for name, module in model.named_modules() if (found := members(name, module))}
+
+
+def _too_small(found: tuple[Member, ...], rank: int) -> bool:
+    return any(min(m.rows, m.columns) <= rank for m in found)
+
+
+def _parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    yield from module.named_parameters(recurse=False)
+
+
+def _refuse_unknown(model: nn.Module, layers: Layers, rank: int) -> None:
+    """Layers of kinds that we do not know are right where they are, on the trusted side: position tables, routers. But
+    the trusted side is to do little, so a model whose weights are mostly in such layers is not protected at all."""
+    supported = _supported(model)
+    unknown = {
+        f"{name} ({type(module).__name__})": size
+        for name, module in model.named_modules()
+        if name not in supported
+        and not isinstance(module, nn.Embedding)
+        and (size := sum(p.numel() for _, p in _parameters(module) if p.dim() >= 2))
+    }
+    known = sum(m.rows * m.columns for found in supported.values() for m in found)
+    if sum(unknown.values()) > MAX_UNKNOWN * known:
+        names = sorted(unknown, key=lambda name: -unknown[name])
+        shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        raise UnsupportedModelError(f"layers of an unsupported type hold weights: {shown}.")
+    if not layers:
+        why = f" at rank {rank}: its matrices are no larger" if supported else ""
+        raise UnsupportedModelError(f"{type(model).__name__} has no layer to protect{why}.")
+
+
+@contextmanager
+def _watched(model: nn.Module, layers: Layers, calls: dict[Hashable, list[str]]) -> Iterator[None]:
+    """Note in `calls` which matrices are called on what: a tensor's place in memory, or a key of their own."""
     alive: list[torch.Tensor] = []  # a freed storage's address would be reused, and two inputs taken for one
 
-    def hook(name: str) -> Any:
+    def hook(names: list[str], alone: bool) -> Any:
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if alone:
+                for name in names:
+                    calls[name] = [name]
+                return
             x = args[0] if args else kwargs["input"]
             alive.append(x)
             place = (x.untyped_storage()._cdata, x.storage_offset(), tuple(x.shape), x.stride(), x._version)
-            calls.setdefault(place, []).append(name)
+            calls.setdefault(place, []).extend(names)
 
         return before
 
-    hooks = [module.register_forward_pre_hook(hook(name), with_kwargs=True) for name, module in linear.items()]
+    hooks, stubbed = [], []
+    for name, found in layers.items():
+        module = model.get_submodule(name)
+        before = hook([m.name for m in found], alone=not is_linear(module))
+        hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        if is_experts(module):  # where it sends tokens depends on their values, which fake tensors do not have
+            module.forward = _like_first
+            stubbed.append(module)
     try:
-        with torch.no_grad():
-            model(**(inputs if inputs is not None else _example(model)))
+        yield
     finally:
         for handle in hooks:
             handle.remove()
+        for module in stubbed:
+            del module.forward
+
+
+def _like_first(x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    return torch.zeros_like(x)
+
+
+def _call(model: nn.Module, inputs: Any) -> None:
+    if isinstance(inputs, dict):
+        model(**inputs)
+    elif isinstance(inputs, tuple):
+        model(*inputs)
+    else:
+        model(inputs)
+
+
+def _arrange(known: dict[str, Member], calls: dict[Hashable, list[str]]) -> list[Group]:
     together: dict[str, set[frozenset[str]]] = {}
     for names in calls.values():
         for name in names:
             together.setdefault(name, set()).add(frozenset(names))
     groups: list[Group] = []
     done: set[str] = set()
-    for name in [*(n for names in calls.values() for n in names), *linear]:
+    for name in [*(n for names in calls.values() for n in names), *known]:
         if name in done:
             continue
-        # A map called with different company at different times is a group of its own.
+        # A matrix called with different company at different times is a group of its own.
         sets = together.get(name, {frozenset([name])})
         steady = len(sets) == 1 and all(together[other] == sets for other in next(iter(sets)) if other in together)
-        names = [n for n in linear if n in next(iter(sets))] if steady else [name]
-        groups.append(tuple(as_member(n, linear[n]) for n in names))
+        names = [n for n in known if n in next(iter(sets))] if steady else [name]
+        groups.append(tuple(known[n] for n in names))
         done.update(names)
     return groups
-
-
-def as_member(name: str, module: nn.Module) -> Member:
-    """Describe a protectable module. Raises UnsupportedModelError if it is too wide."""
-    weight, transposed = module.weight, isinstance(module, Conv1D)
-    assert isinstance(weight, torch.Tensor)
-    rows, columns = reversed(weight.shape) if transposed else weight.shape
-    if columns > MAX_COLUMNS:
-        raise UnsupportedModelError(f"{name} reads {columns} features; at most {MAX_COLUMNS} are supported.")
-    return Member(name, rows, columns, module.bias is not None, transposed)
-
-
-def _refuse_others(model: nn.Module, linear: set[str]) -> None:
-    """Every matrix must be protected or stay on the trusted side knowingly: an embedding table, or a norm."""
-    strange = [
-        f"{name} ({type(module).__name__})"
-        for name, module in model.named_modules()
-        if name not in linear
-        and not isinstance(module, nn.Embedding)
-        and any(parameter.dim() >= 2 for parameter in module.parameters(recurse=False))
-    ]
-    if strange:
-        shown = ", ".join(strange[:4]) + (f" and {len(strange) - 4} more" if len(strange) > 4 else "")
-        raise UnsupportedModelError(f"layers of an unsupported type hold weights: {shown}.")
-    if not linear:
-        raise UnsupportedModelError(f"{type(model).__name__} has no linear layer to protect.")
-
-
-def _example(model: nn.Module) -> dict[str, Any]:
-    return {"input_ids": torch.zeros(1, 4, dtype=torch.long)}
