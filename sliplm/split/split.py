@@ -16,7 +16,7 @@ import transformers
 from sliplm import bundle
 from sliplm.errors import SlipError, UnsupportedModelError
 from sliplm.split.blinding import Rotation
-from sliplm.split.camouflage import low_rank
+from sliplm.split.camouflage import low_rank, trusted_rank
 from sliplm.split.factors import leading
 from sliplm.split.groups import Group, Member, find_groups
 from sliplm.split.planes import quantise
@@ -163,7 +163,7 @@ def group_layout(group: Group, options: Options) -> Layout:
     layout: Layout = {}
     columns, rows = group[0].columns, sum(m.rows for m in group)
     for m in group:
-        rank = min(options.rank, m.rows, m.columns)
+        rank = trusted_rank(options.rank, m.rows, m.columns, options.camouflage)
         layout[f"{m.name}.factor_a"] = (torch.float32, (m.rows, rank))
         layout[f"{m.name}.factor_b"] = (torch.float32, (rank, m.columns))
         if m.bias:
@@ -188,7 +188,7 @@ def _split_group(
     for m in group:
         stored = source.read(tied.get(_weight(m), _weight(m))).float()
         weight = _shaped(m.name, stored.T if m.transposed else stored, (m.rows, m.columns))
-        a, b = low_rank(leading(weight, options.rank, generator), options.camouflage)
+        a, b = low_rank(weight, leading(weight, options.rank, generator), options.camouflage)
         yield f"{m.name}.factor_a", a
         yield f"{m.name}.factor_b", b
         if m.bias:
