@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 from sliplm import bundle
 from sliplm.split.blinding import Rotation
-from sliplm.split.groups import as_member
+from sliplm.split.layers import members
 from sliplm.split.planes import dequantise
 
 
@@ -32,14 +32,23 @@ def edge_only(directory: Path) -> Any:
     with safe_open(trusted / "model.safetensors", "pt") as file:
         names = set(file.keys())
         state = {name: file.get_tensor(name) for name in model.state_dict() if name in names}
-        missing, _ = model.load_state_dict(state, strict=False)
-        for number, group in enumerate(settings["groups"]):
-            members = [as_member(name, model.get_submodule(name)) for name in group]
-            weight = _edge_weight(torch.from_numpy(edge.matrix(number).copy()), file, group[0])
-            for m, part in zip(members, weight.split([m.rows for m in members]), strict=True):
-                module = model.get_submodule(m.name)
-                # A tied head gets a matrix of its own: the embedding stays what it was.
-                module.weight = torch.nn.Parameter((part.T if m.transposed else part).contiguous())
+        model.load_state_dict(state, strict=False)
+        known = {m.name: m for name, module in model.named_modules() for m in members(name, module)}
+        stolen: dict[str, torch.Tensor] = {}
+        for number, names in enumerate(settings["groups"]):
+            group = [known[name] for name in names]
+            weight = _edge_weight(torch.from_numpy(edge.matrix(number).copy()), file, names[0])
+            for m, part in zip(group, weight.split([m.rows for m in group]), strict=True):
+                whole = stolen.setdefault(m.weight, torch.empty(m.shape))
+                pieces = whole.view(m.parts, -1)
+                pieces[m.part] = (part.T if m.transposed else part).reshape(-1)
+                if m.bias:
+                    bias = model.get_parameter(m.bias).data.view(m.parts, -1)
+                    bias[m.part] = file.get_tensor(f"{m.name}.bias")
+    for name, whole in stolen.items():
+        layer, _, key = name.rpartition(".")
+        # A tied head gets a matrix of its own: the embedding stays what it was.
+        setattr(model.get_submodule(layer), key, torch.nn.Parameter(whole))
     return model.eval()
 
 

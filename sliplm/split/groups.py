@@ -13,7 +13,7 @@ from torch import nn
 
 from sliplm.errors import UnsupportedModelError
 from sliplm.split.example import example_inputs
-from sliplm.split.layers import Member, is_experts, is_linear, members
+from sliplm.split.layers import Member, is_experts, is_linear, join, members
 
 logger = logging.getLogger(__name__)
 Group = tuple[Member, ...]
@@ -64,7 +64,7 @@ def left_out(model: nn.Module, groups: list[Group]) -> list[str]:
         f"{name} ({type(module).__name__})"
         for name, module in model.named_modules()
         if not isinstance(module, nn.Embedding)
-        and any(p.dim() >= 2 and f"{name}.{key}" not in protected for key, p in _parameters(module))
+        and any(p.dim() >= 2 and join(name, key) not in protected for key, p in _parameters(module))
     ]
 
 
@@ -154,6 +154,7 @@ def _arrange(known: dict[str, Member], calls: dict[Hashable, list[str]]) -> list
     for names in calls.values():
         for name in names:
             together.setdefault(name, set()).add(frozenset(names))
+    position = {name: i for i, name in enumerate(known)}
     groups: list[Group] = []
     done: set[str] = set()
     for name in [*(n for names in calls.values() for n in names), *known]:
@@ -162,7 +163,7 @@ def _arrange(known: dict[str, Member], calls: dict[Hashable, list[str]]) -> list
         # A matrix called with different company at different times is a group of its own.
         sets = together.get(name, {frozenset([name])})
         steady = len(sets) == 1 and all(together[other] == sets for other in next(iter(sets)) if other in together)
-        names = [n for n in known if n in next(iter(sets))] if steady else [name]
+        names = sorted(next(iter(sets)), key=position.__getitem__) if steady else [name]
         groups.append(tuple(known[n] for n in names))
         done.update(names)
     return groups

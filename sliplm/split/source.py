@@ -38,8 +38,12 @@ class Source(ABC):
     def dtype(self, name: str) -> torch.dtype: ...
 
     @abstractmethod
-    def read(self, name: str) -> torch.Tensor:
-        """One tensor, in memory of its own, checked to be finite. Raises UnsupportedModelError."""
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    @abstractmethod
+    def read(self, name: str, part: int = 0, parts: int = 1) -> torch.Tensor:
+        """One tensor, or of its first axis, cut into `parts` equal pieces, number `part`; in memory of its own, checked
+        to be finite. Raises UnsupportedModelError."""
 
 
 def fake_mode() -> FakeTensorMode:
@@ -61,11 +65,19 @@ class SafetensorsSource(Source):
         with safe_open(self._where[name], "pt") as file:
             return getattr(torch, _TORCH_NAMES[file.get_slice(name).get_dtype()])
 
-    def read(self, name: str) -> torch.Tensor:
+    def shape(self, name: str) -> tuple[int, ...]:
+        with safe_open(self._where[name], "pt") as file:
+            return tuple(file.get_slice(name).get_shape())
+
+    def read(self, name: str, part: int = 0, parts: int = 1) -> torch.Tensor:
         path = self._where[name]
         try:
             with safe_open(path, "pt") as file:
-                tensor = file.get_tensor(name).clone()
+                if parts == 1:
+                    tensor = file.get_tensor(name).clone()
+                else:
+                    stored = file.get_slice(name)
+                    tensor = stored[_piece(stored.get_shape()[0], part, parts)].clone()
         except (SafetensorError, OSError) as error:
             raise UnsupportedModelError(f"{path} is damaged or incomplete ({error}).") from None
         return _finite(name, tensor)
@@ -95,8 +107,12 @@ class LoadedSource(Source):
     def dtype(self, name: str) -> torch.dtype:
         return self._tensors[name].dtype
 
-    def read(self, name: str) -> torch.Tensor:
-        return _finite(name, self._tensors[name])
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
+    def read(self, name: str, part: int = 0, parts: int = 1) -> torch.Tensor:
+        tensor = self._tensors[name]
+        return _finite(name, tensor if parts == 1 else tensor[_piece(len(tensor), part, parts)])
 
 
 def open_source(model: str) -> Source:
@@ -199,6 +215,10 @@ def _index(directory: Path) -> dict[str, Path]:
         except (SafetensorError, OSError) as error:
             raise UnsupportedModelError(f"{path} is damaged or incomplete ({_first_line(error)}).") from None
     return where
+
+
+def _piece(length: int, part: int, parts: int) -> slice:
+    return slice(part * (length // parts), (part + 1) * (length // parts))
 
 
 def _finite(name: str, tensor: torch.Tensor) -> torch.Tensor:

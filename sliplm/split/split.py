@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -18,12 +19,21 @@ from sliplm.errors import SlipError, UnsupportedModelError
 from sliplm.split.blinding import Rotation
 from sliplm.split.camouflage import low_rank, trusted_rank
 from sliplm.split.factors import leading
-from sliplm.split.groups import Group, Member, find_groups
+from sliplm.split.groups import Group, find_groups, left_out
 from sliplm.split.planes import quantise
 from sliplm.split.source import LoadedSource, Source, fake_mode, open_source
 
 logger = logging.getLogger(__name__)
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+PREPROCESSING = ("preprocessor_config.json", "processor_config.json")
+
+
+class TensorSource(Protocol):
+    """Where weights come from; see `Source`."""
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def read(self, name: str, part: int = 0, parts: int = 1) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -50,7 +60,8 @@ class Options:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a split did. Sizes in bytes; `digest` names the split (hex)."""
+    """What a split did. Sizes in bytes; `digest` names the split (hex); `layers` counts matrices; `kept` names the layers
+    that hold weights and stay on the trusted side, embedding tables apart."""
 
     digest: str
     groups: int
@@ -58,6 +69,7 @@ class Summary:
     protected_parameters: int
     edge_bytes: int
     trusted_bytes: int
+    kept: list[str]
 
 
 def split(
@@ -78,40 +90,52 @@ def split(
     source = open_source(model)
     with fake_mode():
         skeleton = source.skeleton()
-        groups = find_groups(skeleton)
-        plain, tied = _other_tensors(skeleton, groups)
-        needed = plain.keys() | {tied.get(_weight(m), _weight(m)) for group in groups for m in group}
-        needed |= {f"{m.name}.bias" for group in groups for m in group if m.bias}
-    if missing := needed - source.names():
+        groups = find_groups(skeleton, rank=options.rank)
+        kept = left_out(skeleton, groups)
+        tied = dict(getattr(skeleton, "all_tied_weights_keys", {}))
+        plain = _plain_tensors(skeleton, groups, tied)
+    needed = [*plain, *protected_tensors(groups)]
+    stored = _stored_names(needed, tied, source.names())
+    if missing := set(stored.values()) - source.names():
         # Transformers renames or fuses tensors of this architecture while loading; let it.
         logger.info("loading the whole model: its checkpoint names %d tensors differently", len(missing))
         source = LoadedSource(source.origin[0])
-        if missing := needed - source.names():
+        stored = _stored_names(needed, tied, source.names())
+        if missing := set(stored.values()) - source.names():
             raise UnsupportedModelError(f"the checkpoint lacks the weight {min(missing)}.")
     with bundle.new_directory(out) as partial:
         (partial / "edge").mkdir()
         (partial / "trusted").mkdir(mode=0o700)
-        digest = _write(partial, source, groups, plain, tied, options, progress)
-        sizes = [sum(f.stat().st_size for f in (partial / side).iterdir()) for side in ("edge", "trusted")]
+        digest = _write(partial, source, groups, plain, stored, options, skeleton, progress)
+        edge, trusted = (sum(f.stat().st_size for f in (partial / side).iterdir()) for side in ("edge", "trusted"))
     members = [m for group in groups for m in group]
     weights = sum(m.rows * m.columns for m in members)
-    return Summary(digest, len(groups), len(members), weights, *sizes)
+    return Summary(digest, len(groups), len(members), weights, edge, trusted, kept)
 
 
-def _weight(member: Member) -> str:
-    return f"{member.name}.weight"
+def protected_tensors(groups: list[Group]) -> set[str]:
+    """Names of the original's tensors that the protected model does not have."""
+    return {name for group in groups for m in group for name in (m.weight, m.bias) if name}
 
 
-def _other_tensors(skeleton: transformers.PreTrainedModel, groups: list[Group]) -> tuple[Layout, dict[str, str]]:
-    """Tensors that stay as they are (name -> dtype, shape), and the tied names (target -> source)."""
-    tied = dict(getattr(skeleton, "all_tied_weights_keys", {}))
-    protected = {f"{m.name}.{kind}" for group in groups for m in group for kind in ("weight", "bias")}
-    plain: Layout = {
+def _plain_tensors(skeleton: transformers.PreTrainedModel, groups: list[Group], tied: dict[str, str]) -> Layout:
+    """Tensors that stay as they are: name -> dtype, shape. Of tied ones, those that the others are made from."""
+    protected = protected_tensors(groups)
+    owners = {name.rpartition(".")[0] for name in protected}
+    layers = {skeleton.get_submodule(name) for name in owners}
+    for name, module in skeleton.named_modules(remove_duplicate=False):
+        if module in layers and name not in owners:
+            raise UnsupportedModelError(f"{name} ({type(module).__name__}) is a layer that has another name, too.")
+    return {
         name: (tensor.dtype, tuple(tensor.shape))
         for name, tensor in skeleton.state_dict().items()
-        if name not in protected and name not in tied
+        if name not in protected and (name not in tied or tied[name] in protected)
     }
-    return plain, tied
+
+
+def _stored_names(names: list[str], tied: dict[str, str], stored: set[str]) -> dict[str, str]:
+    """Where the checkpoint has each tensor: a tied one may be there under its own name or under the other."""
+    return {name: tied[name] if tied.get(name) in stored else name for name in names}
 
 
 def _write(
@@ -119,13 +143,14 @@ def _write(
     source: Source,
     groups: list[Group],
     plain: Layout,
-    tied: dict[str, str],
+    stored: dict[str, str],
     options: Options,
+    skeleton: transformers.PreTrainedModel,
     progress: Callable[[int, int], None] | None,
 ) -> str:
     edge, trusted = directory / "edge", directory / "trusted"
     shapes = [(options.planes * sum(m.rows for m in group), group[0].columns) for group in groups]
-    layout: Layout = {name: (source.dtype(name), shape) for name, (_, shape) in plain.items()}
+    layout: Layout = {name: (source.dtype(stored[name]), shape) for name, (_, shape) in plain.items()}
     for group in groups:
         layout |= group_layout(group, options)
     total = sum(m.rows * m.columns for group in groups for m in group)
@@ -137,9 +162,10 @@ def _write(
     q_file, trusted_file = files
     try:
         for name, (_, shape) in plain.items():
-            trusted_file.write(name, _shaped(name, source.read(name), shape))
+            _check_shape(name, source.shape(stored[name]), shape)
+            trusted_file.write(name, source.read(stored[name]))
         for number, group in enumerate(groups):
-            for name, tensor in _split_group(source, group, tied, options):
+            for name, tensor in split_group(source, group, stored, options):
                 if name == "q":
                     q_file.write(str(number), tensor)
                 else:
@@ -153,7 +179,7 @@ def _write(
         for file in files:
             file.abort()
     _share(edge / bundle.Q_FILE, trusted / bundle.Q_FILE)
-    _write_checkpoint_files(trusted, source, groups, options)
+    _write_checkpoint_files(trusted, source, groups, options, skeleton)
     bundle.write_trusted_manifest(trusted, digest)
     return digest
 
@@ -178,24 +204,25 @@ def group_layout(group: Group, options: Options) -> Layout:
     return layout
 
 
-def _split_group(
-    source: Source, group: Group, tied: dict[str, str], options: Options
+def split_group(
+    source: TensorSource, group: Group, stored: dict[str, str], options: Options
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The group's trusted tensors in the order of `group_layout`, and "q"."""
+    """The group's trusted tensors in the order of `group_layout`, and "q"; `stored` says what `source` calls a tensor."""
     generator = torch.Generator().manual_seed(0)  # for the sketch of the SVD, which is no secret
     rest = torch.empty(sum(m.rows for m in group), group[0].columns)
     start = 0
     for m in group:
-        stored = source.read(tied.get(_weight(m), _weight(m))).float()
-        weight = _shaped(m.name, stored.T if m.transposed else stored, (m.rows, m.columns))
+        where = stored[m.weight]
+        _check_shape(m.weight, source.shape(where), m.shape)
+        weight = m.matrix(source.read(where, m.part, m.parts).float())
         a, b = low_rank(weight, leading(weight, options.rank, generator), options.camouflage)
         yield f"{m.name}.factor_a", a
         yield f"{m.name}.factor_b", b
         if m.bias:
-            yield f"{m.name}.bias", _shaped(m.name, source.read(f"{m.name}.bias"), (m.rows,)).float()
+            yield f"{m.name}.bias", source.read(stored[m.bias], m.part, m.parts).float().reshape(m.rows)
         torch.addmm(weight, a, b, alpha=-1, out=rest[start : start + m.rows])
         start += m.rows
-        del stored, weight
+        del weight
     rotations = [Rotation.random(rest.shape[1]), Rotation.random(rest.shape[0])] if options.blinding else []
     if rotations:
         rest = rotations[0].apply(rest)
@@ -217,10 +244,9 @@ def row_norm(q: torch.Tensor) -> torch.Tensor:
     return torch.tensor(np.nextafter(np.float32(max(largest, 1.0) ** 0.5), np.float32(np.inf)))
 
 
-def _shaped(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    if tuple(tensor.shape) != shape:
-        raise UnsupportedModelError(f"{name} has shape {tuple(tensor.shape)}, its configuration says {shape}.")
-    return tensor
+def _check_shape(name: str, actual: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    if actual != expected:
+        raise UnsupportedModelError(f"{name} has shape {actual}, its configuration says {expected}.")
 
 
 def _share(original: Path, name: Path) -> None:
@@ -231,7 +257,9 @@ def _share(original: Path, name: Path) -> None:
         shutil.copyfile(original, name)
 
 
-def _write_checkpoint_files(trusted: Path, source: Source, groups: list[Group], options: Options) -> None:
+def _write_checkpoint_files(
+    trusted: Path, source: Source, groups: list[Group], options: Options, skeleton: transformers.PreTrainedModel
+) -> None:
     """Make `trusted` a checkpoint that `from_pretrained` loads: configuration, generation settings, tokenizer."""
     config = source.config
     config.dtype = torch.float32  # results equal those of the float32 original
@@ -245,12 +273,17 @@ def _write_checkpoint_files(trusted: Path, source: Source, groups: list[Group], 
     }
     name, arguments = source.origin
     config.save_pretrained(trusted)
-    try:
-        generation = transformers.GenerationConfig.from_pretrained(name)
-    except OSError:
-        generation = transformers.GenerationConfig.from_model_config(config)
-    generation.save_pretrained(trusted)
+    if skeleton.can_generate():
+        try:
+            generation = transformers.GenerationConfig.from_pretrained(name)
+        except OSError:
+            generation = transformers.GenerationConfig.from_model_config(config)
+        generation.save_pretrained(trusted)
+    for file in PREPROCESSING:
+        if (path := Path(name) / file).is_file():
+            shutil.copyfile(path, trusted / file)
     try:
         transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False, **arguments).save_pretrained(trusted)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        logger.warning("the model has no tokenizer that Transformers can load (%s)", str(error).splitlines()[0])
+        level = logging.WARNING if skeleton.main_input_name == "input_ids" else logging.DEBUG
+        logger.log(level, "the model has no tokenizer that Transformers can load (%s)", str(error).splitlines()[0])

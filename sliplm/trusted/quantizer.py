@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -16,11 +15,9 @@ from sliplm import bundle, kernels
 from sliplm.edge.engine import EdgeEngine
 from sliplm.errors import BundleError
 from sliplm.protocol.link import InProcessLink
-from sliplm.split.blinding import Rotation
-from sliplm.split.groups import Member, as_member
-from sliplm.split.split import Options, group_layout
-from sliplm.trusted.group import Group, MemberWeights
-from sliplm.trusted.linear import ProtectedLinear
+from sliplm.split.layers import members
+from sliplm.split.split import Options, group_layout, protected_tensors
+from sliplm.trusted.install import bind, install
 from sliplm.trusted.runtime import Runtime
 
 
@@ -60,36 +57,39 @@ class SlipQuantizer(HfQuantizer):  # type: ignore[misc]
             raise BundleError("a trusted bundle is loaded from its directory.")
         self._directory = Path(checkpoint_files[0]).parent
         self._manifest = bundle.open_trusted(self._directory)
-        self._members = [
-            tuple(as_member(name, model.get_submodule(name)) for name in names)
-            for names in self.quantization_config.groups
-        ]
+        known = {m.name: m for name, module in model.named_modules() for m in members(name, module)}
+        try:
+            self._groups = [tuple(known[name] for name in names) for names in self.quantization_config.groups]
+        except KeyError as error:
+            classes = " or ".join(model.config.architectures or ["another class"])
+            raise BundleError(
+                f"{type(model).__name__} has no layer {error}, which the bundle protects; load it as {classes}."
+            ) from None
         # Whatever dtype the model is asked to be: these few tensors carry the precision.
         strict = set(model._keep_in_fp32_modules_strict or ())
         model._keep_in_fp32_modules_strict = strict | {"factor_a", "factor_b", "scales", "row_norm"}
-        for group in self._members:
-            layout = group_layout(group, self.quantization_config.options)
-            for m in group:
-                prefix = f"{m.name}."
-                tensors = {
-                    name.removeprefix(prefix): torch.empty(shape, dtype=dtype, device="meta")
-                    for name, (dtype, shape) in layout.items()
-                    if name.startswith(prefix) and "." not in name.removeprefix(prefix)
-                }
-                model.set_submodule(m.name, ProtectedLinear(m.columns, m.rows, tensors))
-                model.all_tied_weights_keys.pop(f"{m.name}.weight", None)
+        options = self.quantization_config.options
+        layout = {name: entry for group in self._groups for name, entry in group_layout(group, options).items()}
+        install(model, self._groups, {n: torch.empty(s, dtype=d, device="meta") for n, (d, s) in layout.items()})
+        gone = protected_tensors(self._groups)
+        for target, origin in list(model.all_tied_weights_keys.items()):
+            if target in gone or origin in gone:
+                del model.all_tied_weights_keys[target]
+
+    def update_weight_conversions(self, weight_conversions: Any, model: Any) -> list[Any]:
+        """None: a bundle's tensors have the names that they have in the model."""
+        return []
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         shapes = [
-            (self.quantization_config.planes * sum(m.rows for m in group), group[0].columns) for group in self._members
+            (self.quantization_config.planes * sum(m.rows for m in group), group[0].columns) for group in self._groups
         ]
         q = bundle.QFile(self._directory / bundle.Q_FILE, shapes)
         raw = [q.matrix(g) for g in range(len(shapes))]
         matrices = [kernels.prepare(array) for array in raw]
         digest = bytes.fromhex(self._manifest.edge_digest)
         runtime = Runtime(matrices, raw, digest, InProcessLink(EdgeEngine(matrices, digest)))
-        for number, group in enumerate(self._members):
-            bind_group(model, number, group, runtime)
+        bind(model, self._groups, runtime)
         model.slip = runtime
         return model
 
@@ -99,28 +99,3 @@ class SlipQuantizer(HfQuantizer):  # type: ignore[misc]
     @property
     def is_trainable(self) -> bool:
         return False
-
-
-def bind_group(model: nn.Module, number: int, members: tuple[Member, ...], runtime: Runtime) -> None:
-    """Move the loaded tensors of one group out of the modules and into a `Group` of `runtime`."""
-    modules = [model.get_submodule(m.name) for m in members]
-    # Copies: the loader's tensors are views of a mapped file.
-    tensors = [
-        {name: t.detach().clone().float() if t.is_floating_point() else t for name, t in module.named_buffers()}
-        for module in modules
-    ]
-    shared = tensors[0]
-    rotations = tuple(
-        Rotation(shared[f"{side}_perm"].numpy(), shared[f"{side}_sign"].numpy()) if f"{side}_perm" in shared else None
-        for side in ("in", "out")
-    )
-    weights = [
-        MemberWeights(m.name, t["factor_a"], t["factor_b"], t.get("bias"))
-        for m, t in zip(members, tensors, strict=True)
-    ]
-    group = Group(
-        number, weights, shared["scales"].numpy(), float(shared["row_norm"]), (rotations[0], rotations[1]), runtime
-    )
-    for i, module in enumerate(modules):
-        assert isinstance(module, ProtectedLinear)
-        module.bind(group, i)

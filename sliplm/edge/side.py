@@ -1,0 +1,25 @@
+"""The edge in a few lines of Python: what `slip edge` runs, without its API."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sliplm.bundle import EdgeBundle
+from sliplm.edge.engine import EdgeEngine
+from sliplm.edge.worker import EdgeWorker
+
+
+class Edge(EdgeWorker):
+    """An edge bundle and a connection to its trusted side: `run` serves until `stop`, `generate` asks for text.
+
+    Args:
+        bundle: DIR/edge.
+        trusted: HOST:PORT of the trusted side, or the pair.
+        identity: the file that `slip device add` wrote.
+
+    Raises:
+        BundleError, IdentityError, LinkError: one of them is no good.
+    """
+
+    def __init__(self, bundle: Path | str, trusted: str | tuple[str, int], identity: Path | str) -> None:
+        super().__init__(EdgeEngine.from_bundle(EdgeBundle.open(bundle)), trusted, identity)

@@ -1,0 +1,68 @@
+"""Put protected layers in the place of a model's own, and bind them to a runtime."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from sliplm.split.blinding import Rotation
+from sliplm.split.groups import Group as Members
+from sliplm.split.layers import is_experts, members
+from sliplm.trusted.conv import ProtectedConv
+from sliplm.trusted.experts import protect_experts
+from sliplm.trusted.group import Group, MemberWeights
+from sliplm.trusted.linear import ProtectedLinear
+from sliplm.trusted.runtime import Runtime
+
+
+def install(model: nn.Module, groups: list[Members], tensors: dict[str, torch.Tensor]) -> None:
+    """Replace the layers that hold the matrices of `groups`, wherever `model` uses them.
+
+    Args:
+        tensors: as `group_layout` names them; they may be on the meta device until a checkpoint is loaded.
+    """
+    own: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
+    for name, tensor in tensors.items():
+        member, _, key = name.rpartition(".")
+        own[member][key] = tensor
+    replaced: dict[nn.Module, nn.Module] = {}
+    protected = {m.name for group in groups for m in group}
+    for name, module in list(model.named_modules()):
+        found = members(name, module)
+        if not found or found[0].name not in protected:
+            continue
+        dtype = model.get_parameter(found[0].weight).dtype
+        parts = [ProtectedLinear(m.columns, m.rows, dtype, own[m.name]) for m in found]
+        if is_experts(module):
+            protect_experts(module, parts)
+        else:
+            replaced[module] = ProtectedConv(module, parts) if isinstance(module, _ConvNd) else parts[0]
+    for parent in list(model.modules()):
+        for key, child in parent._modules.items():
+            if child in replaced:
+                parent._modules[key] = replaced[child]
+
+
+def bind(model: nn.Module, groups: list[Members], runtime: Runtime) -> None:
+    """Move the loaded tensors out of the modules and into `runtime`'s groups."""
+    for number, group in enumerate(groups):
+        modules = [model.get_submodule(m.name) for m in group]
+        tensors = [m.trusted_tensors() for m in modules if isinstance(m, ProtectedLinear)]
+        # Copies: the loader's tensors are views of a mapped file.
+        tensors = [{k: t.detach().clone().float() if t.is_floating_point() else t for k, t in ts.items()} for ts in tensors]
+        shared = tensors[0]
+        inner, outer = (
+            Rotation(shared[f"{side}_perm"].numpy(), shared[f"{side}_sign"].numpy()) if f"{side}_perm" in shared else None
+            for side in ("in", "out")
+        )
+        weights = [
+            MemberWeights(m.name, t["factor_a"], t["factor_b"], t.get("bias"))
+            for m, t in zip(group, tensors, strict=True)
+        ]
+        row_norm = float(shared["row_norm"])
+        bound = Group(number, weights, shared["scales"].numpy(), row_norm, (inner, outer), runtime)
+        for i, module in enumerate(modules):
+            module.bind(bound, i)  # type: ignore[operator]

@@ -1,0 +1,54 @@
+"""The trusted side in a few lines of Python: what `slip trusted` runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sliplm.protocol.channel import parse_address
+from sliplm.trusted.engine import Engine
+from sliplm.trusted.server import TrustedServer
+
+
+class Trusted:
+    """A trusted bundle, loaded, and served to enrolled edges once `serve_forever` is called.
+
+    Args:
+        bundle: DIR/trusted.
+        listen: HOST:PORT for edges; port 0 takes a free one.
+        pads: tokens for which to keep one-time pads ready.
+
+    Attributes:
+        model, tokenizer: Transformers' own objects, the model's layers protected.
+        address: (host, port) as bound.
+
+    Raises:
+        BundleError, LinkError, IdentityError: the bundle, the address or the authority is no good.
+    """
+
+    def __init__(self, bundle: Path | str, listen: str = "127.0.0.1:0", pads: int = 64) -> None:
+        host, port = parse_address(listen)
+        self._engine = Engine(bundle, pads)
+        self.model: Any = self._engine.model
+        self.tokenizer: Any = self._engine.tokenizer
+        authority = Path(bundle) / "authority"
+        self._server = TrustedServer(self._engine, self._engine.digest, self._engine.shapes, authority, host, port)
+        self.address = self._server.address
+
+    def serve_forever(self) -> None:
+        """Serve until `close`, which any other thread may call."""
+        pool = self.model.slip.pool
+        pool.start()
+        try:
+            self._server.serve_forever()
+        finally:
+            pool.close()
+
+    def close(self) -> None:
+        self._server.close()
+
+    def __enter__(self) -> Trusted:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
