@@ -87,7 +87,7 @@ def _compare(
     source: str, directory: Path, question: str, max_tokens: int, say: Callable[[str], None]
 ) -> dict[str, Any]:
     """The original's answer to the question, the thief's, and perplexities."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(directory / "trusted")
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(directory / "trusted")
     inputs = tokenizer.apply_chat_template(
         [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
     )

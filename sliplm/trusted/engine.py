@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -16,6 +16,8 @@ from sliplm import bundle
 from sliplm.errors import LinkError, SlipError
 from sliplm.protocol.link import Link
 from sliplm.protocol.messages import Chunk, GenerateRequest, RequestError
+
+FinishReason = Literal["stop", "length"]
 
 
 class Engine:
@@ -80,7 +82,7 @@ class Engine:
         except Exception as error:  # templates are programs of the model's author, and raise what they like
             raise RequestError(f"the model's chat template refuses these messages ({error}).") from None
 
-    def _stream(self, run: _Run, stops: list[str]) -> Iterator[Chunk]:
+    def _stream(self, run: _Run, stops: list[str]) -> Generator[Chunk, None, tuple[int, FinishReason, str]]:
         """Yield text as it becomes certain; return (tokens, finish reason, last text)."""
         decoder = _Text(self.tokenizer)
         sent = 0
