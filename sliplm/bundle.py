@@ -91,7 +91,7 @@ class TensorWriter:
             raise ValueError(f"tensor {name!r} does not match the layout, which expects {expected!r} next")
         flat = tensor.detach().contiguous().reshape(-1)
         if flat.numel():
-            self._put(memoryview(flat.view(torch.uint8).numpy()))
+            self._put(flat.view(torch.uint8).numpy().data)
 
     def close(self) -> str:
         """Flush to disk and return the SHA-256 of the file. Raises ValueError if a tensor is missing."""

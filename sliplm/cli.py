@@ -250,16 +250,17 @@ def device_list(bundle: Authority, as_json: Json = False) -> None:
     """List the machines that were ever enrolled."""
     from sliplm.protocol import authority
 
-    devices = authority.list_devices(_authority(bundle))
-    if as_json:
-        state = lambda d: "revoked" if d.revoked else "active" if d.active else "expired"  # noqa: E731
-        rows = [{"name": d.name, "fingerprint": d.fingerprint, "expires": d.expires.isoformat(), "state": state(d)}
-                for d in devices]  # fmt: skip
-        _emit(True, {"devices": rows}, "")
-        return
-    for d in devices:
-        state = "revoked" if d.revoked else "active" if d.active else "expired"
-        out.print(f"{d.name:24} {state:8} until {d.expires:%Y-%m-%d}  {d.fingerprint[:16]}", markup=False)
+    rows = [
+        {
+            "name": d.name,
+            "state": "revoked" if d.revoked else "active" if d.active else "expired",
+            "expires": d.expires.isoformat(),
+            "fingerprint": d.fingerprint,
+        }
+        for d in authority.list_devices(_authority(bundle))
+    ]
+    lines = [f"{r['name']:24} {r['state']:8} until {r['expires'][:10]}  {r['fingerprint'][:16]}" for r in rows]
+    _emit(as_json, {"devices": rows}, "\n".join(lines) or "no device was ever enrolled")
 
 
 @device.command("revoke")

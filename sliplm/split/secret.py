@@ -13,7 +13,8 @@ def normal(*shape: int) -> torch.Tensor:
     count = int(np.prod(shape))
     words = np.frombuffer(os.urandom(8 * count), np.uint64) >> np.uint64(11)
     uniform = (words.astype(np.float64) + 0.5) / float(1 << 53)
-    return torch.special.ndtri(torch.from_numpy(uniform)).reshape(shape)
+    normals: torch.Tensor = torch.special.ndtri(torch.from_numpy(uniform))
+    return normals.reshape(shape)
 
 
 def choice(values: torch.Tensor, count: int) -> torch.Tensor:
