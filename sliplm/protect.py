@@ -15,9 +15,9 @@ from sliplm._callable import callable_module
 from sliplm.edge.engine import EdgeEngine
 from sliplm.errors import UnsupportedModelError
 from sliplm.protocol.link import InProcessLink
-from sliplm.split.groups import find_groups
+from sliplm.split.groups import find_groups, protected_tensors
 from sliplm.split.layers import members
-from sliplm.split.split import Options, protected_tensors, split_group
+from sliplm.split.split import Options, split_group
 from sliplm.trusted.install import bind, install
 from sliplm.trusted.runtime import Runtime
 

@@ -15,9 +15,9 @@ Windows = torch.Tensor  # token ids (windows, length)
 
 @dataclass(frozen=True)
 class Agreement:
-    """Over all predicted tokens: perplexity `ppl`; and against the reference in float32: `kl` mean and `kl_max` worst KL
-    divergence (nats), `top1` share of equal most likely tokens, `max_abs_logit_error`, and `rms_logit_error` relative to
-    the standard deviation of the reference's logits."""
+    """Over all predicted tokens: perplexity `ppl`; and against the reference in float32: `kl` mean and `kl_max` worst
+    KL divergence (nats), `top1` share of equal most likely tokens, `max_abs_logit_error`, and `rms_logit_error`
+    relative to the standard deviation of the reference's logits."""
 
     ppl: float
     kl: float

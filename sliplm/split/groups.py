@@ -59,13 +59,18 @@ def find_layers(model: nn.Module, rank: int = 0) -> Layers:
 
 def left_out(model: nn.Module, groups: list[Group]) -> list[str]:
     """Layers that hold matrices and stay on the trusted side all the same, embedding tables apart."""
-    protected = {m.weight for group in groups for m in group}
+    protected = protected_tensors(groups)
     return [
         f"{name} ({type(module).__name__})"
         for name, module in model.named_modules()
         if not isinstance(module, nn.Embedding)
         and any(p.dim() >= 2 and join(name, key) not in protected for key, p in _parameters(module))
     ]
+
+
+def protected_tensors(groups: list[Group]) -> set[str]:
+    """Names of the original's tensors that the protected model does not have."""
+    return {name for group in groups for m in group for name in (m.weight, m.bias) if name}
 
 
 def _supported(model: nn.Module) -> Layers:

@@ -126,10 +126,7 @@ def _experts(name: str, module: nn.Module) -> tuple[Member, ...]:
         count, rows, columns = weight.shape
         if module.is_transposed:
             rows, columns = columns, rows
-        bias = join(name, f"{key}_bias") if module.has_bias else None
-        found += [
-            Member(join(name, key, str(e)), rows, columns, join(name, key), bias, tuple(weight.shape), e, count,
-                   bool(module.is_transposed))  # fmt: skip
-            for e in range(count)
-        ]
+        names = join(name, key), join(name, f"{key}_bias") if module.has_bias else None
+        place = tuple(weight.shape), count, bool(module.is_transposed)
+        found += [Member(join(name, key, str(e)), rows, columns, *names, place[0], e, *place[1:]) for e in range(count)]
     return tuple(found)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from sliplm.errors import UnsupportedModelError
 
@@ -28,7 +28,10 @@ class Source(ABC):
 
     def skeleton(self) -> transformers.PreTrainedModel:
         """The model with fake tensors: shapes and code, no memory. Call, and use the result, under `fake_mode()`."""
-        return _model_class(self.config)._from_config(self.config).eval()
+        with torch.device("meta"), unset_fake_temporarily():  # some models compute with real numbers as they are made
+            model = _model_class(self.config)._from_config(self.config)
+        skeleton: transformers.PreTrainedModel = model.to_empty(device="cpu").eval()
+        return skeleton
 
     @abstractmethod
     def names(self) -> set[str]:
@@ -51,7 +54,7 @@ def fake_mode() -> FakeTensorMode:
 
 
 class SafetensorsSource(Source):
-    """A directory with config.json and *.safetensors. Files are opened for one tensor each, so no mapping stays in memory."""
+    """A directory with config.json and *.safetensors. Files are opened for one tensor each: no mapping stays."""
 
     def __init__(self, directory: Path) -> None:
         self.config = _config(str(directory), {})
@@ -63,7 +66,8 @@ class SafetensorsSource(Source):
 
     def dtype(self, name: str) -> torch.dtype:
         with safe_open(self._where[name], "pt") as file:
-            return getattr(torch, _TORCH_NAMES[file.get_slice(name).get_dtype()])
+            dtype: torch.dtype = getattr(torch, _TORCH_NAMES[file.get_slice(name).get_dtype()])
+        return dtype
 
     def shape(self, name: str) -> tuple[int, ...]:
         with safe_open(self._where[name], "pt") as file:
@@ -99,7 +103,7 @@ class LoadedSource(Source):
         model = _load(name, _config(name, arguments), arguments)
         self.config = _plain(model.config)
         self.config.architectures = [type(model).__name__]
-        self._tensors = dict(model.state_dict(keep_vars=False))
+        self._tensors: dict[str, torch.Tensor] = dict(model.state_dict(keep_vars=False))
 
     def names(self) -> set[str]:
         return set(self._tensors)
@@ -147,7 +151,8 @@ def _model_class(config: transformers.PretrainedConfig) -> Any:
             return getattr(transformers, name)
     mapping = transformers.AutoModelForCausalLM._model_mapping
     if type(config) not in mapping:
-        raise UnsupportedModelError(f"the configuration names no architecture that Transformers has ({config.model_type}).")
+        kind = config.model_type
+        raise UnsupportedModelError(f"the configuration names no architecture that Transformers has ({kind}).")
     return mapping[type(config)]
 
 

@@ -19,7 +19,7 @@ from sliplm.errors import SlipError, UnsupportedModelError
 from sliplm.split.blinding import Rotation
 from sliplm.split.camouflage import low_rank, trusted_rank
 from sliplm.split.factors import leading
-from sliplm.split.groups import Group, find_groups, left_out
+from sliplm.split.groups import Group, find_groups, left_out, protected_tensors
 from sliplm.split.planes import quantise
 from sliplm.split.source import LoadedSource, Source, fake_mode, open_source
 
@@ -60,8 +60,8 @@ class Options:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a split did. Sizes in bytes; `digest` names the split (hex); `layers` counts matrices; `kept` names the layers
-    that hold weights and stay on the trusted side, embedding tables apart."""
+    """What a split did. Sizes in bytes; `digest` names the split (hex); `layers` counts matrices; `kept` names the
+    layers that hold weights and stay on the trusted side, embedding tables apart."""
 
     digest: str
     groups: int
@@ -111,11 +111,6 @@ def split(
     members = [m for group in groups for m in group]
     weights = sum(m.rows * m.columns for m in members)
     return Summary(digest, len(groups), len(members), weights, edge, trusted, kept)
-
-
-def protected_tensors(groups: list[Group]) -> set[str]:
-    """Names of the original's tensors that the protected model does not have."""
-    return {name for group in groups for m in group for name in (m.weight, m.bias) if name}
 
 
 def _plain_tensors(skeleton: transformers.PreTrainedModel, groups: list[Group], tied: dict[str, str]) -> Layout:
@@ -207,7 +202,7 @@ def group_layout(group: Group, options: Options) -> Layout:
 def split_group(
     source: TensorSource, group: Group, stored: dict[str, str], options: Options
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The group's trusted tensors in the order of `group_layout`, and "q"; `stored` says what `source` calls a tensor."""
+    """The group's trusted tensors in the order of `group_layout`, and "q"; `stored` says what `source` calls them."""
     generator = torch.Generator().manual_seed(0)  # for the sketch of the SVD, which is no secret
     rest = torch.empty(sum(m.rows for m in group), group[0].columns)
     start = 0

@@ -13,8 +13,8 @@ from sliplm.trusted.linear import ProtectedLinear
 class ProtectedConv(nn.Module):
     """Takes the place of a convolution of one, two or three dimensions.
 
-    Every output position is one row to the edge, of (channels per group) * (kernel size) numbers; every channel group is
-    a matrix of its own. The patches take (kernel size) / (stride) times the memory of the input, per dimension.
+    Every output position is one row to the edge, of (channels per group) * (kernel size) numbers; every channel group
+    is a matrix of its own. The patches take (kernel size) / (stride) times the memory of the input, per dimension.
 
     Args:
         parts: one per channel group.

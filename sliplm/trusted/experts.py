@@ -15,19 +15,22 @@ from sliplm.trusted.linear import ProtectedLinear
 def protect_experts(experts: nn.Module, parts: list[ProtectedLinear]) -> nn.Module:
     """Turn `experts`, which follows Transformers' interface for experts, into a protected block.
 
-    The module stays: its activation, its gate and further norms are the model's own. Its two three-dimensional parameters
-    become lists of `parts` (first the first matrices of all experts, then the second), and its loop is the one below.
+    The module stays: its activation, its gate and further norms are the model's own. Its two three-dimensional
+    parameters become lists of `parts` (the first matrices of all experts, then the second), and its loop is ours.
     """
     count = len(parts) // 2
     for key, own in zip(expert_parameters(experts), (parts[:count], parts[count:]), strict=True):
         for name in (key, f"{key}_bias"):
             experts._parameters.pop(name, None)
         experts.add_module(key, nn.ModuleList(own))
+    experts._is_hf_initialized = True  # type: ignore[assignment] # or Transformers looks for the parameters
     experts.forward = MethodType(_forward, experts)  # type: ignore[method-assign]
     return experts
 
 
-def _forward(self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+def _forward(
+    self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
     """hidden_states (tokens, width), the experts of each token and their weights (tokens, k) to (tokens, width)."""
     first, second = (getattr(self, key) for key in expert_parameters(self))
     out = torch.zeros_like(hidden_states)

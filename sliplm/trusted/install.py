@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from typing import Any
 
 import torch
 from torch import nn
@@ -49,15 +50,10 @@ def install(model: nn.Module, groups: list[Members], tensors: dict[str, torch.Te
 def bind(model: nn.Module, groups: list[Members], runtime: Runtime) -> None:
     """Move the loaded tensors out of the modules and into `runtime`'s groups."""
     for number, group in enumerate(groups):
-        modules = [model.get_submodule(m.name) for m in group]
-        tensors = [m.trusted_tensors() for m in modules if isinstance(m, ProtectedLinear)]
-        # Copies: the loader's tensors are views of a mapped file.
-        tensors = [{k: t.detach().clone().float() if t.is_floating_point() else t for k, t in ts.items()} for ts in tensors]
+        modules: list[Any] = [model.get_submodule(m.name) for m in group]
+        tensors = [_copies(module.trusted_tensors()) for module in modules]
         shared = tensors[0]
-        inner, outer = (
-            Rotation(shared[f"{side}_perm"].numpy(), shared[f"{side}_sign"].numpy()) if f"{side}_perm" in shared else None
-            for side in ("in", "out")
-        )
+        inner, outer = (_rotation(shared, side) for side in ("in", "out"))
         weights = [
             MemberWeights(m.name, t["factor_a"], t["factor_b"], t.get("bias"))
             for m, t in zip(group, tensors, strict=True)
@@ -65,4 +61,15 @@ def bind(model: nn.Module, groups: list[Members], runtime: Runtime) -> None:
         row_norm = float(shared["row_norm"])
         bound = Group(number, weights, shared["scales"].numpy(), row_norm, (inner, outer), runtime)
         for i, module in enumerate(modules):
-            module.bind(bound, i)  # type: ignore[operator]
+            module.bind(bound, i)
+
+
+def _copies(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """In memory of their own: the loader's are views of a mapped file."""
+    return {name: (t.float() if t.is_floating_point() else t).detach().clone() for name, t in tensors.items()}
+
+
+def _rotation(tensors: dict[str, torch.Tensor], side: str) -> Rotation | None:
+    if f"{side}_perm" not in tensors:
+        return None
+    return Rotation(tensors[f"{side}_perm"].numpy(), tensors[f"{side}_sign"].numpy())

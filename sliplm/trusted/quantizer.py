@@ -15,8 +15,9 @@ from sliplm import bundle, kernels
 from sliplm.edge.engine import EdgeEngine
 from sliplm.errors import BundleError
 from sliplm.protocol.link import InProcessLink
+from sliplm.split.groups import protected_tensors
 from sliplm.split.layers import members
-from sliplm.split.split import Options, group_layout, protected_tensors
+from sliplm.split.split import Options, group_layout
 from sliplm.trusted.install import bind, install
 from sliplm.trusted.runtime import Runtime
 
@@ -28,7 +29,7 @@ class SlipConfig(QuantizationConfigMixin):  # type: ignore[misc]
     def __init__(
         self, planes: int, rank: int, blinding: bool, camouflage: bool, groups: list[list[str]], **_: Any
     ) -> None:
-        self.quant_method = "slip"
+        self.quant_method = "slip"  # type: ignore[assignment] # theirs are an enumeration
         self.planes, self.rank, self.blinding, self.camouflage = planes, rank, blinding, camouflage
         self.groups = groups
 
@@ -45,6 +46,7 @@ class SlipQuantizer(HfQuantizer):  # type: ignore[misc]
     `model.slip.using(link)` says otherwise.
     """
 
+    quantization_config: SlipConfig
     requires_calibration = True
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
@@ -90,7 +92,7 @@ class SlipQuantizer(HfQuantizer):  # type: ignore[misc]
         digest = bytes.fromhex(self._manifest.edge_digest)
         runtime = Runtime(matrices, raw, digest, InProcessLink(EdgeEngine(matrices, digest)))
         bind(model, self._groups, runtime)
-        model.slip = runtime
+        model.slip = runtime  # type: ignore[assignment]
         return model
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
