@@ -27,7 +27,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pret
 device = typer.Typer(no_args_is_help=True, help="Enrol and revoke edge machines.")
 app.add_typer(device, name="device")
 out = Console(soft_wrap=True, highlight=False)
-err = Console(stderr=True, highlight=False)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON on stdout.")]
 Model = Annotated[str, typer.Argument(help="A directory of safetensors, a .gguf file, or a hub id.")]
