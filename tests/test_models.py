@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +143,19 @@ def test_another_model_class_is_refused(tmp_path: Path) -> None:
     halves(FAMILIES["Llama"], tmp_path)
     with pytest.raises(BundleError, match="load it as LlamaForCausalLM"):
         transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "trusted")
+
+
+@pytest.mark.parametrize("name", ["Llama", "Mixtral", "BERT", "GPT-2 (Conv1D)"])
+def test_without_sliplm_a_bundle_does_not_load(name: str, tmp_path: Path) -> None:
+    """Transformers skips quantization methods it does not know, and would make the weights up."""
+    halves(FAMILIES[name], tmp_path)
+    code = (
+        f"import sys, transformers as t; t.{FAMILIES[name].auto.__name__}.from_pretrained(sys.argv[1]);"
+        "assert 'sliplm' not in sys.modules"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "out" / "trusted")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "slip" in done.stderr and "size" in done.stderr
 
 
 def test_parallel_and_cross_attention_groups() -> None:

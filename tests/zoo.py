@@ -18,6 +18,7 @@ import transformers as tf
 from torch import nn
 
 import sliplm
+import sliplm.trusted
 from sliplm.split.split import Options, split
 
 RANK = 4

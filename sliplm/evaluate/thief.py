@@ -15,6 +15,7 @@ from safetensors import safe_open
 
 from sliplm import bundle
 from sliplm.split.blinding import Rotation
+from sliplm.split.groups import protected_tensors
 from sliplm.split.layers import members
 from sliplm.split.planes import dequantise
 
@@ -29,15 +30,15 @@ def edge_only(directory: Path) -> Any:
     del config.quantization_config
     model = getattr(transformers, config.architectures[0])._from_config(config)
     model.tie_weights()
+    known = {m.name: m for name, module in model.named_modules() for m in members(name, module)}
     with safe_open(trusted / "model.safetensors", "pt") as file:
-        names = set(file.keys())
-        state = {name: file.get_tensor(name) for name in model.state_dict() if name in names}
+        groups = [tuple(known[name] for name in names) for names in settings["groups"]]
+        plain = set(file.keys()) - protected_tensors(groups)
+        state = {name: file.get_tensor(name) for name in model.state_dict() if name in plain}
         model.load_state_dict(state, strict=False)
-        known = {m.name: m for name, module in model.named_modules() for m in members(name, module)}
         stolen: dict[str, torch.Tensor] = {}
-        for number, names in enumerate(settings["groups"]):
-            group = [known[name] for name in names]
-            weight = _edge_weight(torch.from_numpy(edge.matrix(number).copy()), file, names[0])
+        for number, group in enumerate(groups):
+            weight = _edge_weight(torch.from_numpy(edge.matrix(number).copy()), file, group[0].name)
             for m, part in zip(group, weight.split([m.rows for m in group]), strict=True):
                 whole = stolen.setdefault(m.weight, torch.empty(m.shape))
                 pieces = whole.view(m.parts, -1)

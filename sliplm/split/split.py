@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from sliplm.split.source import LoadedSource, Source, fake_mode, open_source
 
 logger = logging.getLogger(__name__)
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+GUARD = (torch.float32, (0,))
 PREPROCESSING = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -146,6 +146,7 @@ def _write(
     edge, trusted = directory / "edge", directory / "trusted"
     shapes = [(options.planes * sum(m.rows for m in group), group[0].columns) for group in groups]
     layout: Layout = {name: (source.dtype(stored[name]), shape) for name, (_, shape) in plain.items()}
+    layout[guard(groups)] = GUARD
     for group in groups:
         layout |= group_layout(group, options)
     total = sum(m.rows * m.columns for group in groups for m in group)
@@ -159,6 +160,7 @@ def _write(
         for name, (_, shape) in plain.items():
             _check_shape(name, source.shape(stored[name]), shape)
             trusted_file.write(name, source.read(stored[name]))
+        trusted_file.write(guard(groups), torch.empty(GUARD[1], dtype=GUARD[0]))
         for number, group in enumerate(groups):
             for name, tensor in split_group(source, group, stored, options):
                 if name == "q":
@@ -173,10 +175,22 @@ def _write(
     finally:
         for file in files:
             file.abort()
-    _share(edge / bundle.Q_FILE, trusted / bundle.Q_FILE)
+    # A copy, not a link: whoever handles the edge bundle must have no hand in the trusted one.
+    shutil.copyfile(edge / bundle.Q_FILE, trusted / bundle.Q_FILE)
     _write_checkpoint_files(trusted, source, groups, options, skeleton)
     bundle.write_trusted_manifest(trusted, digest)
+    for path in trusted.iterdir():
+        path.chmod(0o600)  # the directory is private; so is each file, should it be moved
     return digest
+
+
+def guard(groups: list[Group]) -> str:
+    """The name under which a bundle holds an empty tensor, where the original has a protected weight.
+
+    Without sliplm, Transformers would skip the unknown quantization with a warning, and run on random numbers. A tensor
+    of the wrong shape makes it fail.
+    """
+    return groups[0][0].weight
 
 
 def group_layout(group: Group, options: Options) -> Layout:
@@ -242,14 +256,6 @@ def row_norm(q: torch.Tensor) -> torch.Tensor:
 def _check_shape(name: str, actual: tuple[int, ...], expected: tuple[int, ...]) -> None:
     if actual != expected:
         raise UnsupportedModelError(f"{name} has shape {actual}, its configuration says {expected}.")
-
-
-def _share(original: Path, name: Path) -> None:
-    """Both bundles hold Q; on one file system they share its blocks until one of them is moved away."""
-    try:
-        os.link(original, name)
-    except OSError:
-        shutil.copyfile(original, name)
 
 
 def _write_checkpoint_files(

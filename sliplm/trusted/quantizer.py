@@ -3,6 +3,7 @@ point for quantization methods. Importing this module registers it."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from sliplm.errors import BundleError
 from sliplm.protocol.link import InProcessLink
 from sliplm.split.groups import protected_tensors
 from sliplm.split.layers import members
-from sliplm.split.split import Options, group_layout
+from sliplm.split.split import Options, group_layout, guard
 from sliplm.trusted.install import bind, install
 from sliplm.trusted.runtime import Runtime
 
@@ -73,6 +74,8 @@ class SlipQuantizer(HfQuantizer):  # type: ignore[misc]
         options = self.quantization_config.options
         layout = {name: entry for group in self._groups for name, entry in group_layout(group, options).items()}
         install(model, self._groups, {n: torch.empty(s, dtype=d, device="meta") for n, (d, s) in layout.items()})
+        ignored = set(model._keys_to_ignore_on_load_unexpected or ())
+        model._keys_to_ignore_on_load_unexpected = ignored | {f"^{re.escape(guard(self._groups))}$"}
         gone = protected_tensors(self._groups)
         for target, origin in list(model.all_tied_weights_keys.items()):
             if target in gone or origin in gone:
