@@ -25,10 +25,9 @@ class MemberWeights:
 
 
 class _Pending(threading.local):
-    """The last input of this thread, and the outputs that members have not collected yet."""
+    """A copy of this thread's last input, and the outputs that members have not collected yet."""
 
     x: torch.Tensor | None = None
-    version: int | None = None
     outputs: dict[int, torch.Tensor] | None = None
 
 
@@ -66,27 +65,14 @@ class Group:
         """Output (..., N) of `member` for the input x (..., K), in x's dtype and on its device."""
         pending = self._pending
         outputs = pending.outputs
-        if outputs is None or member not in outputs or not self._same(pending, x):
+        if outputs is None or member not in outputs or not _equal(pending.x, x):
             outputs = self._run(x)
             if len(self._members) > 1:
-                pending.x, pending.version, pending.outputs = x, _version(x), outputs
+                pending.x, pending.outputs = x.detach().clone(), outputs
         y = outputs.pop(member)
         if not outputs:
             pending.x = pending.outputs = None
         return y
-
-    @staticmethod
-    def _same(pending: _Pending, x: torch.Tensor) -> bool:
-        """Whether x is the tensor of the pending exchange, unchanged: the object itself or a view of the same memory."""
-        old = pending.x
-        if old is None or pending.version != _version(x):
-            return False
-        return x is old or (
-            x.data_ptr() == old.data_ptr()
-            and x.shape == old.shape
-            and x.stride() == old.stride()
-            and x.dtype == old.dtype
-        )
 
     def _run(self, x: torch.Tensor) -> dict[int, torch.Tensor]:
         flat = x.detach().reshape(-1, x.shape[-1]).to("cpu", torch.float32).contiguous()
@@ -110,7 +96,6 @@ class Group:
         return outputs
 
 
-def _version(x: torch.Tensor) -> int | None:
-    """The counter of in-place changes. Tensors made in inference mode have none; there, the split's trace has shown that
-    members of a group read one unchanged tensor."""
-    return None if x.is_inference() else x._version
+def _equal(kept: torch.Tensor | None, x: torch.Tensor) -> bool:
+    """Compared by value: an address can be reused and a tensor changed in place, and neither always shows."""
+    return kept is not None and kept.dtype == x.dtype and kept.device == x.device and torch.equal(kept, x)
