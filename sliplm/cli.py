@@ -312,6 +312,8 @@ def evaluate(
     text: Annotated[Path | None, typer.Option(help="UTF-8 text; the Python documentation if absent.")] = None,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of text to measure on.")] = 4096,
     greedy: Annotated[int, typer.Option(min=0, help="Also compare greedy text for this many prompts.")] = 0,
+    tasks: Annotated[str, typer.Option(help="Also run these lm-eval tasks, separated by commas.")] = "",
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only so many examples of each task.")] = None,
     as_json: Json = False,
 ) -> None:
     """Measure agreement with the original, in float32 and beside bfloat16, and what the edge part alone is worth."""
@@ -320,7 +322,8 @@ def evaluate(
     from sliplm.evaluate.report import evaluate as run
 
     with _progress("evaluating") as progress:
-        result = run(directory, reference, text, tokens, greedy, progress)
+        chosen = [task.strip() for task in tasks.split(",") if task.strip()]
+        result = run(directory, reference, text, tokens, greedy, chosen, limit, progress)
     if as_json:
         _emit(True, result, "")
         return
@@ -336,6 +339,10 @@ def evaluate(
             f"greedy text, {g['tokens']} tokens each: {g['identical']} of {g['prompts']} identical, "
             f"{g['ties']} part at a tie, {g['unexplained']} unexplained"
         )
+    for task, metrics in result.get("tasks", {}).get("reference", {}).items():
+        for metric, value in metrics.items():
+            ours = result["tasks"]["protected"][task][metric]
+            out.print(f"{task} {metric}: original {value:.4f}, protected {ours:.4f}", markup=False)
 
 
 @app.command()
