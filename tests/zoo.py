@@ -22,6 +22,7 @@ import sliplm.trusted
 from sliplm.split.split import Options, split
 
 RANK = 4
+KEPT = {"CNN": ["depthwise (Conv2d)"], "MLP": []}
 SHAPE = {"hidden_size": 60, "num_hidden_layers": 2, "num_attention_heads": 6, "intermediate_size": 150,
          "vocab_size": 257, "max_position_embeddings": 128, "initializer_range": 0.15, "bos_token_id": 1,
          "eos_token_id": 256, "pad_token_id": 0}  # fmt: skip
@@ -147,7 +148,7 @@ def mlp() -> nn.Module:
 
 def main() -> None:
     tf.utils.logging.set_verbosity_error()
-    print("| family | groups | layers | stays on the trusted side | protected | bfloat16 | ratio |")
+    print("| family | groups | matrices | stays on the trusted side | protected | bfloat16 | ratio |")
     print("|---|---|---|---|---|---|---|")
     for name, family in FAMILIES.items():
         with tempfile.TemporaryDirectory() as scratch, torch.no_grad():
@@ -165,7 +166,8 @@ def main() -> None:
             want = plain(x)
             theirs = relative_error(want, copy.deepcopy(plain).to(torch.bfloat16)(x.to(torch.bfloat16)))
             protected = sliplm.protect(plain, x, rank=RANK)
-            row(name, len(protected.slip.shapes), 0, [], relative_error(want, protected(x)), theirs)
+            groups = len(protected.slip.shapes)
+            row(name, groups, groups, sorted(KEPT[name]), relative_error(want, protected(x)), theirs)
 
 
 def row(name: str, groups: int, layers: int, kept: list[str], ours: float, theirs: float) -> None:
