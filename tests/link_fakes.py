@@ -119,9 +119,7 @@ def serving(directory: Path, engine: FakeEngine | None = None, **options) -> Ite
 
 
 @contextlib.contextmanager
-def working(
-    server_or_address, identity: Path, engine: EdgeEngine | None = None, **options
-) -> Iterator[EdgeWorker]:
+def working(server_or_address, identity: Path, engine: EdgeEngine | None = None, **options) -> Iterator[EdgeWorker]:
     """A connected worker."""
     address = getattr(server_or_address, "address", server_or_address)
     worker = EdgeWorker(engine or make_engine(), address, identity, **options)

@@ -30,9 +30,7 @@ def der(identity: Path) -> bytes:
     return certificates(identity)[0].public_bytes(serialization.Encoding.DER)
 
 
-def issue(
-    home: Path, identity: Path, name: str = "x", days: float = 1, usage=ExtendedKeyUsageOID.CLIENT_AUTH
-) -> None:
+def issue(home: Path, identity: Path, name: str = "x", days: float = 1, usage=ExtendedKeyUsageOID.CLIENT_AUTH) -> None:
     """An identity signed by the authority, but not registered."""
     with authority._locked(home):
         ca_key, ca_cert = authority._authority(home)
@@ -163,9 +161,7 @@ def test_no_identity_without_an_entry(home, tmp_path, monkeypatch):
     assert not (tmp_path / "x.pem").exists()
 
 
-@pytest.mark.parametrize(
-    "text", ["", "{", '{"version": 1}', '{"version": 2, "devices": []}', "\xff" * 9, "[" * 99999]
-)
+@pytest.mark.parametrize("text", ["", "{", '{"version": 1}', '{"version": 2, "devices": []}', "\xff" * 9, "[" * 99999])
 def test_a_damaged_registry_admits_nobody(home, tmp_path, text):
     device = authority.add_device(home, "x", tmp_path / "x.pem")
     (home / "devices.json").write_bytes(text.encode("latin-1"))
@@ -191,8 +187,7 @@ def test_a_lost_authority_is_not_silently_replaced(home, tmp_path):
 
 def test_concurrent_enrolments_all_count(home, tmp_path):
     threads = [
-        threading.Thread(target=authority.add_device, args=(home, f"d{i}", tmp_path / f"d{i}.pem"))
-        for i in range(12)
+        threading.Thread(target=authority.add_device, args=(home, f"d{i}", tmp_path / f"d{i}.pem")) for i in range(12)
     ]
     for thread in threads:
         thread.start()

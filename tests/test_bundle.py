@@ -83,7 +83,9 @@ def test_every_flipped_bit_is_found(side: str, copy: Path) -> None:
     open_it()
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"format": 1}', '{"format": 1, "shapes": "x", "q_sha256": ""}'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", '{"format": 1}', '{"format": 1, "shapes": "x", "q_sha256": ""}']
+)
 def test_malformed_manifests(text: str, copy: Path) -> None:
     for side in ("edge", "trusted"):
         (copy / side / "manifest.json").write_text(text)

@@ -79,19 +79,11 @@ def test_health():
 
 def test_chat(client, backend):
     answer = client.post(CHAT, json=HELLO | {"model": "m", "max_completion_tokens": 9}).json()
-    assert (
-        answer["object"] == "chat.completion"
-        and answer["model"] == "m"
-        and answer["id"].startswith("chatcmpl-")
-    )
+    assert answer["object"] == "chat.completion" and answer["model"] == "m" and answer["id"].startswith("chatcmpl-")
     (choice,) = answer["choices"]
-    assert (
-        choice["message"] == {"role": "assistant", "content": "Hello"} and choice["finish_reason"] == "stop"
-    )
+    assert choice["message"] == {"role": "assistant", "content": "Hello"} and choice["finish_reason"] == "stop"
     assert answer["usage"] == {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
-    assert backend.asked == [
-        GenerateRequest(messages=[Message("user", "hello")], max_tokens=9, temperature=1.0)
-    ]
+    assert backend.asked == [GenerateRequest(messages=[Message("user", "hello")], max_tokens=9, temperature=1.0)]
 
 
 def test_completion(client, backend):
@@ -168,9 +160,7 @@ def test_what_usual_clients_send(client, backend):
     ],
 )
 def test_bad_requests_are_named(client, backend, path, body, says):
-    error = error_of(
-        client.post(path, content=json.dumps(body), headers={"content-type": "application/json"}), 400
-    )
+    error = error_of(client.post(path, content=json.dumps(body), headers={"content-type": "application/json"}), 400)
     assert says in error["message"] and error["type"] == "invalid_request_error"
     assert not backend.asked
 
@@ -181,9 +171,7 @@ def test_bodies_that_are_no_json(client, data):
 
 
 def test_other_refusals(client):
-    assert (
-        error_of(client.post(PLAIN, json={"prompt": "x", "model": "gpt"}), 404)["code"] == "model_not_found"
-    )
+    assert error_of(client.post(PLAIN, json={"prompt": "x", "model": "gpt"}), 404)["code"] == "model_not_found"
     error_of(client.post(PLAIN, content=b'{"prompt": "x"}', headers={"content-type": "text/plain"}), 415)
     error_of(client.post(PLAIN, json={"prompt": "x" * (1 << 20)}), 413)
     error_of(client.get("/nowhere"), 404)

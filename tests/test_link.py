@@ -268,9 +268,7 @@ def test_an_answer_sent_twice_is_refused_the_second_time(home, identity):
             pair.link.exchange(0, rows(2))
 
 
-@pytest.mark.parametrize(
-    "partly", [b"", HEADER.pack(4, 1, 0, 2, 1, 48), HEADER.pack(4, 1, 0, 2, 1, 48) + b"abc"]
-)
+@pytest.mark.parametrize("partly", [b"", HEADER.pack(4, 1, 0, 2, 1, 48), HEADER.pack(4, 1, 0, 2, 1, 48) + b"abc"])
 def test_a_stalled_edge_is_given_up(home, identity, partly):
     with Pair(home, identity, timeout=0.2) as pair, pair.answering(lambda e, h: e._write(partly)):
         with pytest.raises(LinkError, match=r"did not answer within 0\.2 s"):
@@ -329,9 +327,7 @@ def test_an_edge_killed_in_the_middle_is_noticed_at_once(home, identity):
     here = Path(__file__).parent
     with serving(home, FakeEngine(0.02)) as server:
         where = "{}:{}".format(*server.address)
-        process = subprocess.Popen(
-            [sys.executable, "-c", EDGE, where, str(identity), str(here), str(here.parent)]
-        )
+        process = subprocess.Popen([sys.executable, "-c", EDGE, where, str(identity), str(here), str(here.parent)])
         try:
             the_link(server)
             client = EdgeWorker(make_engine(), where, identity)
@@ -463,9 +459,7 @@ def test_another_authority_s_edge(home, identity, tmp_path):
     mixed = tmp_path / "mixed.pem"  # a stranger who knows our authority's certificate
     mixed.write_text(stranger.read_text().partition(end)[0] + end + identity.read_text().partition(end)[2])
     with serving(home) as server:
-        refused(
-            server, stranger, IdentityError, "the trusted side's certificate was issued by another authority"
-        )
+        refused(server, stranger, IdentityError, "the trusted side's certificate was issued by another authority")
         refused(server, mixed, IdentityError, "this side's certificate was issued by another authority")
 
 
@@ -565,9 +559,7 @@ def test_no_common_version(home, identity, monkeypatch):
 # --- hostile input to the server ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "data", [b"", b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\xff\xff" + b"\0" * 999, b"\0" * 5000]
-)
+@pytest.mark.parametrize("data", [b"", b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\xff\xff" + b"\0" * 999, b"\0" * 5000])
 def test_garbage_instead_of_tls_disturbs_nobody(home, identity, data):
     with serving(home) as server, working(server, identity) as worker:
         with socket.create_connection(server.address, 10) as sock:
@@ -584,9 +576,7 @@ def test_a_silent_peer_is_dropped(home, identity, monkeypatch):
     with serving(home) as server, socket.create_connection(server.address, 10) as sock:
         assert sock.recv(1) == b""
         context = tls.client_context(identity)
-        with context.wrap_socket(
-            socket.create_connection(server.address, 10), server_hostname="sliplm-trusted"
-        ) as s:
+        with context.wrap_socket(socket.create_connection(server.address, 10), server_hostname="sliplm-trusted") as s:
             while data := s.recv(4096):  # the handshake is done, and HELLO does not come
                 assert b"did not answer" in data
 
@@ -598,18 +588,14 @@ def live(home, identity):
 
 
 SMALL = st.integers(0, 2)
-PLAUSIBLE = st.builds(
-    HEADER.pack, st.integers(0, 11), SMALL, SMALL, SMALL, SMALL, st.sampled_from([0, 40, 2**31])
-)
+PLAUSIBLE = st.builds(HEADER.pack, st.integers(0, 11), SMALL, SMALL, SMALL, SMALL, st.sampled_from([0, 40, 2**31]))
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary(min_size=1, max_size=100) | PLAUSIBLE, st.booleans())
 def test_garbage_in_frames_disturbs_nobody(live, data, greet):
     server, worker, context = live
-    with context.wrap_socket(
-        socket.create_connection(server.address, 10), server_hostname="sliplm-trusted"
-    ) as sock:
+    with context.wrap_socket(socket.create_connection(server.address, 10), server_hostname="sliplm-trusted") as sock:
         if greet:
             hello = frames.pack_hello(Hello(1, 1, Role.REQUEST, DIGEST))
             data = HEADER.pack(Kind.HELLO, 0, 0, 0, 0, len(hello)) + hello + data
@@ -800,7 +786,4 @@ def test_addresses():
 
 def test_reprs_hold_no_data(home, identity):
     with Pair(home, identity) as pair:
-        assert (
-            repr(pair.link) == "RemoteLink(the edge, alive)"
-            and repr(pair.edge) == "Channel(the trusted side)"
-        )
+        assert repr(pair.link) == "RemoteLink(the edge, alive)" and repr(pair.edge) == "Channel(the trusted side)"

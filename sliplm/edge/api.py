@@ -90,9 +90,7 @@ class _Body(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
             "stop": [self.stop] if isinstance(self.stop, str) else self.stop,
             **what,
         }
-        return _valid(
-            lambda: msgspec.convert({k: v for k, v in fields.items() if v is not None}, GenerateRequest)
-        )
+        return _valid(lambda: msgspec.convert({k: v for k, v in fields.items() if v is not None}, GenerateRequest))
 
 
 class ChatBody(_Body, kw_only=True):

@@ -77,9 +77,7 @@ def add_device(directory: Path | str, name: str, out_file: Path | str, days: int
     with _locked(directory) as home:
         devices = _load_registry(home)
         if any(d.name == name and d.active for d in devices):
-            raise IdentityError(
-                f"a device named {name!r} is enrolled already: revoke it or choose another name"
-            )
+            raise IdentityError(f"a device named {name!r} is enrolled already: revoke it or choose another name")
         ca_key, ca_cert = _authority(home)
         key = ec.generate_private_key(ec.SECP256R1())
         cert = _sign(ca_key, ca_cert, key, name, days, Usage.CLIENT_AUTH)

@@ -132,9 +132,7 @@ class Channel:
 
     def read_error(self, header: Header) -> SlipError:
         """The exception that stands for an ERROR frame."""
-        sentence = (
-            frames.clean(self.read(header).decode("utf-8", "replace")) or "the other side gave no reason"
-        )
+        sentence = frames.clean(self.read(header).decode("utf-8", "replace")) or "the other side gave no reason"
         return _EXCEPTIONS.get(header.group, LinkError)(sentence)
 
     def _read(self, view: memoryview) -> None:

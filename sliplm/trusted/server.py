@@ -89,9 +89,7 @@ class TrustedServer:
 
         self._changed = threading.Condition()  # guards the two dicts below
         self._links: dict[str, list[RemoteLink]] = {}  # by device fingerprint, newest last
-        self._connections: dict[
-            threading.Thread, tuple[socket.socket, str]
-        ] = {}  # fingerprint "" until known
+        self._connections: dict[threading.Thread, tuple[socket.socket, str]] = {}  # fingerprint "" until known
         self._stopping = threading.Event()
         self._stopped = threading.Event()
         self._serving: threading.Thread | None = None
@@ -169,9 +167,7 @@ class TrustedServer:
     # --- one connection -------------------------------------------------------------------------------------
 
     def _start(self, sock: socket.socket, where: str) -> None:
-        thread = threading.Thread(
-            target=self._connection, args=(sock, where), name=f"slip {where}", daemon=True
-        )
+        thread = threading.Thread(target=self._connection, args=(sock, where), name=f"slip {where}", daemon=True)
         with self._changed:
             if len(self._connections) >= self._max_connections:
                 _log.warning("%s: refused, too many connections", where)
@@ -241,9 +237,7 @@ class TrustedServer:
             with contextlib.suppress(LinkError):
                 channel.send_error(code, str(error))
             raise
-        channel.send(
-            Kind.WELCOME, frames.pack_welcome(Welcome(version, self._digest, self._engine.model_name()))
-        )
+        channel.send(Kind.WELCOME, frames.pack_welcome(Welcome(version, self._digest, self._engine.model_name())))
         channel.version = version
         return device, hello.role
 
@@ -321,18 +315,14 @@ class TrustedServer:
         except VerificationError as error:
             link.close()
             _log.error("device %s: %s", device.name, error)
-            channel.send_error(
-                Code.UNVERIFIED, "an answer of this edge failed its check, so generation stopped"
-            )
+            channel.send_error(Code.UNVERIFIED, "an answer of this edge failed its check, so generation stopped")
         except LinkError as error:
             _log.warning("device %s: %s", device.name, error)
             why = "the trusted side is shutting down" if self._stopping.is_set() else str(error)
             channel.send_error(Code.FAILED, f"generation stopped: {why}")
         except Exception as error:
             # Layer names and the like are not for the edge, whatever the exception says.
-            _log.error(
-                "device %s: %s", device.name, error if isinstance(error, SlipError) else _locate(error)
-            )
+            _log.error("device %s: %s", device.name, error if isinstance(error, SlipError) else _locate(error))
             channel.send_error(Code.FAILED, "generation failed on the trusted side; its log says why")
 
     def _generate(self, channel: Channel, request: GenerateRequest, link: Link) -> None:
