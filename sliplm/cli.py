@@ -103,12 +103,16 @@ def split(
 ) -> None:
     """Split MODEL into OUTPUT/edge, which anyone may copy, and OUTPUT/trusted, which nobody else may see."""
     _logging(False)
+    from sliplm.split.advice import weaknesses
     from sliplm.split.split import Options
     from sliplm.split.split import split as run
 
     _quiet_transformers()
+    options = Options(rank, planes, camouflage, blinding)
+    for sentence in weaknesses(options):
+        err.print(f"slip: warning: {sentence}", style="yellow", markup=False)
     with _progress("splitting (weights)") as progress:
-        s = run(model, output, Options(rank, planes, camouflage, blinding), progress)
+        s = run(model, output, options, progress)
     _emit(
         as_json,
         {"edge": str(output / "edge"), "trusted": str(output / "trusted"), **vars(s)},
@@ -343,6 +347,31 @@ def evaluate(
         for metric, value in metrics.items():
             ours = result["tasks"]["protected"][task][metric]
             out.print(f"{task} {metric}: original {value:.4f}, protected {ours:.4f}", markup=False)
+
+
+@app.command()
+def attack(
+    directories: Annotated[list[Path], typer.Argument(help="DIR, as `slip split` wrote it; several stand side by side.")],
+    reference: Reference,
+    method: Annotated[list[str] | None, typer.Option(help="Only this attack; may be given more than once.")] = None,
+    budget: Annotated[int, typer.Option(min=256, help="Tokens of text that the thief trains on.")] = 2048,
+    text: Annotated[Path | None, typer.Option(help="UTF-8 text; the Python documentation if absent.")] = None,
+    own_samples: Annotated[bool, typer.Option(help="Train on text that the original generates.")] = False,
+    report: Annotated[Path | None, typer.Option(help="Write an HTML report here.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Try to make use of the edge bundle alone, in every way we know, and compare with a thief who has none."""
+    _logging(False)
+    _quiet_transformers()
+    from sliplm.evaluate import attack_report
+    from sliplm.evaluate.attacks import suite
+
+    with _progress("attacking") as progress:
+        result = suite.attack(directories, reference, method or (), budget, text, own_samples, progress)
+    if report:
+        attack_report.write(result, suite.spectra(directories, reference), report)
+    lines = [line for name, found in result["verdict"].items() for line in (name, *(f"  {x}" for x in found))]
+    _emit(as_json, result, "\n".join([*lines, attack_report.LIMITS]))
 
 
 @app.command()

@@ -1,0 +1,124 @@
+"""The result of `slip attack` as one self-contained HTML file: verdict, learning curves, spectra, tables."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from pathlib import Path
+from typing import Any
+
+LIMITS = (
+    "These are the attacks that we know, at the budget stated. A thief with more text, more time or a better idea may "
+    "do better, and no experiment proves the opposite. Anyone who may query a model can distill its answers; that is "
+    "measured here only for what the edge part adds to it."
+)
+_STYLE = (
+    "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}"
+    "table{border-collapse:collapse;margin:1rem 0}"
+    "td,th{padding:.2rem .8rem;border-bottom:1px solid #ddd;text-align:right}"
+    "td:first-child,th:first-child{text-align:left}img{max-width:100%}"
+)
+
+
+def write(result: dict[str, Any], spectra: dict[str, dict[str, list[float]]], path: Path) -> None:
+    """Write `path`. `result`: of `attacks.suite.attack`; `spectra`: by bundle, singular values by label."""
+    parts = [
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>slip attack</title><style>{_STYLE}</style>",
+        f"<h1>What the stolen part is worth</h1><p>Training text: {html.escape(result['text'])}; "
+        f"budget {result['budget']:,} tokens; the original's perplexity "
+        f"{result.get('original', float('nan')):.4g}.</p>",
+        "<h2>Verdict</h2>",
+    ]
+    for name, lines in result["verdict"].items():
+        items = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
+        parts.append(f"<h3>{html.escape(name)}</h3><ul>{items}</ul>")
+    parts.append(f"<p><b>Limits.</b> {LIMITS}</p>")
+    if "scratch" in result or "distill_scratch" in result:
+        parts += ["<h2>Learning curves</h2>", _image(_curves(result))]
+    if spectra:
+        parts += ["<h2>Singular values of one matrix, original and on the edge</h2>", _image(_spectra(spectra))]
+    parts += _tables(result)
+    path.write_text("\n".join(parts) + "\n", encoding="utf-8")
+
+
+def _tables(result: dict[str, Any]) -> list[str]:
+    rows: list[tuple[str, ...]] = []
+    for name, found in result["bundles"].items():
+        for method, curves in found.items():
+            if method in ("direct", "full", "lora", "null-space", "distill"):
+                rows += [(name, method, o, *_cells(curve)) for o, curve in curves.items() if o != "seconds"]
+    for key in ("scratch", "distill_scratch"):
+        if key in result:
+            rows.append(("no bundle", key.replace("_", " from "), "", *_cells(result[key])))
+    parts = []
+    if rows:
+        parts = ["<h2>Attacks</h2>", _table(("bundle", "attack", "oracles", "at start", "best", "learning rate"), rows)]
+    rows = [
+        (name, secrets, side, detector, f"{v['overlap']:.4f}", f"{v['times_chance']:.2f}", f"{v['worst']:.1f}")
+        for name, found in result["bundles"].items()
+        for secrets, sides in found.get("subspace", {}).items()
+        if secrets != "seconds"
+        for side, detectors in sides.items()
+        for detector, v in detectors.items()
+    ]
+    if rows:
+        head = ("bundle", "thief", "side", "detector", "overlap", "times chance", "worst")
+        parts += ["<h2>Detectors of the protected subspaces</h2>", _table(head, rows)]
+    return parts
+
+
+def _cells(curve: dict[str, Any]) -> tuple[str, ...]:
+    return f"{curve['ppl'][0]:.4g}", f"{curve['best']:.4g}", f"{curve['rate']:g}"
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    def line(cells: tuple[str, ...], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
+
+    return "<table>" + line(head, "th") + "".join(line(r, "td") for r in rows) + "</table>"
+
+
+def _curves(result: dict[str, Any]) -> Any:
+    axes, figure = _axes(len(result["bundles"]))
+    for ax, (name, found) in zip(axes, result["bundles"].items(), strict=True):
+        for method in ("full", "lora", "null-space", "distill"):
+            for oracles, curve in found.get(method, {}).items():
+                if oracles != "seconds":
+                    ax.plot(
+                        curve["tokens"],
+                        curve["ppl"],
+                        "-" if oracles == "none" else ":",
+                        marker=".",
+                        label=f"{method}, {oracles}",
+                    )
+        for key, style in (("scratch", "k-"), ("distill_scratch", "k--")):
+            if key in result:
+                ax.plot(result[key]["tokens"], result[key]["ppl"], style, lw=2, label=key.replace("_", " from "))
+        ax.axhline(result["original"], color="grey", label="original")
+        ax.set(yscale="log", xlabel="training tokens", ylabel="perplexity on held-out text", title=Path(name).name)
+        ax.legend(fontsize=7)
+    return figure
+
+
+def _spectra(spectra: dict[str, dict[str, list[float]]]) -> Any:
+    axes, figure = _axes(len(spectra))
+    for ax, (name, lines) in zip(axes, spectra.items(), strict=True):
+        for label, values in lines.items():
+            ax.plot(values, label=label)
+        ax.set(yscale="log", xlabel="index", ylabel="singular value", title=Path(name).name)
+        ax.legend()
+    return figure
+
+
+def _axes(count: int) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure  # no pyplot: no global state, no display
+
+    figure = Figure(figsize=(6 * count, 4.5), layout="constrained")
+    return list(figure.subplots(1, count, squeeze=False)[0]), figure
+
+
+def _image(figure: Any) -> str:
+    raw = io.BytesIO()
+    figure.savefig(raw, format="png", dpi=110)
+    return f'<img alt="plot" src="data:image/png;base64,{base64.b64encode(raw.getvalue()).decode()}">'

@@ -1,0 +1,29 @@
+"""Learn from the protected model's own answers.
+
+Threat model: the thief queries the served model, sees next-token distributions (more than an API gives), and trains a
+student on them: from the edge part, and from scratch. Distillation works on any model with an API; only the gap
+between the two is what the edge part is worth. Source: Hinton et al., arXiv 1503.02531; Jagielski et al., arXiv
+1909.01838. Oracles: any.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from sliplm.evaluate.attacks.stolen import Oracles, Stolen
+from sliplm.evaluate.attacks.training import Curve, Data, learn
+
+
+def attack(stolen: Stolen, oracles: Oracles | None, data: Data, teacher: Any) -> Curve:
+    """`teacher` gives the answers; `oracles` None starts from scratch."""
+    start = stolen.scratch() if oracles is None else stolen.model(oracles)
+
+    def loss(student: Any, ids: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            target = teacher(input_ids=ids, use_cache=False).logits.float().softmax(-1)
+        answer = student(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
+        return -(target * answer).sum(-1).mean()
+
+    return learn(start, lambda model: list(model.parameters()), data, loss)

@@ -1,0 +1,120 @@
+"""What the thief starts from: the edge's integers, made into a model as well as the given oracles allow.
+
+Every thief knows the architecture, the tokenizer, and which group of Q belongs to which layer; shapes give most of
+that away. What a real thief lacks beyond that are the oracles below, read from the trusted bundle to measure what
+each is worth.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import safe_open
+
+from sliplm import bundle
+from sliplm.split.blinding import Rotation
+from sliplm.split.layers import Member, members
+from sliplm.split.planes import dequantise
+
+
+@dataclass(frozen=True)
+class Oracles:
+    """What the thief is given beyond the edge bundle.
+
+    Attributes:
+        scales: of every plane and row. blinding: the secret rotations. plain: every tensor that is not protected
+            (embeddings, norms), and biases.
+    """
+
+    scales: bool = False
+    blinding: bool = False
+    plain: bool = False
+
+    def __str__(self) -> str:
+        given = [f.name for f in fields(self) if getattr(self, f.name)]
+        return "none" if not given else "all" if len(given) == len(fields(self)) else "+".join(given)
+
+
+NONE = Oracles()
+ALL = Oracles(scales=True, blinding=True, plain=True)
+
+
+class Stolen:
+    """An edge bundle in the thief's hands. `directory` also holds the trusted half, read by oracles and scores only."""
+
+    def __init__(self, directory: Path) -> None:
+        """Raises BundleError."""
+        self.trusted = directory / "trusted"
+        self.edge = bundle.EdgeBundle.open(directory / "edge")
+        bundle.open_trusted(self.trusted)
+        self.config = transformers.AutoConfig.from_pretrained(self.trusted)
+        self.settings: dict[str, Any] = self.config.quantization_config
+        del self.config.quantization_config
+
+    def scratch(self) -> Any:
+        """The same architecture, freshly initialised: a thief without any bundle."""
+        torch.manual_seed(20407)  # one seed for all thieves, so that they differ in what they know only
+        return getattr(transformers, self.config.architectures[0])(self.config)
+
+    def model(self, oracles: Oracles) -> Any:
+        """The architecture with the edge's part in place of every protected matrix, the rest fresh unless given."""
+        model = self.scratch()
+        groups = self.groups(model)
+        with safe_open(self.trusted / "model.safetensors", "pt") as file:
+            if oracles.plain:
+                known = set(file.keys()) - {m.weight for group in groups for m in group}
+                state = {name: file.get_tensor(name) for name in model.state_dict() if name in known}
+                model.load_state_dict(state, strict=False)
+            found: dict[str, torch.Tensor] = {}
+            for number, group in enumerate(groups):
+                weight = self.matrix(number, group, oracles, file, fresh_size(model, group))
+                for m, part in zip(group, weight.split([m.rows for m in group]), strict=True):
+                    whole = found.setdefault(m.weight, torch.empty(m.shape))
+                    whole.view(m.parts, -1)[m.part] = (part.T if m.transposed else part).reshape(-1)
+                    if m.bias and oracles.plain:
+                        model.get_parameter(m.bias).data.view(m.parts, -1)[m.part] = file.get_tensor(f"{m.name}.bias")
+        for name, whole in found.items():
+            layer, _, key = name.rpartition(".")
+            setattr(model.get_submodule(layer), key, torch.nn.Parameter(whole))
+        if getattr(self.config, "tie_word_embeddings", False) and not oracles.plain:
+            # A tied head is the embedding, so the head's edge part is the best guess for it.
+            model.get_input_embeddings().weight.data.copy_(model.get_output_embeddings().weight.data)
+        return model
+
+    def groups(self, model: Any) -> list[tuple[Member, ...]]:
+        known = {m.name: m for name, module in model.named_modules() for m in members(name, module)}
+        return [tuple(known[name] for name in names) for names in self.settings["groups"]]
+
+    def matrix(self, number: int, group: tuple[Member, ...], oracles: Oracles, file: Any, size: float) -> torch.Tensor:
+        """The thief's W_edge of a group, float32 (sum N, K); `size`: what its root mean square should be if unknown."""
+        q = torch.from_numpy(self.edge.matrix(number).copy())
+        leader = group[0].name
+        if oracles.scales:
+            weight = dequantise(q, file.get_tensor(f"{leader}.scales"))
+        else:
+            weight = dequantise(q, guess_scales(q, self.settings["planes"], size))
+        if oracles.blinding and self.settings["blinding"]:
+            inner, outer = (
+                Rotation(*(file.get_tensor(f"{leader}.{side}_{kind}").numpy() for kind in ("perm", "sign")))
+                for side in ("in", "out")
+            )
+            weight = outer.invert(inner.invert(weight).T).T
+        return weight
+
+
+def guess_scales(q: torch.Tensor, planes: int, size: float) -> torch.Tensor:
+    """Scales (planes, N) of int8 `q` (planes * N, K) such that every row has root mean square `size`.
+
+    The second plane holds what rounding left over, at most half a step of the first: its steps are 254 times smaller.
+    """
+    first = q[: len(q) // planes].float().square().mean(1).sqrt().clamp_min(1e-6)
+    return torch.stack([size / first / 254**j for j in range(planes)])
+
+
+def fresh_size(model: Any, group: tuple[Member, ...]) -> float:
+    """The root mean square of a fresh weight of this group: all that a thief without scales has to go by."""
+    return float(model.get_parameter(group[0].weight).detach().square().mean().sqrt())

@@ -1,0 +1,147 @@
+"""The attacks find what a plain split leaves open, find nothing in a hardened one, and say so."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import save_tiny
+from typer.testing import CliRunner
+
+from sliplm.cli import app
+from sliplm.errors import BundleError, SlipError
+from sliplm.evaluate.attacks import arrow, blinding, subspace, suite
+from sliplm.evaluate.attacks.null_space import smallest
+from sliplm.evaluate.attacks.stolen import ALL, NONE, Oracles, Stolen, guess_scales
+from sliplm.split import planes
+from sliplm.split.blinding import Rotation
+from sliplm.split.split import Options, split
+
+
+@pytest.fixture(scope="module")
+def bundles(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    out = tmp_path_factory.mktemp("attacked")
+    split(str(tiny), out / "plain", Options(rank=4, camouflage=False, blinding=False))
+    split(str(tiny), out / "default", Options(rank=4))
+    return out / "plain", out / "default"
+
+
+@pytest.fixture(scope="module")
+def result(tiny: Path, bundles: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    report = tmp_path_factory.mktemp("report") / "out.html"
+    arguments = [
+        "attack",
+        *map(str, bundles),
+        "--reference",
+        str(tiny),
+        "--budget",
+        "1024",
+        "--json",
+        "--report",
+        str(report),
+    ]
+    done = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert done.exit_code == 0
+    page = report.read_text()
+    assert page.count("data:image/png;base64,") == 2 and "http" not in page
+    assert "Verdict" in page and "Limits" in page
+    return json.loads(done.stdout)
+
+
+def test_detectors_find_the_plain_split_and_not_the_default_one(
+    result: dict[str, Any], bundles: tuple[Path, Path]
+) -> None:
+    plain, default = (result["bundles"][str(d)]["subspace"] for d in bundles)
+    assert plain["without secrets"]["determined"]["smallest"]["overlap"] > 0.99
+    for secrets in ("without secrets", "blinding secrets given"):
+        for detector in subspace.DETECTORS:
+            assert default[secrets]["determined"][detector]["overlap"] < 0.5, (secrets, detector)
+    assert default["without secrets"]["determined"]["smallest"]["times_chance"] < 2
+
+
+def test_every_attack_has_a_curve_and_a_sentence(result: dict[str, Any], bundles: tuple[Path, Path]) -> None:
+    for directory in map(str, bundles):
+        for method in ("direct", "full", "lora", "null-space", "distill"):
+            for oracles in ("none", "all"):
+                curve = result["bundles"][directory][method][oracles]
+                assert curve["best"] <= curve["ppl"][0] and len(curve["ppl"]) == len(curve["tokens"])
+                assert any(line.startswith(f"{method}, oracles {oracles}") for line in result["verdict"][directory])
+
+
+def test_blinding_hides_the_shared_basis(result: dict[str, Any], bundles: tuple[Path, Path]) -> None:
+    default = result["bundles"][str(bundles[1])]
+    assert default["blinding"]["columns_matched"] < 0.2
+    plain = result["bundles"][str(bundles[0])]
+    assert plain["arrow"]["rows_identified"] > 0.9
+
+
+def test_columns_marked_by_their_statistics_are_aligned() -> None:
+    generator = torch.Generator().manual_seed(0)
+    first = torch.randn(400, 64, generator=generator)
+    second = first[torch.randperm(400, generator=generator)] + 1e-4 * torch.randn(400, 64, generator=generator)
+    share, chance = blinding.recovered(first, second, (None, None))
+    assert share > 0.9 > 10 * chance
+    turned = [Rotation.random(64), Rotation.random(64)]
+    share, _ = blinding.recovered(turned[0].apply(first), turned[1].apply(second), (turned[0], turned[1]))
+    assert share > 0.9  # known scales and no camouflage: the Hadamard part alone hides nothing
+
+
+def test_a_public_base_undoes_signed_permutations() -> None:
+    base = torch.randn(50, 40, generator=torch.Generator().manual_seed(0))
+    inner, outer = Rotation.random(40), Rotation.random(50)
+    stolen = outer.apply(inner.apply(base).T).T
+    assert arrow.identified(stolen, base, outer) == 1
+    assert arrow.identified(base, base, None) == 1
+    assert arrow.identified(torch.randn(50, 40), base, outer) < 0.3
+
+
+def test_oracles_add_up_to_the_best_case(bundles: tuple[Path, Path], tiny: Path) -> None:
+    import transformers
+
+    original = transformers.AutoModelForCausalLM.from_pretrained(tiny)
+    name = "model.layers.0.mlp.down_proj.weight"
+    for directory in bundles:
+        stolen = Stolen(directory)
+        best, guessed = stolen.model(ALL), stolen.model(NONE)
+        with torch.no_grad():
+            kept = best.get_parameter(name) - original.get_parameter(name)
+            rank = int((torch.linalg.svdvals(kept) > 1e-2).sum())
+            assert rank == (4 if directory is bundles[0] else 12)
+            assert torch.equal(best.model.embed_tokens.weight, original.model.embed_tokens.weight)
+            assert not torch.equal(guessed.model.embed_tokens.weight, original.model.embed_tokens.weight)
+    assert [str(o) for o in (NONE, ALL, Oracles(scales=True))] == ["none", "all", "scales"]
+
+
+def test_guessed_scales_keep_the_planes_in_proportion() -> None:
+    weight = torch.randn(20, 400, generator=torch.Generator().manual_seed(0))
+    q, scales = planes.quantise(weight, 2)
+    guess = guess_scales(q, 2, 1.0)
+    ratio = guess / scales
+    assert bool(((ratio > 0.85) & (ratio < 1.15)).all())
+
+
+def test_smallest_singular_vectors_of_both_shapes() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((30, 20), (20, 30)):
+        u, s, vt = torch.linalg.svd(torch.randn(*shape, generator=generator), full_matrices=False)
+        left, right = smallest((u * s) @ vt, 3)
+        assert subspace.overlap(left, u[:, -3:]) > 0.999 and subspace.overlap(right.T, vt[-3:].T) > 0.999
+
+
+def test_bad_requests_are_one_sentence(tiny: Path, bundles: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(SlipError, match="no attack 'magic'"):
+        suite.attack([bundles[0]], str(tiny), ["magic"])
+    (tmp_path / "short.txt").write_text("too short")
+    with pytest.raises(SlipError, match="are needed"):
+        suite.attack([bundles[0]], str(tiny), ["direct"], text_file=tmp_path / "short.txt")
+    other = save_tiny(tmp_path / "other", vocab_size=300)
+    with pytest.raises(BundleError, match="not the model"):
+        suite.attack([bundles[0]], str(other), ["direct"])
+
+
+def test_own_samples_are_text_of_the_model(tiny: Path, bundles: tuple[Path, Path]) -> None:
+    done = suite.attack([bundles[0]], str(tiny), ["direct"], budget=256, own_samples=True)
+    assert done["text"] == "samples" and done["bundles"][str(bundles[0])]["direct"]["all"]["best"] > 1
