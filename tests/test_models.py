@@ -67,7 +67,7 @@ def test_results_are_the_originals(name: str, tmp_path: Path) -> None:
         assert torch.equal(model.generate(**prompt, **settings), protected.generate(**prompt, **settings))
 
 
-@pytest.mark.parametrize("name", ["GPT-2 (Conv1D)", "Mixtral", "ResNet", "BERT", "T5"])
+@pytest.mark.parametrize("name", ["GPT-2 (Conv1D)", "Phi (parallel blocks)", "Mixtral", "ResNet", "BERT", "T5"])
 @torch.no_grad()
 def test_the_edge_part_alone_lacks_what_the_trusted_side_has(name: str, tmp_path: Path) -> None:
     model, protected = halves(FAMILIES[name], tmp_path)
@@ -167,8 +167,9 @@ def test_parallel_and_cross_attention_groups() -> None:
 
     # T5's decoder blocks all read the encoder's output: one round trip for the keys and values of all.
     assert sorted(map(len, groups(FAMILIES["T5"])))[-1] == 4
-    assert groups(FAMILIES["Phi (parallel blocks)"])[0] == [
-        f"model.layers.0.{name}" for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.fc1")
+    assert groups(FAMILIES["Phi (parallel blocks)"])[:2] == [
+        [f"model.layers.0.{n}" for n in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.fc1")],
+        [f"model.layers.0.{n}" for n in ("self_attn.dense", "mlp.fc2")],
     ]
 
 

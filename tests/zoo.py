@@ -54,7 +54,7 @@ def _mobilenet() -> Any:
 
 
 FAMILIES = {
-    # Four round trips per block, and one for the head.
+    # Four round trips per block, and one for the head. Parallel blocks take two, or three with two norms.
     "Llama": Family(_of(tf.LlamaConfig, **GROUPED), round_trips=9),
     "Mistral": Family(_of(tf.MistralConfig, **GROUPED, sliding_window=16), round_trips=9),
     "Qwen2": Family(_of(tf.Qwen2Config, **GROUPED, tie_word_embeddings=True), round_trips=9),
@@ -62,11 +62,11 @@ FAMILIES = {
     "Gemma 2": Family(_of(tf.Gemma2Config, **GROUPED, query_pre_attn_scalar=10, sliding_window=16), round_trips=9),
     "Gemma 3": Family(_of(tf.Gemma3TextConfig, **GROUPED, query_pre_attn_scalar=10, sliding_window=16),
                       round_trips=9),
-    "Phi (parallel blocks)": Family(_of(tf.PhiConfig, **SHAPE, partial_rotary_factor=0.4), round_trips=7),
+    "Phi (parallel blocks)": Family(_of(tf.PhiConfig, **SHAPE, partial_rotary_factor=0.4), round_trips=5),
     "Phi-3 (fused qkv, gate-up)": Family(_of(tf.Phi3Config, **SHAPE), round_trips=9),
     "GPT-2 (Conv1D)": Family(_of(tf.GPT2Config, vocab_size=257, n_embd=60, n_layer=2, n_head=6, n_positions=128,
                                  initializer_range=0.15, bos_token_id=1, eos_token_id=256), round_trips=9),
-    "GPT-NeoX (parallel blocks)": Family(_of(tf.GPTNeoXConfig, **SHAPE), round_trips=9),
+    "GPT-NeoX (parallel blocks)": Family(_of(tf.GPTNeoXConfig, **SHAPE), round_trips=7),
     "OPT": Family(_of(tf.OPTConfig, vocab_size=257, hidden_size=60, num_hidden_layers=2, num_attention_heads=6,
                       ffn_dim=150, max_position_embeddings=128, init_std=0.15, word_embed_proj_dim=40,
                       eos_token_id=256), round_trips=11),

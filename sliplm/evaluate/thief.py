@@ -15,9 +15,9 @@ from safetensors import safe_open
 
 from sliplm import bundle
 from sliplm.split.blinding import Rotation
-from sliplm.split.groups import protected_tensors
-from sliplm.split.layers import members
+from sliplm.split.groups import blocks, protected_tensors
 from sliplm.split.planes import dequantise
+from sliplm.trusted.quantizer import SlipConfig
 
 
 def edge_only(directory: Path) -> Any:
@@ -30,16 +30,16 @@ def edge_only(directory: Path) -> Any:
     del config.quantization_config
     model = getattr(transformers, config.architectures[0])._from_config(config)
     model.tie_weights()
-    known = {m.name: m for name, module in model.named_modules() for m in members(name, module)}
     with safe_open(trusted / "model.safetensors", "pt") as file:
-        groups = [tuple(known[name] for name in names) for names in settings["groups"]]
+        groups = SlipConfig.from_dict(settings).members(model)
         plain = set(file.keys()) - protected_tensors(groups)
         state = {name: file.get_tensor(name) for name in model.state_dict() if name in plain}
         model.load_state_dict(state, strict=False)
         stolen: dict[str, torch.Tensor] = {}
         for number, group in enumerate(groups):
             weight = _edge_weight(torch.from_numpy(edge.matrix(number).copy()), file, group[0].name)
-            for m, part in zip(group, weight.split([m.rows for m in group]), strict=True):
+            for m, rows, columns in blocks(group):
+                part = weight[rows, columns]
                 whole = stolen.setdefault(m.weight, torch.empty(m.shape))
                 pieces = whole.view(m.parts, -1)
                 pieces[m.part] = (part.T if m.transposed else part).reshape(-1)

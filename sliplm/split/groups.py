@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,10 +14,20 @@ from torch import nn
 
 from sliplm.errors import UnsupportedModelError
 from sliplm.split.example import example_inputs
-from sliplm.split.layers import Member, is_experts, is_linear, join, members
+from sliplm.split.layers import MAX_COLUMNS, Member, is_experts, is_linear, join, members
+from sliplm.split.sums import SumWatch
 
 logger = logging.getLogger(__name__)
 Group = tuple[Member, ...]
+"""Matrices that share an exchange: they read the same input, and are stacked; or they are a `Sum`."""
+
+
+class Sum(tuple[Member, ...]):
+    """Matrices of different inputs, side by side: their outputs are only ever added up."""
+
+    __slots__ = ()
+
+
 Layers = dict[str, tuple[Member, ...]]  # by the name of the layer
 
 MAX_UNKNOWN = 0.1  # share of the protected weights that unknown layers may hold
@@ -42,14 +53,33 @@ def find_groups(model: nn.Module, inputs: Any = None, rank: int = 0) -> list[Gro
     layers = find_layers(model, rank)
     _refuse_unknown(model, layers, rank)
     calls: dict[Hashable, list[str]] = {}
+    sums = SumWatch()
     try:
-        with torch.no_grad(), _watched(model, layers, calls):
+        with torch.inference_mode(False), torch.no_grad(), _watched(model, layers, calls, sums), sums:
             _call(model, example_inputs(model) if inputs is None else inputs)
     except Exception as error:  # whatever the model's code raises
         reason = str(error).strip().splitlines()
         logger.warning("no round trips are saved: a trial run failed (%s)", reason[0] if reason else repr(error))
-        calls = {}
-    return _arrange({m.name: m for found in layers.values() for m in found}, calls)
+        calls, sums = {}, SumWatch()
+    groups = _arrange({m.name: m for found in layers.values() for m in found}, calls)
+    return _pair(groups, sums.pairs)
+
+
+def size(group: Group) -> tuple[int, int]:
+    """Rows and columns of a group's matrix, before it is cut into planes."""
+    rows, columns = ([getattr(m, side) for m in group] for side in ("rows", "columns"))
+    return (rows[0], sum(columns)) if isinstance(group, Sum) else (sum(rows), columns[0])
+
+
+def blocks(group: Group) -> Iterator[tuple[Member, slice, slice]]:
+    """Each member, and which rows and columns of the group's matrix are its own."""
+    row = column = 0
+    for m in group:
+        yield m, slice(row, row + m.rows), slice(column, column + m.columns)
+        if isinstance(group, Sum):
+            column += m.columns
+        else:
+            row += m.rows
 
 
 def find_layers(model: nn.Module, rank: int = 0) -> Layers:
@@ -107,8 +137,9 @@ def _refuse_unknown(model: nn.Module, layers: Layers, rank: int) -> None:
 
 
 @contextmanager
-def _watched(model: nn.Module, layers: Layers, calls: dict[Hashable, list[str]]) -> Iterator[None]:
-    """Note in `calls` which matrices are called on what: a tensor's place in memory, or a key of their own."""
+def _watched(model: nn.Module, layers: Layers, calls: dict[Hashable, list[str]], sums: SumWatch) -> Iterator[None]:
+    """Note in `calls` which matrices are called on what: a tensor's place in memory, or a key of their own; and mark
+    the outputs of linear layers in `sums`."""
     alive: list[torch.Tensor] = []  # a freed storage's address would be reused, and two inputs taken for one
 
     def hook(names: list[str], alone: bool) -> Any:
@@ -119,7 +150,7 @@ def _watched(model: nn.Module, layers: Layers, calls: dict[Hashable, list[str]])
                 return
             x = args[0] if args else kwargs["input"]
             alive.append(x)
-            place = (x.untyped_storage()._cdata, x.storage_offset(), tuple(x.shape), x.stride(), x._version)
+            place = (x.untyped_storage()._cdata, x.storage_offset(), tuple(x.shape), x.stride(), _version(x))
             calls.setdefault(place, []).extend(names)
 
         return before
@@ -129,6 +160,9 @@ def _watched(model: nn.Module, layers: Layers, calls: dict[Hashable, list[str]])
         module = model.get_submodule(name)
         before = hook([m.name for m in found], alone=not is_linear(module))
         hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        if is_linear(module):
+            mark = partial(sums.mark, found[0].name)
+            hooks.append(module.register_forward_hook(lambda _module, _args, out, mark=mark: mark(out)))
         if is_experts(module):  # where it sends tokens depends on their values, which fake tensors do not have
             module.forward = _like_first
             stubbed.append(module)
@@ -139,6 +173,11 @@ def _watched(model: nn.Module, layers: Layers, calls: dict[Hashable, list[str]])
             handle.remove()
         for module in stubbed:
             del module.forward
+
+
+def _version(x: torch.Tensor) -> int:
+    """How often x was changed in place; tensors made in inference mode, the caller's inputs, do not count that."""
+    return 0 if x.is_inference() else x._version
 
 
 def _like_first(x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
@@ -172,3 +211,17 @@ def _arrange(known: dict[str, Member], calls: dict[Hashable, list[str]]) -> list
         groups.append(tuple(known[n] for n in names))
         done.update(names)
     return groups
+
+
+def _pair(groups: list[Group], pairs: list[tuple[str, str]]) -> list[Group]:
+    """Make those groups of one that form `pairs` one sum, in the place of the later."""
+    place = {group[0].name: i for i, group in enumerate(groups) if len(group) == 1}
+    paired = list(groups)
+    for names in pairs:
+        if not all(name in place for name in names):
+            continue
+        first, second = sorted(place[name] for name in names)
+        both = Sum((*groups[first], *groups[second]))
+        if both[0].rows == both[1].rows and size(both)[1] <= MAX_COLUMNS:
+            paired[first], paired[second] = (), both
+    return [group for group in paired if group]

@@ -18,7 +18,7 @@ from sliplm.errors import SlipError, UnsupportedModelError
 from sliplm.split.blinding import Rotation
 from sliplm.split.camouflage import low_rank, trusted_rank
 from sliplm.split.factors import leading
-from sliplm.split.groups import Group, find_groups, left_out, protected_tensors
+from sliplm.split.groups import Group, Sum, blocks, find_groups, left_out, protected_tensors, size
 from sliplm.split.planes import quantise
 from sliplm.split.source import LoadedSource, Source, fake_mode, open_source
 
@@ -144,7 +144,7 @@ def _write(
     progress: Callable[[int, int], None] | None,
 ) -> str:
     edge, trusted = directory / "edge", directory / "trusted"
-    shapes = [(options.planes * sum(m.rows for m in group), group[0].columns) for group in groups]
+    shapes = [(options.planes * rows, columns) for rows, columns in map(size, groups)]
     layout: Layout = {name: (source.dtype(stored[name]), shape) for name, (_, shape) in plain.items()}
     layout[guard(groups)] = GUARD
     for group in groups:
@@ -196,7 +196,7 @@ def guard(groups: list[Group]) -> str:
 def group_layout(group: Group, options: Options) -> Layout:
     """The trusted tensors of a group, in file order: factors and bias of each member; at its first, what they share."""
     layout: Layout = {}
-    columns, rows = group[0].columns, sum(m.rows for m in group)
+    rows, columns = size(group)
     for m in group:
         rank = trusted_rank(options.rank, m.rows, m.columns, options.camouflage)
         layout[f"{m.name}.factor_a"] = (torch.float32, (m.rows, rank))
@@ -207,9 +207,9 @@ def group_layout(group: Group, options: Options) -> Layout:
     layout[f"{leader}.scales"] = (torch.float32, (options.planes, rows))
     layout[f"{leader}.row_norm"] = (torch.float32, ())
     if options.blinding:
-        for side, size in (("in", columns), ("out", rows)):
-            layout[f"{leader}.{side}_perm"] = (torch.int32, (size,))
-            layout[f"{leader}.{side}_sign"] = (torch.float32, (size,))
+        for side, length in (("in", columns), ("out", rows)):
+            layout[f"{leader}.{side}_perm"] = (torch.int32, (length,))
+            layout[f"{leader}.{side}_sign"] = (torch.float32, (length,))
     return layout
 
 
@@ -218,9 +218,8 @@ def split_group(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The group's trusted tensors in the order of `group_layout`, and "q"; `stored` says what `source` calls them."""
     generator = torch.Generator().manual_seed(0)  # for the sketch of the SVD, which is no secret
-    rest = torch.empty(sum(m.rows for m in group), group[0].columns)
-    start = 0
-    for m in group:
+    rest = torch.empty(size(group))
+    for m, rows, columns in blocks(group):
         where = stored[m.weight]
         _check_shape(m.weight, source.shape(where), m.shape)
         weight = m.matrix(source.read(where, m.part, m.parts).float())
@@ -229,8 +228,7 @@ def split_group(
         yield f"{m.name}.factor_b", b
         if m.bias:
             yield f"{m.name}.bias", source.read(stored[m.bias], m.part, m.parts).float().reshape(m.rows)
-        torch.addmm(weight, a, b, alpha=-1, out=rest[start : start + m.rows])
-        start += m.rows
+        torch.addmm(weight, a, b, alpha=-1, out=rest[rows, columns])
         del weight
     rotations = [Rotation.random(rest.shape[1]), Rotation.random(rest.shape[0])] if options.blinding else []
     if rotations:
@@ -271,6 +269,7 @@ def _write_checkpoint_files(
         "blinding": options.blinding,
         "camouflage": options.camouflage,
         "groups": [[m.name for m in group] for group in groups],
+        "sums": [number for number, group in enumerate(groups) if isinstance(group, Sum)],
     }
     name, arguments = source.origin
     config.save_pretrained(trusted)

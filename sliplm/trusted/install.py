@@ -11,12 +11,14 @@ from torch.nn.modules.conv import _ConvNd
 
 from sliplm.split.blinding import Rotation
 from sliplm.split.groups import Group as Members
+from sliplm.split.groups import Sum
 from sliplm.split.layers import is_experts, members
 from sliplm.trusted.conv import ProtectedConv
 from sliplm.trusted.experts import protect_experts
 from sliplm.trusted.group import Group, MemberWeights
 from sliplm.trusted.linear import ProtectedLinear
 from sliplm.trusted.runtime import Runtime
+from sliplm.trusted.sums import SumGroup
 
 
 def install(model: nn.Module, groups: list[Members], tensors: dict[str, torch.Tensor]) -> None:
@@ -59,7 +61,8 @@ def bind(model: nn.Module, groups: list[Members], runtime: Runtime) -> None:
             for m, t in zip(group, tensors, strict=True)
         ]
         row_norm = float(shared["row_norm"])
-        bound = Group(number, weights, shared["scales"].numpy(), row_norm, (inner, outer), runtime)
+        kind = SumGroup if isinstance(group, Sum) else Group
+        bound = kind(number, weights, shared["scales"].numpy(), row_norm, (inner, outer), runtime)
         for i, module in enumerate(modules):
             module.bind(bound, i)
 

@@ -4,10 +4,12 @@ point for quantization methods. Importing this module registers it."""
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -16,7 +18,7 @@ from sliplm import bundle, kernels
 from sliplm.edge.engine import EdgeEngine
 from sliplm.errors import BundleError
 from sliplm.protocol.link import InProcessLink
-from sliplm.split.groups import protected_tensors
+from sliplm.split.groups import Group, Sum, protected_tensors, size
 from sliplm.split.layers import members
 from sliplm.split.split import Options, group_layout, guard
 from sliplm.trusted.install import bind, install
@@ -25,14 +27,28 @@ from sliplm.trusted.runtime import Runtime
 
 @register_quantization_config("slip")
 class SlipConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """`quantization_config` of a trusted bundle: how it was split, and the names of each group's members."""
+    """`quantization_config` of a trusted bundle: how it was split, the names of each group's members, and the numbers
+    of the groups that are sums."""
 
     def __init__(
-        self, planes: int, rank: int, blinding: bool, camouflage: bool, groups: list[list[str]], **_: Any
+        self,
+        planes: int,
+        rank: int,
+        blinding: bool,
+        camouflage: bool,
+        groups: list[list[str]],
+        sums: Sequence[int] = (),
+        **_: Any,
     ) -> None:
         self.quant_method = "slip"  # type: ignore[assignment] # theirs are an enumeration
         self.planes, self.rank, self.blinding, self.camouflage = planes, rank, blinding, camouflage
-        self.groups = groups
+        self.groups, self.sums = groups, list(sums)
+
+    def members(self, model: nn.Module) -> list[Group]:
+        """The groups, their members as they are in `model`. Raises KeyError with the name of one that is not."""
+        known = {m.name: m for name, module in model.named_modules() for m in members(name, module)}
+        groups = [tuple(known[name] for name in names) for names in self.groups]
+        return [Sum(group) if number in self.sums else group for number, group in enumerate(groups)]
 
     @property
     def options(self) -> Options:
@@ -60,9 +76,8 @@ class SlipQuantizer(HfQuantizer):  # type: ignore[misc]
             raise BundleError("a trusted bundle is loaded from its directory.")
         self._directory = Path(checkpoint_files[0]).parent
         self._manifest = bundle.open_trusted(self._directory)
-        known = {m.name: m for name, module in model.named_modules() for m in members(name, module)}
         try:
-            self._groups = [tuple(known[name] for name in names) for names in self.quantization_config.groups]
+            self._groups = self.quantization_config.members(model)
         except KeyError as error:
             classes = " or ".join(model.config.architectures or ["another class"])
             raise BundleError(
@@ -86,9 +101,7 @@ class SlipQuantizer(HfQuantizer):  # type: ignore[misc]
         return []
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
-        shapes = [
-            (self.quantization_config.planes * sum(m.rows for m in group), group[0].columns) for group in self._groups
-        ]
+        shapes = [(self.quantization_config.planes * rows, columns) for rows, columns in map(size, self._groups)]
         q = bundle.QFile(self._directory / bundle.Q_FILE, shapes)
         raw = [q.matrix(g) for g in range(len(shapes))]
         matrices = [kernels.prepare(array) for array in raw]
