@@ -33,6 +33,7 @@ from sliplm.errors import BundleError
 FORMAT = 1
 MANIFEST = "manifest.json"
 Q_FILE = "q.safetensors"
+TRUSTED_FILES = {"config.json", "model.safetensors", Q_FILE}
 _DTYPES = {
     torch.int8: "I8",
     torch.int32: "I32",
@@ -167,7 +168,7 @@ def _read_manifest(directory: Path, kind: type[Any], side: str) -> tuple[Any, by
         if version != FORMAT:
             raise BundleError(f"{path} has format version {version}; this release reads version {FORMAT}.")
         return msgspec.json.decode(raw, type=kind), raw
-    except (msgspec.DecodeError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:  # msgspec's and Unicode's are ValueErrors
         raise BundleError(f"{path} is not a manifest for the {side} ({error}).") from None
 
 
@@ -176,6 +177,8 @@ def _check(path: Path, expected: str) -> None:
         actual = sha256_file(path)
     except OSError as error:
         raise BundleError(f"cannot read {path}: {error.strerror}.") from error
+    except ValueError:  # a name that no file can have
+        raise BundleError(f"{str(path)!a} is not the name of a file.") from None
     if actual != expected:
         raise BundleError(f"{path} is damaged: its SHA-256 is not the one in the manifest.")
 
@@ -189,17 +192,20 @@ class QFile:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             length = int.from_bytes(self._map[:8], "little")
             header = json.loads(self._map[8 : 8 + length])
+            size = len(self._map) - 8 - length
             self._views = []
             for group, shape in enumerate(shapes):
                 entry = header[str(group)]
                 begin, end = entry["data_offsets"]
-                if entry["dtype"] != "I8" or tuple(entry["shape"]) != shape or end - begin != shape[0] * shape[1]:
+                if entry["dtype"] != "I8" or tuple(entry["shape"]) != shape or min(shape) < 1:
                     raise ValueError("shape")
+                if not 0 <= begin <= end <= size or end - begin != shape[0] * shape[1]:
+                    raise ValueError("offsets")
                 view = np.frombuffer(self._map, np.int8, shape[0] * shape[1], 8 + length + begin)
                 self._views.append(view.reshape(shape))
         except OSError as error:
             raise BundleError(f"cannot read {path}: {error.strerror}.") from error
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             raise BundleError(f"{path} is damaged: its header does not match the manifest.") from None
 
     def matrix(self, group: int) -> NDArray[np.int8]:
@@ -237,6 +243,8 @@ def open_trusted(path: Path | str) -> TrustedManifest:
     directory = Path(path)
     manifest: TrustedManifest
     manifest, _ = _read_manifest(directory, TrustedManifest, "trusted side")
+    if missing := TRUSTED_FILES - manifest.files.keys():
+        raise BundleError(f"{directory / MANIFEST} does not list {min(missing)}, so nothing vouches for it.")
     for name, expected in manifest.files.items():
         if Path(name).name != name:
             raise BundleError(f"{directory / MANIFEST} names a file outside its directory.")

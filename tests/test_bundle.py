@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from sliplm import bundle
@@ -110,6 +112,98 @@ def test_shapes_that_do_not_fit_the_file(copy: Path) -> None:
         bundle.EdgeBundle.open(copy / "edge")
 
 
+def q_file(directory: Path, header: bytes, body: bytes = bytes(64)) -> Path:
+    path = directory / "q.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + body)
+    return path
+
+
+def entry(shape: Any = (2, 2), offsets: Any = (0, 4), dtype: Any = "I8") -> bytes:
+    return json.dumps({"0": {"dtype": dtype, "shape": shape, "data_offsets": offsets}}).encode()
+
+
+@pytest.mark.parametrize(
+    ("header", "shape"),
+    [
+        (entry(offsets=[10**30, 10**30 + 4]), (2, 2)),
+        (entry([10**20, 10**20], [0, 10**40]), (10**20, 10**20)),
+        (entry([-2, -2]), (-2, -2)),
+        (entry(offsets=[-8, -4]), (2, 2)),  # a view of the header
+        (entry(offsets=[62, 66]), (2, 2)),
+        (entry(offsets=[4, 0]), (2, 2)),
+        (entry(offsets=[0.0, 4.0]), (2, 2)),
+        (entry(offsets="ab"), (2, 2)),
+        (entry([0, 4], [0, 0]), (0, 4)),
+        (b"[" * 200_000, (2, 2)),
+        (b'{"0": null}', (2, 2)),
+        (b"[]", (2, 2)),
+        (b"\xff", (2, 2)),
+    ],
+)
+def test_malformed_headers(header: bytes, shape: tuple[int, int], tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="damaged"):
+        bundle.QFile(q_file(tmp_path, header), [shape])
+
+
+NUMBERS = st.integers() | st.integers(-70, 70) | st.floats() | st.text(max_size=2) | st.none()
+HEADERS = (
+    st.binary(max_size=60)
+    | st.recursive(NUMBERS, lambda x: st.lists(x) | st.dictionaries(st.sampled_from("012"), x)).map(
+        lambda x: json.dumps(x).encode()
+    )
+    | st.builds(entry, st.lists(NUMBERS, max_size=3), st.lists(NUMBERS, max_size=3), st.sampled_from(["I8", "U8", 3]))
+    | st.builds(entry, st.just([2, 2]), st.tuples(NUMBERS, NUMBERS))
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    header=HEADERS, shape=st.tuples(st.integers(-2, 8), st.integers(-2, 8)), claimed=st.none() | st.binary(max_size=8)
+)
+def test_any_header_opens_or_is_refused_in_a_sentence(
+    tmp_path_factory: pytest.TempPathFactory, header: bytes, shape: tuple[int, int], claimed: bytes | None
+) -> None:
+    path = q_file(tmp_path_factory.getbasetemp(), header)
+    if claimed is not None:
+        path.write_bytes(claimed + path.read_bytes()[len(claimed) :])
+    try:
+        matrix = bundle.QFile(path, [shape]).matrix(0)
+    except BundleError as error:
+        assert str(path) in str(error) and "\n" not in str(error)
+    else:
+        assert matrix.shape == shape and not matrix.any()  # all zeros: the body, and not the header
+
+
+@pytest.mark.parametrize(
+    "raw", [b"\xff\xfe{", b"[" * 100_000, b'{"format": 1, "shapes": [[1' + b"0" * 5000 + b", 1]]}"]
+)
+def test_manifests_of_garbage(raw: bytes, copy: Path) -> None:
+    for reader, side in ((bundle.EdgeBundle.open, "edge"), (bundle.open_trusted, "trusted")):
+        (copy / side / "manifest.json").write_bytes(raw)
+        with pytest.raises(BundleError):
+            reader(copy / side)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "q.safetensors"])
+def test_a_trusted_manifest_vouches_for_what_is_loaded(name: str, copy: Path) -> None:
+    path = copy / "trusted" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["files"][name]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match=f"does not list {name}"):
+        bundle.open_trusted(copy / "trusted")
+
+
+@pytest.mark.parametrize("name", ["", "..", "../x", "\0", "x" * 300])
+def test_a_trusted_manifest_names_files_only(name: str, copy: Path) -> None:
+    path = copy / "trusted" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["files"][name] = "0" * 64
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(BundleError):
+        bundle.open_trusted(copy / "trusted")
+
+
 def test_the_wrong_side_and_no_bundle_at_all(tiny_split: Path, tmp_path: Path) -> None:
     for path in (tiny_split / "trusted", tmp_path, tmp_path / "nothing"):
         with pytest.raises(BundleError):
@@ -129,7 +223,7 @@ def test_a_damaged_trusted_bundle_does_not_load(copy: Path) -> None:
 
 
 def test_the_trusted_directory_is_private(tiny_split: Path) -> None:
-    assert os.stat(tiny_split / "trusted").st_mode & 0o077 == 0
+    assert (tiny_split / "trusted").stat().st_mode & 0o077 == 0
 
 
 def test_new_directory_is_all_or_nothing(tmp_path: Path) -> None:
