@@ -39,6 +39,10 @@ class Backend:
             yield chunk
 
 
+def local(app, **options) -> TestClient:
+    return TestClient(app, base_url="http://localhost", **options)
+
+
 @pytest.fixture
 def backend() -> Backend:
     return Backend()
@@ -46,7 +50,7 @@ def backend() -> Backend:
 
 @pytest.fixture
 def client(backend) -> TestClient:
-    return TestClient(create_app(backend, lambda: "m"))
+    return local(create_app(backend, lambda: "m"))
 
 
 def events(response) -> list:
@@ -71,7 +75,7 @@ def test_models(client):
 
 def test_health():
     up = [True]
-    client = TestClient(create_app(Backend(), connected=lambda: up[0]))
+    client = local(create_app(Backend(), connected=lambda: up[0]))
     assert client.get("/healthz").json() == {"status": "ok", "connected": True}
     up[0] = False
     assert client.get("/healthz").status_code == 503
@@ -146,6 +150,7 @@ def test_what_usual_clients_send(client, backend):
         (CHAT, HELLO | {"max_tokens": 0}, "max_tokens"),
         (CHAT, HELLO | {"max_tokens": "many"}, "max_tokens"),
         (CHAT, HELLO | {"temperature": 3}, "temperature"),
+        (CHAT, HELLO | {"temperature": 1e-45}, "temperature is 0 (greedy) or at least 0.01"),
         (CHAT, HELLO | {"top_p": 0}, "top_p"),
         (CHAT, HELLO | {"seed": -1}, "seed"),
         (CHAT, HELLO | {"stop": ["x"] * 17}, "stop"),
@@ -190,14 +195,14 @@ def test_other_refusals(client):
 )
 @pytest.mark.parametrize("stream", [False, True])
 def test_failures_before_the_first_text_have_a_status(error, status, code, stream):
-    client = TestClient(create_app(Backend(error)), raise_server_exceptions=False)
+    client = local(create_app(Backend(error)), raise_server_exceptions=False)
     shown = error_of(client.post(PLAIN, json={"prompt": "x", "stream": stream}), status)
     assert shown["code"] == code and "secret" not in shown["message"]
 
 
 @pytest.mark.parametrize("error", [LinkError("generation stopped"), RuntimeError("a secret")])
 def test_failures_in_the_middle_end_the_stream_without_done(error):
-    client = TestClient(create_app(Backend(error, after=1)), raise_server_exceptions=False)
+    client = local(create_app(Backend(error, after=1)), raise_server_exceptions=False)
     first, last = events(client.post(PLAIN, json={"prompt": "x", "stream": True}))
     assert first["choices"][0]["text"] == "Hel" and last["error"]["type"] == "server_error"
     assert "secret" not in last["error"]["message"]
@@ -205,8 +210,64 @@ def test_failures_in_the_middle_end_the_stream_without_done(error):
 
 
 def test_a_generation_that_just_ends_is_an_error():
-    client = TestClient(create_app(lambda request: iter([Chunk("Hel")])))
+    client = local(create_app(lambda request: iter([Chunk("Hel")])))
     error_of(client.post(PLAIN, json={"prompt": "x"}), 503)
+
+
+def test_empty_chunks_are_no_answer_yet():
+    chunks = [Chunk(""), Chunk("Hel"), Chunk(""), Chunk("", "stop", 3, 1)]
+    client = local(create_app(lambda request: iter(chunks)))
+    *shown, done = events(client.post(PLAIN, json={"prompt": "x", "stream": True}))
+    assert [c["choices"][0]["text"] for c in shown] == ["Hel", ""] and done == "[DONE]"
+
+    def late() -> Iterator[Chunk]:
+        yield Chunk("")
+        raise RequestError("the prompt is too long")
+
+    error_of(local(create_app(lambda request: late())).post(PLAIN, json={"prompt": "x", "stream": True}), 400)
+
+
+# --- who may ask --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("bound", "host", "answered"),
+    [
+        ("127.0.0.1", "127.0.0.1:8411", True),
+        ("127.0.0.1", "LocalHost:8411", True),
+        ("127.0.0.1", "[::1]:8411", True),
+        ("127.0.0.1", "[::1]", True),
+        ("127.0.0.1", "192.168.0.7:8411", False),
+        ("127.0.0.1", "evil.example:8411", False),
+        ("127.0.0.1", "localhost.evil.example", False),
+        ("127.0.0.1", "", False),
+        ("box.lan", "BOX.lan:8411", True),
+        ("box.lan", "evil.example", False),
+        ("0.0.0.0", "192.168.0.7:8411", True),
+        ("0.0.0.0", "localhost", True),
+        ("0.0.0.0", "evil.example", False),
+        ("::", "[2001:db8::1]:8411", True),
+        ("::", "evil.example", False),
+    ],
+)
+def test_only_requests_for_its_own_names_are_answered(backend, bound, host, answered):
+    """DNS rebinding: a web page whose name points here is still called by that name."""
+    client = TestClient(create_app(backend, host=bound))
+    for path, body in ((PLAIN, {"prompt": "x"}), (CHAT, HELLO)):
+        response = client.post(path, json=body, headers={"host": host})
+        assert response.status_code == (200 if answered else 403)
+    if not answered:
+        assert error_of(response, 403)["code"] == "forbidden" and not backend.asked
+        error_of(client.get("/v1/models", headers={"host": host}), 403)
+
+
+@pytest.mark.parametrize(
+    ("origin", "answered"),
+    [("http://localhost", True), ("http://evil.example", False), ("null", False), ("http://localhost:3000", False)],
+)
+def test_other_web_pages_are_refused(client, backend, origin, answered):
+    response = client.post(PLAIN, json={"prompt": "x"}, headers={"origin": origin})
+    assert response.status_code == (200 if answered else 403) and bool(backend.asked) == answered
 
 
 # --- the whole way: HTTP client, edge, trusted side ---------------------------------------------------
@@ -266,6 +327,34 @@ def test_requests_run_side_by_side(url, engine):
     assert answers == [200] * 10
 
 
+def test_a_device_asks_no_more_at_once_than_the_trusted_side_allows(url, engine, monkeypatch):
+    engine.delay = 0.02
+    running_now, most, lock, generate = [0], [0], threading.Lock(), engine.generate
+
+    def counting(request: GenerateRequest, link) -> Iterator[Chunk]:
+        with lock:
+            running_now[0] += 1
+            most[0] = max(most[0], running_now[0])
+        try:
+            yield from generate(request, link)
+        finally:
+            with lock:
+                running_now[0] -= 1
+
+    monkeypatch.setattr(engine, "generate", counting)
+    answers: list[int] = []
+
+    def one(stream: bool) -> None:
+        answers.append(httpx.post(url + CHAT, json=HELLO | {"max_tokens": 5, "stream": stream}, timeout=60).status_code)
+
+    threads = [threading.Thread(target=one, args=(i % 2 == 0,)) for i in range(30)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert answers == [200] * 30 and 1 < most[0] <= 8
+
+
 def test_hanging_up_in_a_stream_cancels(url, engine):
     engine.delay = 0.01
     body = HELLO | {"max_tokens": 100_000, "stream": True}
@@ -312,7 +401,7 @@ def test_a_cheating_edge_gets_no_text(tmp_path):
     home = tmp_path / "authority"
     identity = enrol(home)
     with serving(home) as server, working(server, identity, make_engine(WrongMatrix)) as worker:
-        client = TestClient(create_app(worker.generate))
+        client = local(create_app(worker.generate))
         for stream in (False, True):
             wait_until(worker.connected.is_set)
             error = error_of(client.post(PLAIN, json={"prompt": "x", "stream": stream}), 502)

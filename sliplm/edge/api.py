@@ -9,6 +9,8 @@ generation. Source of the formats: OpenAI's API reference (Chat, Completions, Er
 from __future__ import annotations
 
 import contextlib
+import ipaddress
+import re
 import secrets
 import threading
 import time
@@ -20,17 +22,23 @@ import anyio.to_thread
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sliplm.errors import LinkError, SlipError, VerificationError
 from sliplm.protocol.frames import MAX_JSON_BYTES
 from sliplm.protocol.messages import Chunk, GenerateRequest, Message, RequestError
 
-MAX_THREADS = 64
-"""As many threads wait for text at once. The trusted side allows one device no more connections than that."""
+MAX_GENERATIONS = 6
+"""As many requests are at the trusted side at once, and more wait here. It allows one device 8, of which some may be
+cancelled ones that it has not noticed yet."""
+
+MAX_THREADS = 32
+"""As many threads wait for text, or for the end of what nobody waits for any more."""
 
 Generate = Callable[[GenerateRequest], Iterator[Chunk]]
 """Starts a generation. If the iterator has a `close`, it cancels, from any thread."""
@@ -196,12 +204,13 @@ def create_app(
     generate: Generate,
     model_name: Callable[[], str] = lambda: "slip",
     connected: Callable[[], bool] = lambda: True,
+    host: str = "localhost",
 ) -> Starlette:
     """The ASGI application. `generate` starts a generation, `model_name` is what /v1/models lists,
-    `connected` tells whether the worker is: `create_app(worker.generate, lambda: worker.model_name,
-    worker.connected.is_set)`."""
+    `connected` tells whether the worker is, and `host` is what the API is bound to: `create_app(worker.generate,
+    lambda: worker.model_name, worker.connected.is_set, "127.0.0.1")`."""
     started = int(time.time())
-    threads: list[anyio.CapacityLimiter] = []  # made inside the event loop, which it belongs to
+    limits: list[anyio.CapacityLimiter] = []  # made inside the event loop, which they belong to
 
     async def models(_: Request) -> Response:
         entry = {"id": model_name(), "object": "model", "created": started, "owned_by": "sliplm"}
@@ -228,12 +237,13 @@ def create_app(
         model = model_name()
         if body.model not in (None, model):
             raise _ApiError(404, f"there is no model {body.model!r} here, only {model!r}", "model_not_found")
-        if not threads:
-            threads.append(anyio.CapacityLimiter(MAX_THREADS))
+        if not limits:
+            limits.extend(map(anyio.CapacityLimiter, (MAX_GENERATIONS, MAX_THREADS)))
         style = _Style(chat, model)
-        stream = _Stream(generate, wanted, threads[0])
+        stream = _Stream(generate, wanted, *limits)
         if not body.stream:
             text, last = await _unless_disconnected(request, stream, stream.collect)
+            stream.close()
             return _json(style.whole(text, last))
         # Errors before the first chunk still get a status code of their own.
         first = await _unless_disconnected(request, stream, stream.next)
@@ -259,6 +269,7 @@ def create_app(
             Route("/v1/completions", completions, methods=["POST"]),
             Route("/healthz", health),
         ],
+        middleware=[Middleware(_OwnNamesOnly, host=host)],
         exception_handlers={
             SlipError: on_error,
             _ApiError: on_error,
@@ -268,6 +279,41 @@ def create_app(
             500: on_error,
         },
     )
+
+
+class _OwnNamesOnly:
+    """Refuses requests that were made for another name than this API's. Somebody's web page can let its own name
+    point to this machine (DNS rebinding); the browser then takes the API for a part of that page, but still says
+    in Host, and mostly in Origin, where it thinks it is. An address cannot be pointed elsewhere."""
+
+    def __init__(self, app: ASGIApp, host: str) -> None:
+        self._app = app
+        self._names = {host.lower(), "localhost", "127.0.0.1", "::1"}
+        address = _address(host)
+        self._any_address = address is not None and address.is_unspecified
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and (why := self._refusal(Headers(scope=scope))):
+            error = _ApiError(403, why, "forbidden")
+            await _json(error.body, error.status)(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+    def _refusal(self, headers: Headers) -> str | None:
+        host = headers.get("host", "").lower()
+        name = re.sub(r":\d*$", "", host).removeprefix("[").removesuffix("]")
+        if name not in self._names and not (self._any_address and _address(name)):
+            return "this API does not go by the name in the Host header: use the address that it listens on"
+        if headers.get("origin", f"http://{host}").lower() != f"http://{host}":
+            return "this API does not serve other web pages"
+        return None
+
+
+def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        return ipaddress.ip_address(host)
+    except ValueError:
+        return None
 
 
 Body = TypeVar("Body", bound=_Body)
@@ -288,17 +334,31 @@ async def _body(request: Request, kind: type[Body]) -> Body:
 class _Stream:
     """A blocking generation, used from an event loop: waits happen in threads, which `close` wakes up."""
 
-    def __init__(self, generate: Generate, request: GenerateRequest, threads: anyio.CapacityLimiter) -> None:
+    def __init__(
+        self,
+        generate: Generate,
+        request: GenerateRequest,
+        slots: anyio.CapacityLimiter,
+        threads: anyio.CapacityLimiter,
+    ) -> None:
         self._generate = generate
         self._request = request
+        self._slots = slots
         self._threads = threads
+        self._admitted = False
         self._lock = threading.Lock()
         self._chunks: Iterator[Chunk] | None = None
         self._closed = False
 
     async def next(self) -> Chunk:
-        """The next chunk. Raises LinkError if the generation ended without a finish reason."""
-        return await anyio.to_thread.run_sync(self._next, abandon_on_cancel=True, limiter=self._threads)
+        """The next text. Raises LinkError if the generation ended without a finish reason."""
+        if not self._admitted:
+            await self._slots.acquire_on_behalf_of(self)
+            self._admitted = True
+        while True:  # an empty chunk only says that the generation goes on
+            chunk = await anyio.to_thread.run_sync(self._next, abandon_on_cancel=True, limiter=self._threads)
+            if chunk.text or chunk.finish_reason is not None:
+                return chunk
 
     async def collect(self) -> tuple[str, Chunk]:
         """The whole text, and the last chunk."""
@@ -324,6 +384,10 @@ class _Stream:
         return chunk
 
     def close(self) -> None:
+        """Cancel, from the event loop; may be called twice."""
+        if self._admitted:
+            self._admitted = False
+            self._slots.release_on_behalf_of(self)
         with self._lock:
             self._closed = True
             chunks = self._chunks

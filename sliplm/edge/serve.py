@@ -26,7 +26,7 @@ class ApiServer:
         except OSError as error:
             raise LinkError(f"the API cannot listen on {host}:{port}: {error.strerror or error}.") from None
         self.address: tuple[str, int] = self._socket.getsockname()[:2]
-        app = create_app(worker.generate, lambda: worker.model_name, worker.connected.is_set)
+        app = create_app(worker.generate, lambda: worker.model_name, worker.connected.is_set, host)
         # Access logs would name what people ask; the worker's own log has what an operator needs.
         config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=2)
         self._server = uvicorn.Server(config)
