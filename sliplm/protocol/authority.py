@@ -43,6 +43,11 @@ LOCK_SECONDS = 10.0
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}\Z")
 
 
+class RegistryError(IdentityError):
+    """The registry cannot be read just now, which says nothing about any device. The text is the operator's: it
+    names a path."""
+
+
 class Device(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One certificate that was handed out. `fingerprint` is the SHA-256 of its DER form, in hex."""
 
@@ -92,7 +97,7 @@ def add_device(directory: Path | str, name: str, out_file: Path | str, days: int
 
 
 def list_devices(directory: Path | str) -> list[Device]:
-    """Every certificate ever handed out, oldest first. Raises IdentityError if the registry is damaged."""
+    """Every certificate ever handed out, oldest first. Raises RegistryError if the registry is damaged."""
     return _load_registry(Path(directory))
 
 
@@ -129,7 +134,7 @@ def is_enrolled(directory: Path | str, certificate: str | bytes) -> bool:
 
 def admit(directory: Path | str, certificate: str | bytes) -> Device:
     """The enrolled device with this certificate (fingerprint or DER). Raises IdentityError, saying why
-    not."""
+    not, and RegistryError if nobody can tell."""
     mark = certificate if isinstance(certificate, str) else fingerprint(certificate)
     for device in _load_registry(Path(directory)):
         if device.fingerprint == mark:
@@ -268,11 +273,11 @@ def _load_registry(home: Path) -> list[Device]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise IdentityError(f"the device registry {path} cannot be read: {error.strerror}") from None
+        raise RegistryError(f"the device registry {path} cannot be read: {error.strerror}") from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        raise IdentityError(f"the device registry {path} is damaged") from None
+        raise RegistryError(f"the device registry {path} is damaged") from None
     if registry.version != 1 or any(d.expires.tzinfo is None for d in registry.devices):
-        raise IdentityError(f"the device registry {path} was written by another version of this program")
+        raise RegistryError(f"the device registry {path} was written by another version of this program")
     return registry.devices
 
 

@@ -22,6 +22,10 @@ class RequestError(SlipError):
     """
 
 
+class BusyError(SlipError):
+    """Too much is going on at the trusted side: the same request may work later."""
+
+
 class Message(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """One turn of a chat."""
 
@@ -35,8 +39,9 @@ class Message(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 class GenerateRequest(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
     """What to generate. Exactly one of `prompt` (plain text) and `messages` (a chat) is given.
 
-    `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 switch these filters off; `stop` lists texts that end
-    the generation and are not part of it. Ranges are checked when a request is decoded.
+    `temperature` 0 is greedy; others are 0.01 or more, because logits are divided by it. `top_k` 0 and `top_p` 1
+    switch these filters off; `stop` lists texts that end the generation and are not part of it. Ranges are checked
+    when a request is decoded.
     """
 
     prompt: str | None = None
@@ -53,6 +58,8 @@ class GenerateRequest(msgspec.Struct, forbid_unknown_fields=True, frozen=True, k
             raise ValueError("give either a prompt or messages, and not both")
         if self.messages is not None and not self.messages:
             raise ValueError("messages is empty")
+        if 0 < self.temperature < 0.01:
+            raise ValueError("temperature is 0 (greedy) or at least 0.01")
 
     def __repr__(self) -> str:
         return f"GenerateRequest(max_tokens={self.max_tokens}, temperature={self.temperature})"

@@ -1,21 +1,36 @@
-"""Text in, text out: generation with the protected model for one request at a time or several, each over its own link."""
+"""Text in, text out: generation with the protected model for several requests at a time, each over its own link."""
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
+import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+import jinja2
 import torch
 import transformers
 from transformers.generation.streamers import BaseStreamer
 
 from sliplm import bundle
 from sliplm.errors import LinkError, SlipError
-from sliplm.protocol.link import Link
-from sliplm.protocol.messages import Chunk, GenerateRequest, RequestError
+from sliplm.protocol.link import Field, Link
+from sliplm.protocol.messages import BusyError, Chunk, GenerateRequest, RequestError
+from sliplm.trusted.server import locate
+
+GENERATIONS = 16
+"""So many run at a time; each holds a cache as long as its text."""
+
+WAIT_SECONDS = 30.0
+BEAT_SECONDS = 0.5
+MAX_CONTEXT = 1 << 20
+DEFAULT_CONTEXT = 1 << 15
+"""Tokens of a model that names no limit of its own."""
+
+_log = logging.getLogger(__name__)
 
 FinishReason = Literal["stop", "length"]
 
@@ -35,6 +50,8 @@ class Engine:
         self.model: Any = transformers.AutoModelForCausalLM.from_pretrained(path).eval()
         self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(path)
         self.model.slip.pool.resize(pool_depth)
+        self._room = _context(self.model.config.get_text_config(), self.tokenizer)
+        self._slots = threading.Semaphore(1 if _keeps_positions(self.model.config.to_dict()) else GENERATIONS)
         self._name = path.resolve().parent.name
 
     @property
@@ -49,17 +66,29 @@ class Engine:
         return self._name
 
     def generate(self, request: GenerateRequest, link: Link) -> Iterator[Chunk]:
-        """Stream the answer to `request`, with its exchanges over `link`. Closing the iterator stops the generation.
+        """Stream the answer to `request`, with its exchanges over `link`. Closing the iterator stops the generation;
+        so that it can be closed, an empty chunk comes every half second without text.
 
         Raises:
-            RequestError: the prompt does not fit the model. LinkError, VerificationError, NumericsError: as they come.
+            RequestError: the prompt does not fit the model. BusyError: too many generations run already.
+            LinkError, VerificationError, NumericsError: as they come.
         """
+        deadline = time.monotonic() + WAIT_SECONDS
+        while not self._slots.acquire(timeout=BEAT_SECONDS):
+            if time.monotonic() > deadline:
+                raise BusyError("the trusted side is busy with other requests: try again later")
+            yield Chunk("")
+        try:
+            yield from self._generate(request, link)
+        finally:
+            self._slots.release()
+
+    def _generate(self, request: GenerateRequest, link: Link) -> Iterator[Chunk]:
         inputs = self._inputs(request)
         prompt_tokens = inputs["input_ids"].shape[1]
-        room = getattr(self.model.config, "max_position_embeddings", None)
-        limit = request.max_tokens if room is None else min(request.max_tokens, room - prompt_tokens)
+        limit = min(request.max_tokens, self._room - prompt_tokens)
         if limit < 1:
-            raise RequestError(f"the prompt has {prompt_tokens} tokens; this model takes at most {(room or 1) - 1}.")
+            raise RequestError(f"the prompt has {prompt_tokens} tokens; this model takes at most {self._room - 1}.")
         run = _Run(self, inputs, request, limit, link)
         run.start()
         try:
@@ -80,20 +109,24 @@ class Engine:
                 chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
             )
         except Exception as error:  # templates are programs of the model's author, and raise what they like
-            raise RequestError(f"the model's chat template refuses these messages ({error}).") from None
+            # Only a template's own `raise_exception` speaks to users; other texts may quote the trusted side.
+            why = f" ({error})" if type(error) is jinja2.TemplateError else ""
+            raise RequestError(f"the model's chat template refuses these messages{why}.") from None
 
     def _stream(self, run: _Run, stops: list[str]) -> Generator[Chunk, None, tuple[int, FinishReason, str]]:
-        """Yield text as it becomes certain; return (tokens, finish reason, last text)."""
+        """Yield text as it becomes certain, or none; return (tokens, finish reason, last text)."""
         decoder = _Text(self.tokenizer)
         sent = 0
         for token in run.tokens():
+            if token is None:
+                yield Chunk("")
+                continue
             text, stopped = _cut(decoder.push(token), stops)
             if stopped:
                 return decoder.count, "stop", text[sent:]
-            certain = len(text) - _possible_stop(text, stops)
-            if certain > sent:
-                yield Chunk(text[sent:certain])
-                sent = certain
+            certain = max(sent, len(text) - _possible_stop(text, stops))
+            yield Chunk(text[sent:certain])
+            sent = certain
         text, stopped = _cut(decoder.finish(), stops)
         return decoder.count, "stop" if stopped or run.ended else "length", text[sent:]
 
@@ -103,9 +136,10 @@ class _Run(threading.Thread):
 
     def __init__(self, engine: Engine, inputs: Any, request: GenerateRequest, limit: int, link: Link) -> None:
         super().__init__(name="generate", daemon=True)
-        self._engine, self._inputs, self._request, self._limit, self._link = engine, inputs, request, limit, link
+        self._engine, self._inputs, self._request, self._limit = engine, inputs, request, limit
         self._queue: queue.SimpleQueue[int | BaseException | None] = queue.SimpleQueue()
         self._cancelled = threading.Event()
+        self._link = _Cancellable(link, self._cancelled)
         self.ended = False
 
     def run(self) -> None:
@@ -126,11 +160,20 @@ class _Run(threading.Thread):
         except SlipError as error:
             self._queue.put(error)
         except BaseException as error:  # whatever it is, the reader must not wait for ever
-            self._queue.put(LinkError(f"the generation failed ({type(error).__name__})."))
-            raise
+            # Its text might quote a prompt or a weight, so neither the log nor the requester gets it.
+            _log.error("the generation failed: %s", locate(error))
+            self._queue.put(SlipError(f"the generation failed: {locate(error)}"))
 
-    def tokens(self) -> Iterator[int]:
-        while (item := self._queue.get()) is not None:
+    def tokens(self) -> Iterator[int | None]:
+        """The tokens; None every half second in which there is none."""
+        while True:
+            try:
+                item = self._queue.get(timeout=BEAT_SECONDS)
+            except queue.Empty:
+                yield None
+                continue
+            if item is None:
+                return
             if isinstance(item, BaseException):
                 raise item
             yield item
@@ -138,6 +181,21 @@ class _Run(threading.Thread):
     def cancel(self) -> None:
         self._cancelled.set()
         self.join()
+
+
+class _Cancellable(Link):
+    """`link`, until `cancelled`: a long prompt is many exchanges before the first token."""
+
+    def __init__(self, link: Link, cancelled: threading.Event) -> None:
+        self._link, self._cancelled = link, cancelled
+
+    def exchange(self, group: int, x: Field) -> Field:
+        if self._cancelled.is_set():
+            raise LinkError("the request was cancelled")
+        return self._link.exchange(group, x)
+
+    def close(self) -> None:
+        self._link.close()
 
 
 class _Tokens(BaseStreamer):
@@ -174,6 +232,21 @@ class _Text:
 
     def finish(self) -> str:
         return self._tokenizer.decode(self._ids, skip_special_tokens=True)
+
+
+def _context(config: Any, tokenizer: Any) -> int:
+    """The most tokens of a prompt and its answer."""
+    if (room := getattr(config, "max_position_embeddings", None)) is not None:
+        return room
+    known = tokenizer.model_max_length  # 1e30 if unknown
+    return int(known) if 1 < known <= MAX_CONTEXT else DEFAULT_CONTEXT
+
+
+def _keeps_positions(config: Any) -> bool:
+    """Whether the model's rotary embedding adapts to the text at hand: concurrent generations would share it."""
+    return isinstance(config, dict) and (
+        config.get("rope_type") in ("dynamic", "longrope") or any(map(_keeps_positions, config.values()))
+    )
 
 
 def _cut(text: str, stops: list[str]) -> tuple[str, bool]:

@@ -7,15 +7,17 @@ computing. What goes wrong on one connection ends that connection and no other.
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import logging
 import socket
 import ssl
 import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from sliplm.errors import IdentityError, LinkError, ProtocolError, SlipError, VerificationError
 from sliplm.protocol import authority, frames, tls
@@ -23,7 +25,7 @@ from sliplm.protocol.authority import Device
 from sliplm.protocol.channel import Address, Channel, check_digest, drain_socket, tune
 from sliplm.protocol.frames import Code, Kind, Role, Welcome
 from sliplm.protocol.link import Link, RemoteLink, Shape
-from sliplm.protocol.messages import Chunk, GenerateRequest, RequestError, decode_request, encode
+from sliplm.protocol.messages import BusyError, Chunk, GenerateRequest, RequestError, decode_request, encode
 
 HANDSHAKE_SECONDS = 10.0
 KEEPALIVE_SECONDS = 5.0
@@ -43,8 +45,8 @@ class Engine(Protocol):
         `finish_reason`. An iteration without text yields an empty chunk now and then, so that cancelling
         works.
 
-        Raises RequestError, whose sentence the requester sees; any other SlipError ends the request with a
-        sentence that names no cause. VerificationError also ends the link. Text must have been verified when
+        Raises RequestError or BusyError, whose sentence the requester sees; any other SlipError ends the request
+        with a sentence that names no cause. VerificationError also ends the link. Text must have been verified when
         it is yielded.
         """
         ...
@@ -54,12 +56,21 @@ class Engine(Protocol):
         ...
 
 
+class _Known(NamedTuple):
+    """A connection whose device is known."""
+
+    sock: ssl.SSLSocket
+    fingerprint: str
+    role: Role
+
+
 class TrustedServer:
     """Serves `engine` on `host`:`port` (0: any free port, see `address`) to the devices enrolled in
     `directory`.
 
-    `digest` and `shapes` ((M, K) per group) are those of the bundle. Binds at once; `serve_forever` does the
-    rest. Raises LinkError if the address cannot be used, and IdentityError if the authority is damaged.
+    `digest` and `shapes` ((M, K) per group) are those of the bundle. Strangers, who have not shown an enrolled
+    certificate yet, are counted apart from devices: they cannot lock them out. Binds at once; `serve_forever` does
+    the rest. Raises LinkError if the address cannot be used, and IdentityError if the authority is damaged.
     """
 
     def __init__(
@@ -74,8 +85,10 @@ class TrustedServer:
         keepalive: float = KEEPALIVE_SECONDS,
         exchange_timeout: float = EXCHANGE_SECONDS,
         worker_wait: float = WORKER_SECONDS,
+        max_strangers: int = 64,
         max_connections: int = 256,
         max_per_device: int = 64,
+        max_requests: int = 8,
     ) -> None:
         self._engine = engine
         self._digest = digest
@@ -84,12 +97,15 @@ class TrustedServer:
         self._keepalive = keepalive
         self._exchange_timeout = exchange_timeout
         self._worker_wait = worker_wait
+        self._max_strangers = max_strangers
         self._max_connections = max_connections
         self._max_per_device = max_per_device
+        self._max_requests = max_requests  # of one device at a time
 
-        self._changed = threading.Condition()  # guards the two dicts below
+        self._changed = threading.Condition()  # guards the three dicts below
         self._links: dict[str, list[RemoteLink]] = {}  # by device fingerprint, newest last
-        self._connections: dict[threading.Thread, tuple[socket.socket, str]] = {}  # fingerprint "" until known
+        self._strangers: dict[threading.Thread, tuple[ssl.SSLSocket, bytes]] = {}  # oldest first, with their network
+        self._connections: dict[threading.Thread, _Known] = {}
         self._stopping = threading.Event()
         self._stopped = threading.Event()
         self._serving: threading.Thread | None = None
@@ -117,7 +133,7 @@ class TrustedServer:
                     _log.warning("a connection could not be accepted: %s", error.strerror)
                     self._stopping.wait(POLL_SECONDS)
                     continue
-                self._start(sock, f"{address[0]}:{address[1]}")
+                self._start(sock, address)
         finally:
             self._shut_down()
 
@@ -139,16 +155,15 @@ class TrustedServer:
         self._stopping.set()
         self._listener.close()
         with self._changed:
-            connections = dict(self._connections)
+            connections = {t: c[0] for t, c in (self._strangers | self._connections).items()}
             self._changed.notify_all()
         for link in self.links():  # this makes the generations that use it fail, and they say why
             link.close()
         deadline = time.monotonic() + 2
         for thread in connections:
             thread.join(max(0.0, deadline - time.monotonic()))
-        for sock, _ in connections.values():
-            with contextlib.suppress(OSError):
-                socket.socket.shutdown(sock, socket.SHUT_RDWR)
+        for sock in connections.values():
+            _cut(sock)
         for thread in connections:
             thread.join(0.5)
         _log.info("stopped")
@@ -166,21 +181,40 @@ class TrustedServer:
 
     # --- one connection -------------------------------------------------------------------------------------
 
-    def _start(self, sock: socket.socket, where: str) -> None:
-        thread = threading.Thread(target=self._connection, args=(sock, where), name=f"slip {where}", daemon=True)
+    def _start(self, sock: socket.socket, address: Address) -> None:
+        where = f"{address[0]}:{address[1]}"
+        try:
+            tune(sock)
+            wrapped = self._context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+        except (OSError, ValueError):
+            _log.warning("%s: the peer left at once", where)
+            sock.close()
+            return
+        thread = threading.Thread(target=self._connection, args=(wrapped, where), name=f"slip {where}", daemon=True)
         with self._changed:
-            if len(self._connections) >= self._max_connections:
-                _log.warning("%s: refused, too many connections", where)
-                sock.close()
-                return
-            self._connections[thread] = (sock, "")
-        thread.start()
+            if len(self._strangers) >= self._max_strangers:
+                self._evict()
+            self._strangers[thread] = (wrapped, _network(address[0]))
+        try:
+            thread.start()
+        except RuntimeError:  # no more threads; those that end make room
+            _log.warning("%s: refused, too many threads", where)
+            with self._changed:
+                del self._strangers[thread]
+            wrapped.close()
 
-    def _connection(self, sock: socket.socket, where: str) -> None:
+    def _evict(self) -> None:
+        """Cut the oldest stranger of the network that has most: whoever floods the server evicts itself."""
+        busiest, _ = Counter(network for _, network in self._strangers.values()).most_common(1)[0]
+        thread = next(t for t, (_, network) in self._strangers.items() if network == busiest)
+        _cut(self._strangers.pop(thread)[0])
+
+    def _connection(self, sock: ssl.SSLSocket, where: str) -> None:
         channel: Channel | None = None
         try:
-            channel = Channel(self._handshake(sock), "the edge", HANDSHAKE_SECONDS)
-            device, role = self._greet(channel)
+            self._handshake(sock)
+            channel = Channel(sock, "the edge", HANDSHAKE_SECONDS)
+            device, role = self._greet(channel, sock)
             _log.info("%s: device %s connected (%s)", where, device.name, role.name)
             if role == Role.WORK:
                 self._work(channel, device)
@@ -190,34 +224,26 @@ class TrustedServer:
         except SlipError as error:
             _log.warning("%s: %s", where, error)
         except Exception as error:  # a fault of ours; the text of an unknown exception might hold anything
-            _log.error("%s: internal error: %s", where, _locate(error))
+            _log.error("%s: internal error: %s", where, locate(error))
         finally:
             if channel is not None:
                 channel.close(drain=True)
             sock.close()
             with self._changed:
+                self._strangers.pop(threading.current_thread(), None)
                 self._connections.pop(threading.current_thread(), None)
 
-    def _handshake(self, sock: socket.socket) -> ssl.SSLSocket:
+    def _handshake(self, sock: ssl.SSLSocket) -> None:
         try:
-            tune(sock)
             sock.settimeout(HANDSHAKE_SECONDS)
-            wrapped = self._context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
-        except OSError:
-            raise LinkError("the peer left at once") from None
-        try:
-            with self._changed:
-                self._connections[threading.current_thread()] = (wrapped, "")
-            wrapped.do_handshake()
+            sock.do_handshake()
         except (OSError, ValueError) as error:
-            drain_socket(wrapped)  # so that the alert arrives, which tells the edge what is wrong
-            wrapped.close()
+            drain_socket(sock)  # so that the alert arrives, which tells the edge what is wrong
             if isinstance(error, ssl.SSLError):
                 raise tls.explain(error, "the edge") from None
             raise LinkError("the peer did not complete the handshake") from None
-        return wrapped
 
-    def _greet(self, channel: Channel) -> tuple[Device, Role]:
+    def _greet(self, channel: Channel, sock: ssl.SSLSocket) -> tuple[Device, Role]:
         """HELLO and WELCOME; who this is and what for. A refusal is sent to the edge, and raised here."""
         code = Code.FAILED
         try:
@@ -232,7 +258,11 @@ class TrustedServer:
             code = Code.BUNDLE
             check_digest(self._digest, hello.digest)
             code = Code.BUSY
-            self._identify(device)
+            self._identify(_Known(sock, device.fingerprint, hello.role))
+        except authority.RegistryError:  # its text names a path, and the device may well be enrolled
+            with contextlib.suppress(LinkError):
+                channel.send_error(Code.FAILED, "the trusted side cannot look this device up: try again later")
+            raise
         except SlipError as error:
             with contextlib.suppress(LinkError):
                 channel.send_error(code, str(error))
@@ -241,14 +271,20 @@ class TrustedServer:
         channel.version = version
         return device, hello.role
 
-    def _identify(self, device: Device) -> None:
-        """Note whose connection this is; no device may take all of them."""
+    def _identify(self, known: _Known) -> None:
+        """Count this connection as its device's; no device may take all of them."""
         me = threading.current_thread()
         with self._changed:
-            mine = sum(mark == device.fingerprint for _, mark in self._connections.values())
-            if mine >= self._max_per_device:
-                raise LinkError(f"this device has {mine} connections already: try again later")
-            self._connections[me] = (self._connections[me][0], device.fingerprint)
+            mine = [c.role for c in self._connections.values() if c.fingerprint == known.fingerprint]
+            if len(mine) >= self._max_per_device:
+                raise LinkError(f"this device has {len(mine)} connections already: try again later")
+            if known.role == Role.REQUEST and mine.count(Role.REQUEST) >= self._max_requests:
+                raise LinkError(f"this device has {self._max_requests} requests running already: try again later")
+            if len(self._connections) >= self._max_connections:
+                raise LinkError("the trusted side has too many connections: try again later")
+            if self._strangers.pop(me, None) is None:
+                raise LinkError("the trusted side gave this connection up: try again later")
+            self._connections[me] = known
 
     # --- WORK -----------------------------------------------------------------------------------------------
 
@@ -312,6 +348,8 @@ class TrustedServer:
             _log.info("device %s cancelled its request", device.name)
         except RequestError as error:
             channel.send_error(Code.REQUEST, str(error))
+        except BusyError as error:
+            channel.send_error(Code.BUSY, str(error))
         except VerificationError as error:
             link.close()
             _log.error("device %s: %s", device.name, error)
@@ -322,7 +360,7 @@ class TrustedServer:
             channel.send_error(Code.FAILED, f"generation stopped: {why}")
         except Exception as error:
             # Layer names and the like are not for the edge, whatever the exception says.
-            _log.error("device %s: %s", device.name, error if isinstance(error, SlipError) else _locate(error))
+            _log.error("device %s: %s", device.name, error if isinstance(error, SlipError) else locate(error))
             channel.send_error(Code.FAILED, "generation failed on the trusted side; its log says why")
 
     def _generate(self, channel: Channel, request: GenerateRequest, link: Link) -> None:
@@ -370,7 +408,21 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _locate(error: Exception) -> str:
+def _cut(sock: ssl.SSLSocket) -> None:
+    """End a connection under the thread that waits on it (see Channel.abort)."""
+    with contextlib.suppress(OSError):
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+
+def _network(host: str) -> bytes:
+    """What one party usually has for itself: an IPv4 address, or an IPv6 /64."""
+    address = ipaddress.ip_address(host.partition("%")[0])
+    if isinstance(address, ipaddress.IPv4Address):
+        return address.packed
+    return address.ipv4_mapped.packed if address.ipv4_mapped else address.packed[:8]
+
+
+def locate(error: BaseException) -> str:
     """The kind and the place of an unexpected exception, without its text."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__} in {Path(frame.filename).name}, line {frame.lineno}"

@@ -1,0 +1,170 @@
+"""The engine under load and under fault: what it refuses, what it serialises, and what it keeps to itself."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jinja2
+import pytest
+
+from sliplm.errors import SlipError
+from sliplm.protocol.link import Link
+from sliplm.protocol.messages import BusyError, Chunk, GenerateRequest, Message, RequestError
+from sliplm.trusted import engine as engine_module
+from sliplm.trusted.engine import DEFAULT_CONTEXT, GENERATIONS, Engine, _context, _keeps_positions
+
+
+@pytest.fixture(scope="module")
+def shared(tiny_split: Path) -> Engine:
+    return Engine(tiny_split / "trusted", pool_depth=0)
+
+
+@pytest.fixture
+def engine(shared: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
+    monkeypatch.setattr(engine_module, "BEAT_SECONDS", 0.02)
+    return shared
+
+
+class Slow(Link):
+    """Waits at every exchange until `go` is set."""
+
+    def __init__(self, link: Link) -> None:
+        self.link, self.count, self.go = link, 0, threading.Event()
+
+    def exchange(self, group: int, x: Any) -> Any:
+        self.count += 1
+        self.go.wait(0.1)
+        return self.link.exchange(group, x)
+
+    def close(self) -> None: ...
+
+
+def request(**what: Any) -> GenerateRequest:
+    return GenerateRequest(**{"prompt": "Hello", "max_tokens": 3, **what})
+
+
+def threads() -> list[threading.Thread]:
+    return [t for t in threading.enumerate() if t.name == "generate"]
+
+
+def test_it_can_be_cancelled_before_the_first_token(engine: Engine) -> None:
+    link = Slow(engine.model.slip.default_link)
+    chunks = engine.generate(request(), link)
+    assert next(chunks) == Chunk("") and link.count < 9  # a token takes 9 exchanges
+    chunks.close()
+    assert link.count < 9 and not threads()
+
+
+def test_generations_beyond_the_limit_wait_and_are_refused(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "WAIT_SECONDS", 0.3)
+    link = Slow(engine.model.slip.default_link)
+    running = [engine.generate(request(), link) for _ in range(GENERATIONS)]
+    for chunks in running:
+        next(chunks)
+    assert len(threads()) == GENERATIONS
+    waiting = engine.generate(request(), link)
+    assert next(waiting) == Chunk("") and len(threads()) == GENERATIONS  # it can be cancelled meanwhile
+    with pytest.raises(BusyError, match="try again later"):
+        list(waiting)
+    link.go.set()
+    late = engine.generate(request(), link)
+    running.pop().close()
+    assert list(late)[-1].finish_reason  # a slot became free
+    for chunks in running:
+        chunks.close()
+    assert not threads()
+
+
+def test_every_end_frees_its_slot(engine: Engine) -> None:
+    link = engine.model.slip.default_link
+    for _ in range(GENERATIONS + 1):
+        with pytest.raises(RequestError):
+            list(engine.generate(request(prompt=""), link))
+    assert list(engine.generate(request(), link))[-1].finish_reason
+
+
+def test_an_unexpected_failure_says_where_and_not_what(
+    engine: Engine, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture
+) -> None:
+    class Broken(Slow):
+        def exchange(self, group: int, x: Any) -> Any:
+            raise ZeroDivisionError("secret")
+
+    caplog.set_level(logging.DEBUG)
+    with pytest.raises(SlipError, match=r"ZeroDivisionError in test_engine\.py") as caught:
+        list(engine.generate(request(), Broken(engine.model.slip.default_link)))
+    time.sleep(0.05)
+    shown = caplog.text + "".join(capfd.readouterr()) + str(caught.value)
+    assert "secret" not in shown and "Traceback" not in shown and "the generation failed: Zero" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("template", "shown"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "(roles must alternate)"),
+        ("{{ messages[0].content.nothing.here }}", "these messages."),
+        ("{% include 'secret' %}", "these messages."),
+        ("{{ 1 / 0 }}", "these messages."),
+    ],
+)
+def test_a_template_speaks_for_itself_only_on_purpose(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, template: str, shown: str
+) -> None:
+    monkeypatch.setattr(engine.tokenizer, "chat_template", template)
+    with pytest.raises(RequestError) as caught:
+        engine._inputs(GenerateRequest(messages=[Message("user", "Hi")]))
+    assert shown in str(caught.value)
+    assert issubclass(jinja2.UndefinedError, jinja2.TemplateError)  # why the exact type is compared
+
+
+def test_a_model_without_a_limit_gets_one(shared: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def tokenizer(known: float) -> Any:
+        return SimpleNamespace(model_max_length=known)
+
+    assert _context(SimpleNamespace(max_position_embeddings=128), tokenizer(7)) == 128
+    assert _context(SimpleNamespace(), tokenizer(2048)) == 2048
+    assert _context(SimpleNamespace(max_position_embeddings=None), tokenizer(int(1e30))) == DEFAULT_CONTEXT
+    monkeypatch.setattr(shared, "_room", 10)
+    with pytest.raises(RequestError, match="at most 9"):
+        list(shared.generate(request(prompt="x" * 10), shared.model.slip.default_link))
+
+
+@pytest.mark.parametrize(
+    ("rope", "alone"),
+    [
+        ({"rope_type": "default"}, False),
+        ({"rope_type": "llama3", "factor": 8.0}, False),
+        ({"rope_type": "dynamic", "factor": 2.0}, True),
+        ({"full_attention": {"rope_type": "longrope"}, "sliding_attention": {"rope_type": "default"}}, True),
+    ],
+)
+def test_models_that_adapt_their_positions_generate_one_at_a_time(rope: dict[str, Any], alone: bool) -> None:
+    assert _keeps_positions({"text_config": {"rope_parameters": rope}}) == alone
+
+
+def test_a_dynamic_rope_leaves_one_slot(tmp_path: Path) -> None:
+    from conftest import save_tiny
+
+    from sliplm.split.split import Options, split
+
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
+    split(str(save_tiny(tmp_path / "model", rope_parameters=rope)), tmp_path / "bundle", Options(rank=4))
+    one_at_a_time = Engine(tmp_path / "bundle" / "trusted", pool_depth=0)
+    link = one_at_a_time.model.slip.default_link
+    first = one_at_a_time.generate(request(), link)
+    next(first)
+    second = one_at_a_time.generate(request(), link)
+    assert next(second) == Chunk("") and len(threads()) <= 1
+    first.close()
+    assert list(second)[-1].finish_reason
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-45, 0.0099])
+def test_temperatures_that_would_divide_by_nothing(temperature: float) -> None:
+    with pytest.raises(ValueError, match=r"0 \(greedy\) or at least 0\.01"):
+        GenerateRequest(prompt="x", temperature=temperature)
