@@ -68,6 +68,16 @@ def test_files_are_private(home, tmp_path):
     assert stat.S_IMODE(home.stat().st_mode) == 0o700
 
 
+def test_an_identity_that_others_can_read_is_used_with_a_warning(home, tmp_path, caplog):
+    identity = tmp_path / "laptop.pem"
+    authority.add_device(home, "laptop", identity)
+    tls.client_context(identity)
+    assert not caplog.records
+    identity.chmod(0o640)
+    tls.client_context(identity)
+    assert f"can read the identity file {identity}" in caplog.text
+
+
 def test_a_directory_open_to_others_is_closed(home):
     home.mkdir(mode=0o755)
     authority.server_files(home)

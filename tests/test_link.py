@@ -32,15 +32,16 @@ from link_fakes import (
 )
 from test_authority import issue
 
-from sliplm.edge.worker import EdgeWorker
+from sliplm.edge.worker import ATTEMPTS, EdgeWorker
 from sliplm.errors import BundleError, IdentityError, LinkError, ProtocolError, VerificationError
 from sliplm.field import P
 from sliplm.protocol import authority, channel, frames, link, tls
 from sliplm.protocol.channel import Channel, connect, parse_address
 from sliplm.protocol.frames import HEADER, Code, Hello, Kind, Role, Welcome
 from sliplm.protocol.link import InProcessLink, RemoteLink
-from sliplm.protocol.messages import GenerateRequest, RequestError
+from sliplm.protocol.messages import BusyError, GenerateRequest, RequestError
 from sliplm.trusted.server import TrustedServer
+from sliplm.trusted.server import _network as network
 
 
 @pytest.fixture
@@ -289,6 +290,20 @@ def test_a_dripping_edge_is_given_up(home, identity):
         pair.link.exchange(0, rows(2))
 
 
+def test_a_dripping_header_is_given_up(home, identity):
+    def drip(edge: Channel, header) -> None:
+        with contextlib.suppress(LinkError):
+            for byte in HEADER.pack(Kind.RESULT, 1, 0, 2, header.sequence, 48):
+                edge._write(bytes([byte]))
+                time.sleep(0.1)
+
+    with Pair(home, identity, timeout=0.3) as pair, pair.answering(drip):
+        started = time.monotonic()
+        with pytest.raises(LinkError, match="did not answer"):
+            pair.link.exchange(0, rows(2))
+        assert time.monotonic() - started < 1.2
+
+
 def test_an_edge_that_does_not_read_is_given_up(home, identity):
     with Pair(home, identity, timeout=0.3) as pair, pytest.raises(LinkError):
         for _ in range(1000):
@@ -318,7 +333,7 @@ def test_a_cheating_edge_is_cut_off_and_no_text_of_it_appears(home, identity, ca
 EDGE = """
 import sys; sys.path[:0] = sys.argv[3:]
 from link_fakes import make_engine
-from sliplm.edge.worker import EdgeWorker
+from sliplm.edge.worker import ATTEMPTS, EdgeWorker
 EdgeWorker(make_engine(), sys.argv[1], sys.argv[2]).run()
 """
 
@@ -510,6 +525,86 @@ def test_an_edge_cannot_pose_as_the_trusted_side(home, identity):
             EdgeWorker(make_engine(), address, identity).run()
 
 
+class OnPath:
+    """Relays to `target`, or answers every handshake with a plaintext alert, as anybody on the way can."""
+
+    ALERT = bytes([21, 3, 3, 0, 2, 2, 45])  # certificate expired
+
+    def __init__(self, target=None) -> None:
+        self.target, self.attempts = target, 0
+        self._open: list[socket.socket] = []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = self._listener.getsockname()[:2]
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                edge, _ = self._listener.accept()
+                self.attempts += 1
+                if self.target is None:
+                    edge.recv(4096)
+                    edge.sendall(self.ALERT)
+                    channel.drain_socket(edge)
+                    edge.close()
+                    continue
+                trusted = socket.create_connection(self.target, 10)
+                self._open += [edge, trusted]
+                for a, b in ((edge, trusted), (trusted, edge)):
+                    threading.Thread(target=self._pump, args=(a, b), daemon=True).start()
+
+    @staticmethod
+    def _pump(a: socket.socket, b: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := a.recv(1 << 16):
+                b.sendall(data)
+
+    def attack(self) -> None:
+        self.target = None
+        for sock in self._open:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self._listener.close()
+
+
+def test_a_forged_alert_ends_no_worker_that_was_connected(home, identity):
+    with (
+        serving(home) as server,
+        contextlib.closing(OnPath(server.address)) as path,
+        working(path.address, identity) as worker,  # which fails if `run` raises
+    ):
+        path.attack()
+        wait_until(lambda: path.attempts > ATTEMPTS + 2, 30)
+        path.target = server.address
+        assert worker.connected.wait(10)
+
+
+def test_a_worker_that_never_was_connected_gives_up_soon_and_says_why(home, identity):
+    with contextlib.closing(OnPath()) as path, pytest.raises(IdentityError, match="has expired"):
+        EdgeWorker(make_engine(), path.address, identity).run()
+    assert path.attempts == ATTEMPTS
+
+
+def test_a_passing_failure_of_the_handshake_is_tried_again(home, identity):
+    with serving(home) as server, contextlib.closing(OnPath()) as path:
+        worker = EdgeWorker(make_engine(), path.address, identity)
+        with running(worker.run, worker.stop) as raised:
+            wait_until(lambda: path.attempts >= 2)
+            path.target = server.address
+            assert worker.connected.wait(10), raised
+
+
+def test_an_identity_that_expires_on_the_way_is_final_at_once(home, identity):
+    with contextlib.closing(OnPath()) as path:
+        worker = EdgeWorker(make_engine(), path.address, identity)
+        issue(home, identity, days=-1)
+        with pytest.raises(IdentityError, match="enrol this device again"):
+            worker.run()
+        assert path.attempts == 1
+
+
 def test_older_tls_is_refused(home, identity):
     context = tls.client_context(identity)
     context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_2
@@ -623,15 +718,97 @@ def test_a_bad_request_gets_a_sentence(live, payload, says):
 def test_connections_are_limited_per_device_and_in_all(home, identity):
     other = enrol(home, "other")
     context = tls.client_context(identity)
-    with serving(home, max_connections=4, max_per_device=2) as server:
+    with serving(home, max_connections=3, max_per_device=2) as server:
         mine = [connect(server.address, context, Role.WORK, DIGEST, 10)[0] for _ in range(2)]
         refused(server, identity, LinkError, "2 connections already")
         theirs = connect(server.address, tls.client_context(other), Role.WORK, DIGEST, 10)[0]
-        idle = socket.create_connection(server.address, 10)
-        wait_until(lambda: len(server._connections) == 4)
-        refused(server, other, LinkError, "the trusted side")
-        for each in (*mine, theirs, idle):
+        refused(server, other, LinkError, "too many connections")
+        for each in (*mine, theirs):
             each.close()
+
+
+def test_requests_are_limited_per_device(home, identity):
+    engine = FakeEngine(0.01)
+    with serving(home, engine, max_requests=2) as server, working(server, identity) as worker:
+        running_ones = [worker.generate(ask(words=10_000)) for _ in range(2)]
+        for each in running_ones:
+            next(each)
+        with pytest.raises(LinkError, match="2 requests running already"):
+            text(worker)
+        running_ones[0].close()
+        wait_until(lambda: len(server._connections) == 2)  # WORK, and the other request
+        assert text(worker)
+        running_ones[1].close()
+
+
+def test_a_busy_engine_says_so(home, identity):
+    def busy(request, link):
+        raise BusyError("the trusted side is busy")
+
+    engine = FakeEngine()
+    engine.generate = busy  # type: ignore[method-assign]
+    with serving(home, engine) as server, working(server, identity), contextlib.suppress(LinkError):
+        c, _ = connect(server.address, tls.client_context(identity), Role.REQUEST, DIGEST, 10)
+        c.send(Kind.GENERATE, b'{"prompt": "x"}')
+        header = c.receive()
+        assert (header.group, str(c.read_error(header))) == (Code.BUSY, "the trusted side is busy")
+        c.close()
+
+
+def test_strangers_cannot_lock_devices_out(home, identity):
+    with serving(home, max_strangers=8, max_connections=8) as server, working(server, identity) as worker:
+        flood = [socket.create_connection(server.address, 10) for _ in range(40)]
+        wait_until(lambda: len(server._strangers) == 8)
+        assert text(worker)
+        assert flood[0].recv(1) == b""  # the oldest made room
+        for sock in flood:
+            sock.close()
+
+
+def test_whoever_floods_the_server_evicts_itself(home):
+    with contextlib.closing(TrustedServer(FakeEngine(), DIGEST, SHAPES, home, max_strangers=4)) as server:
+        socks = []
+        for i, host in enumerate(["10.0.0.1", "2001:db8::1", "2001:db8::2", "2001:db8::3"]):
+            socks.append(server._context.wrap_socket(socket.socket(), server_side=True))
+            server._strangers[threading.Thread(name=str(i))] = (socks[-1], network(host))
+        server._evict()
+        assert [t.name for t in server._strangers] == ["0", "2", "3"]
+        server._strangers.clear()
+        for sock in socks:
+            sock.close()
+    assert network("::ffff:10.0.0.1") == network("10.0.0.1") != network("10.0.0.2")
+    assert network("fe80::1%eth0") == network("fe80::2%eth0")
+
+
+def test_the_server_survives_a_lack_of_threads(home, identity, monkeypatch):
+    with serving(home) as server, working(server, identity) as worker:
+        start = threading.Thread.start
+
+        def no_more(thread: threading.Thread) -> None:
+            if thread.name.startswith("slip "):
+                raise RuntimeError("can't start new thread")
+            start(thread)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", no_more)
+            with pytest.raises(LinkError):
+                text(worker)
+        assert text(worker) and not server._strangers
+
+
+def test_a_registry_that_cannot_be_read_is_a_passing_failure(home, identity, caplog):
+    registry = home / "devices.json"
+    with serving(home) as server:
+        registry.rename(home / "kept")
+        registry.mkdir()
+        with pytest.raises(LinkError, match="try again later") as caught:
+            connect(server.address, tls.client_context(identity), Role.WORK, DIGEST, 10)
+        assert str(home) not in str(caught.value) and not isinstance(caught.value, IdentityError)
+        wait_until(lambda: f"{registry} cannot be read" in caplog.text)
+        registry.rmdir()
+        (home / "kept").rename(registry)
+        with working(server, identity) as worker:
+            assert text(worker)
 
 
 # --- failures in the middle, and the way back ------------------------------------------------------

@@ -30,6 +30,9 @@ GENERATE_SECONDS = 300.0
 
 FIRST_DELAY, LAST_DELAY = 0.1, 2.0
 
+ATTEMPTS = 5
+"""So many handshakes of a worker that never was connected fail for the same reason before it gives up."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -54,6 +57,7 @@ class EdgeWorker:
         self.model_name = "slip"
         self._engine = engine
         self._address = parse_address(trusted) if isinstance(trusted, str) else trusted
+        self._identity = identity
         self._context = tls.client_context(identity)
         self._idle_timeout = idle_timeout
         self._generate_timeout = generate_timeout
@@ -64,17 +68,30 @@ class EdgeWorker:
     def run(self) -> None:
         """Serve until `stop`, reconnecting whenever the connection is lost.
 
-        Raises IdentityError, BundleError or ProtocolError if the trusted side refuses this edge for good.
+        Raises IdentityError, BundleError or ProtocolError if the trusted side refuses this edge for good. A failed
+        handshake proves nothing about the trusted side, so it is final only for a worker that was never connected,
+        when it failed the same way ATTEMPTS times in a row: then it is set up wrong.
         """
         delay = FIRST_DELAY
+        ever_connected = False
+        failure, times = "", 0  # of the handshake, in a row
         while not self._stopping.is_set():
             try:
                 channel = self._connect(Role.WORK, self._idle_timeout)
+            except tls.HandshakeError as error:
+                times = times + 1 if str(error) == failure else 1
+                failure = str(error)
+                if times >= ATTEMPTS and not ever_connected:
+                    raise
+                self._context = tls.client_context(self._identity)  # what is wrong on this side is final at once
+                _log.warning("%s; trying again", error)
             except (IdentityError, BundleError, ProtocolError):
                 raise
             except LinkError as error:
+                times = 0
                 _log.warning("%s; trying again", error)
             else:
+                ever_connected, times = True, 0
                 if self._serve(channel):
                     delay = FIRST_DELAY
             # Full jitter would sometimes hammer, none would make all edges return in step.

@@ -35,9 +35,9 @@ SLOWEST = 1e6
 class Channel:
     """Frames over a connected TLS socket, which the channel owns from now on.
 
-    `timeout` (seconds) limits how long the peer may be silent; one payload may take that long plus a second
-    per megabyte. All methods raise LinkError when the connection fails, and ProtocolError when the peer
-    breaks the rules; after either the channel can only be closed.
+    `timeout` (seconds) limits how long the peer may be silent, and how long a header may take; a payload may take
+    that long plus a second per megabyte. All methods raise LinkError when the connection fails, and ProtocolError
+    when the peer breaks the rules; after either the channel can only be closed.
     """
 
     def __init__(self, sock: ssl.SSLSocket, peer: str, timeout: float) -> None:
@@ -117,8 +117,11 @@ class Channel:
         left = self._end - self._start
         self._in[:left] = self._in[self._start : self._end]
         self._start, self._end = 0, left
+        deadline = time.monotonic() + self.timeout
         while self._end < HEADER.size:
             self._end += self._receive_some(self._in[self._end :])
+            if self._end < HEADER.size and time.monotonic() > deadline:
+                self._fail(TimeoutError())
 
     def read(self, header: Header) -> bytes:
         """The payload of a frame without an array (so at most 1 MiB)."""
@@ -257,8 +260,8 @@ def connect(
 ) -> tuple[Channel, Welcome]:
     """The edge's end of a new connection, after HELLO and WELCOME; `timeout` holds from then on.
 
-    Raises IdentityError, BundleError or ProtocolError where trying again cannot help, and LinkError where it
-    can.
+    Raises IdentityError, BundleError or ProtocolError where trying again cannot help, tls.HandshakeError where it
+    might, and LinkError where it can.
     """
     peer = "the trusted side"
     where = f"{address[0]}:{address[1]}"

@@ -6,6 +6,8 @@ authorities.
 
 from __future__ import annotations
 
+import logging
+import os
 import ssl
 from datetime import datetime, timezone
 from pathlib import Path
@@ -15,6 +17,12 @@ from cryptography.hazmat.primitives import serialization
 
 from sliplm.errors import IdentityError, LinkError, SlipError
 from sliplm.protocol import authority
+
+_log = logging.getLogger(__name__)
+
+
+class HandshakeError(IdentityError):
+    """The TLS handshake failed over a certificate, or so it seems: anybody on the way can make it seem so."""
 
 
 def server_context(directory: Path | str) -> ssl.SSLContext:
@@ -56,6 +64,8 @@ def _check_identity(path: Path) -> bytes:
     """The authority's certificate (PEM) in an identity file that is well-formed and in date."""
     try:
         data = path.read_bytes()
+        if os.name == "posix" and path.stat().st_mode & 0o077:
+            _log.warning("other users of this machine can read the identity file %s: chmod 600 it", path)
     except OSError as error:
         raise IdentityError(f"the identity file {path} cannot be read: {error.strerror}") from None
     try:
@@ -100,15 +110,15 @@ _ALERTS = {
 
 
 def explain(error: ssl.SSLError, peer: str) -> SlipError:
-    """`error` as an IdentityError if a certificate is at fault, otherwise as a LinkError. `peer` names the
+    """`error` as a HandshakeError if a certificate is at fault, otherwise as a LinkError. `peer` names the
     other side, for example "the trusted side"."""
     if isinstance(error, ssl.SSLCertVerificationError):
         why = _VERIFY.get(error.verify_code, f"was rejected ({error.verify_message})")
-        return IdentityError(f"{peer}'s certificate {why}")
+        return HandshakeError(f"{peer}'s certificate {why}")
     reason = error.reason or ""
     for alert, sentence in _ALERTS.items():
         if alert in reason:
-            return IdentityError(sentence)
+            return HandshakeError(sentence)
     if isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError):
         return LinkError(f"{peer} closed the connection")
     what = reason.replace("_", " ").lower() or "unknown reason"
