@@ -99,6 +99,7 @@ def split(
     planes: Planes = 2,
     camouflage: Annotated[bool, typer.Option(help="Plant random components where the sensitive ones were.")] = True,
     blinding: Annotated[bool, typer.Option(help="Give every group a secret basis.")] = True,
+    base: Annotated[str | None, typer.Option(help="MODEL fine-tunes this public one: hide what differs.")] = None,
     as_json: Json = False,
 ) -> None:
     """Split MODEL into OUTPUT/edge, which anyone may copy, and OUTPUT/trusted, which nobody else may see."""
@@ -108,7 +109,7 @@ def split(
     from sliplm.split.split import split as run
 
     _quiet_transformers()
-    options = Options(rank, planes, camouflage, blinding)
+    options = Options(rank, planes, camouflage, blinding, base)
     for sentence in weaknesses(options):
         err.print(f"slip: warning: {sentence}", style="yellow", markup=False)
     with _progress("splitting (weights)") as progress:
@@ -351,7 +352,7 @@ def evaluate(
 
 @app.command()
 def attack(
-    directories: Annotated[list[Path], typer.Argument(help="DIR, as `slip split` wrote it; several stand side by side.")],
+    directories: Annotated[list[Path], typer.Argument(help="DIR, as `slip split` wrote it; or several, to compare.")],
     reference: Reference,
     method: Annotated[list[str] | None, typer.Option(help="Only this attack; may be given more than once.")] = None,
     budget: Annotated[int, typer.Option(min=256, help="Tokens of text that the thief trains on.")] = 2048,

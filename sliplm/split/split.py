@@ -15,9 +15,9 @@ import transformers
 
 from sliplm import bundle
 from sliplm.errors import SlipError, UnsupportedModelError
+from sliplm.split.base import FineTuned, divide
 from sliplm.split.blinding import Rotation
-from sliplm.split.camouflage import low_rank, trusted_rank
-from sliplm.split.factors import leading
+from sliplm.split.camouflage import trusted_rank
 from sliplm.split.groups import Group, Sum, blocks, find_groups, left_out, protected_tensors, size
 from sliplm.split.planes import quantise
 from sliplm.split.source import LoadedSource, Source, fake_mode, open_source
@@ -44,12 +44,14 @@ class Options:
         rank: singular components per matrix that the trusted side keeps.
         planes: int8 matrices per weight on the edge: 2 is exact for all purposes, 1 is fast.
         camouflage, blinding: the hardenings of DESIGN §5; off only to measure what they do.
+        base: the public model that this one is a fine-tune of; then only the difference is protected (`split.base`).
     """
 
     rank: int = 16
     planes: int = 2
     camouflage: bool = True
     blinding: bool = True
+    base: str | None = None
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -103,6 +105,8 @@ def split(
         stored = _stored_names(needed, tied, source.names())
         if missing := set(stored.values()) - source.names():
             raise UnsupportedModelError(f"the checkpoint lacks the weight {min(missing)}.")
+    if options.base is not None:
+        source = FineTuned(source, options.base, {stored[m.weight] for group in groups for m in group})
     with bundle.new_directory(out) as partial:
         (partial / "edge").mkdir()
         (partial / "trusted").mkdir(mode=0o700)
@@ -223,13 +227,16 @@ def split_group(
         where = stored[m.weight]
         _check_shape(m.weight, source.shape(where), m.shape)
         weight = m.matrix(source.read(where, m.part, m.parts).float())
-        a, b = low_rank(weight, leading(weight, options.rank, generator), options.camouflage)
+        public, eps = None, 0.0
+        if isinstance(source, FineTuned):
+            public = m.matrix(source.public(where, m.part, m.parts).float())
+            eps = torch.finfo(source.dtype(where)).eps
+        a, b, rest[rows, columns] = divide(weight, options.rank, options.camouflage, generator, public, eps)
         yield f"{m.name}.factor_a", a
         yield f"{m.name}.factor_b", b
         if m.bias:
             yield f"{m.name}.bias", source.read(stored[m.bias], m.part, m.parts).float().reshape(m.rows)
-        torch.addmm(weight, a, b, alpha=-1, out=rest[rows, columns])
-        del weight
+        del weight, public
     rotations = [Rotation.random(rest.shape[1]), Rotation.random(rest.shape[0])] if options.blinding else []
     if rotations:
         rest = rotations[0].apply(rest)

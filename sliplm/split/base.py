@@ -1,0 +1,84 @@
+"""Split a fine-tune of a public model: only the difference is secret, so only the difference goes to the trusted side.
+
+Where the difference D = W - W_public has low rank (LoRA), the trusted side takes all of it, and the edge holds the
+public weights, just as without the fine-tune: it learns nothing about D but that it is there. Otherwise the trusted
+side takes the leading components of D, camouflaged as usual, and the edge holds W_public plus the rest of D. What
+that rest is worth is not measured here; `docs/security.md` says what this gives and what not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from sliplm.errors import UnsupportedModelError
+from sliplm.split.camouflage import low_rank, trusted_rank
+from sliplm.split.factors import leading
+from sliplm.split.source import LoadedSource, Source, open_source
+
+
+class FineTuned(Source):
+    """A fine-tuned model, read together with the public one.
+
+    Args:
+        tuned: the model to protect. public: directory, .gguf file or hub id. needed: names of the tensors to compare.
+
+    Raises:
+        UnsupportedModelError: `public` is not the base of this model.
+    """
+
+    def __init__(self, tuned: Source, public: str, needed: Iterable[str]) -> None:
+        self.config, self.origin = tuned.config, tuned.origin
+        self._tuned = tuned
+        self._base = open_source(public)
+        needed = set(needed)
+        if needed - self._base.names():
+            self._base = LoadedSource(self._base.origin[0], **self._base.origin[1])
+        for name in sorted(needed):
+            if name not in self._base.names() or self._base.shape(name) != tuned.shape(name):
+                raise UnsupportedModelError(
+                    f"{public} is not the base of this model: its {name} is missing or differs."
+                )
+
+    def names(self) -> set[str]:
+        return self._tuned.names()
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._tuned.dtype(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._tuned.shape(name)
+
+    def read(self, name: str, part: int = 0, parts: int = 1) -> torch.Tensor:
+        return self._tuned.read(name, part, parts)
+
+    def public(self, name: str, part: int = 0, parts: int = 1) -> torch.Tensor:
+        """The same piece of the public model."""
+        return self._base.read(name, part, parts)
+
+
+def divide(
+    weight: torch.Tensor,
+    rank: int,
+    camouflage: bool,
+    generator: torch.Generator,
+    public: torch.Tensor | None = None,
+    eps: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The trusted part A (N, r), B (r, K) of `weight` (N, K), r = `trusted_rank`, and the edge's part (N, K); float32.
+
+    Merging a LoRA rounds its result to the checkpoint's type, whose machine epsilon is `eps`. That noise depends on
+    D, so where D is of low rank but for it, the noise is dropped: the model is then exact to its own rounding.
+    """
+    if public is None:
+        a, b = low_rank(weight, leading(weight, rank, generator), camouflage)
+        return a, b, torch.addmm(weight, a, b, alpha=-1)
+    difference = weight - public
+    u, s, vt, _ = leading(difference, trusted_rank(rank, weight.shape[0], weight.shape[1], camouflage), generator)
+    a, b = u * s, vt
+    left = float((difference - a @ b).norm())
+    if left <= 0.1 * float(difference.norm()) and left <= max(eps, 4e-6) / 4 * float(weight.norm()):
+        return a, b, public
+    a, b = low_rank(difference, leading(difference, rank, generator), camouflage)
+    return a, b, torch.addmm(weight, a, b, alpha=-1)
