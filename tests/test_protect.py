@@ -115,6 +115,35 @@ def test_transformers_models_need_no_inputs() -> None:
         assert torch.equal(protected.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0), tokens)
 
 
+class Spelled(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        y = input @ self.weight.T
+        return y if self.bias is None else y + self.bias
+
+
+class Scaled(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input) * 2
+
+
+class Adapted(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input) + self.adapter(input)
+
+
+def test_a_linear_layer_may_spell_its_forward_out_but_not_change_it() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(9, 30)
+    for bias in (True, False):
+        layer = Spelled(30, 40, bias)
+        want = layer(x).detach()
+        module = sliplm.protect(layer, x, rank=RANK)
+        assert len(module.slip.shapes) == 1 and relative_error(want, module(x)) < 1e-3
+    for kind in (Scaled, Adapted):
+        with pytest.raises(UnsupportedModelError, match=kind.__name__):
+            sliplm.protect(nn.Sequential(nn.Linear(30, 40), kind(40, 40)), x, rank=RANK)
+
+
 def test_one_plane_is_coarser() -> None:
     x = torch.randn(50, 33)
     errors = []

@@ -6,10 +6,12 @@ of experts in three-dimensional parameters, as Transformers keeps them, is two p
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
@@ -69,11 +71,28 @@ def members(name: str, module: nn.Module) -> tuple[Member, ...]:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """A plain linear map, whose forward is the one we replace, and whose weight is a parameter and not computed."""
+    """A plain linear map, whose forward is what we replace it by, and whose weight is a parameter and not computed."""
     if isinstance(module, NonDynamicallyQuantizableLinear):  # nn.MultiheadAttention never calls it
         return False
-    plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-    return (plain or type(module) is Conv1D) and "weight" in module._parameters
+    if "weight" not in module._parameters:
+        return False
+    if type(module) is Conv1D:
+        return True
+    return isinstance(module, nn.Linear) and (type(module).forward is nn.Linear.forward or _acts_linear(module))
+
+
+def _acts_linear(module: nn.Linear) -> bool:
+    """Whether a forward of the module's own computes what `nn.Linear` does, tried on a small copy."""
+    with unset_fake_temporarily(), torch.device("cpu"), torch.no_grad():
+        probe = copy.copy(module)
+        probe.in_features, probe.out_features = 5, 3
+        bias = None if module.bias is None else nn.Parameter(torch.randn(3))
+        probe.__dict__["_parameters"] = {"weight": nn.Parameter(torch.randn(3, 5)), "bias": bias}
+        x = torch.randn(2, 4, 5)
+        try:
+            return bool(torch.allclose(type(module).forward(probe, x), nn.Linear.forward(probe, x), atol=1e-5))
+        except Exception:  # whatever it needs, it is not plain
+            return False
 
 
 def is_convolution(module: nn.Module) -> bool:
