@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check numbers clean
+.PHONY: demo test check numbers attack clean
 
 demo: $(STAMP)
 	$(BIN)/slip demo
@@ -19,6 +19,9 @@ check: $(STAMP)
 
 numbers: $(STAMP)
 	$(BIN)/python bench/acceptance.py
+
+attack: $(STAMP)
+	$(BIN)/python bench/attack.py $(BUDGET)
 
 # torch first and pinned: it has a CPU build, and a looser requirement would pull gigabytes of CUDA.
 $(STAMP): requirements.txt requirements-dev.txt pyproject.toml CMakeLists.txt $(wildcard sliplm/_core/*.cpp sliplm/_core/*.hpp)

@@ -367,6 +367,8 @@ def attack(
     from sliplm.evaluate import attack_report
     from sliplm.evaluate.attacks import suite
 
+    if report:
+        attack_report.require_plots()
     with _progress("attacking") as progress:
         result = suite.attack(directories, reference, method or (), budget, text, own_samples, progress)
     if report:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import base64
 import html
+import importlib.util
 import io
 from pathlib import Path
 from typing import Any
+
+from sliplm.errors import SlipError
 
 LIMITS = (
     "These are the attacks that we know, at the budget stated. A thief with more text, more time or a better idea may "
@@ -19,6 +22,12 @@ _STYLE = (
     "td,th{padding:.2rem .8rem;border-bottom:1px solid #ddd;text-align:right}"
     "td:first-child,th:first-child{text-align:left}img{max-width:100%}"
 )
+
+
+def require_plots() -> None:
+    """Raise SlipError, before hours of training, if the report could not be drawn."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise SlipError("a report needs matplotlib: pip install 'sliplm[attack]'.")
 
 
 def write(result: dict[str, Any], spectra: dict[str, dict[str, list[float]]], path: Path) -> None:

@@ -17,8 +17,9 @@ from safetensors import safe_open
 
 from sliplm import bundle
 from sliplm.split.blinding import Rotation
-from sliplm.split.layers import Member, members
+from sliplm.split.groups import Group, blocks, protected_tensors
 from sliplm.split.planes import dequantise
+from sliplm.trusted.quantizer import SlipConfig
 
 
 @dataclass(frozen=True)
@@ -66,13 +67,14 @@ class Stolen:
         groups = self.groups(model)
         with safe_open(self.trusted / "model.safetensors", "pt") as file:
             if oracles.plain:
-                known = set(file.keys()) - {m.weight for group in groups for m in group}
+                known = set(file.keys()) - protected_tensors(groups)
                 state = {name: file.get_tensor(name) for name in model.state_dict() if name in known}
                 model.load_state_dict(state, strict=False)
             found: dict[str, torch.Tensor] = {}
             for number, group in enumerate(groups):
                 weight = self.matrix(number, group, oracles, file, fresh_size(model, group))
-                for m, part in zip(group, weight.split([m.rows for m in group]), strict=True):
+                for m, rows, columns in blocks(group):
+                    part = weight[rows, columns]
                     whole = found.setdefault(m.weight, torch.empty(m.shape))
                     whole.view(m.parts, -1)[m.part] = (part.T if m.transposed else part).reshape(-1)
                     if m.bias and oracles.plain:
@@ -85,12 +87,12 @@ class Stolen:
             model.get_input_embeddings().weight.data.copy_(model.get_output_embeddings().weight.data)
         return model
 
-    def groups(self, model: Any) -> list[tuple[Member, ...]]:
-        known = {m.name: m for name, module in model.named_modules() for m in members(name, module)}
-        return [tuple(known[name] for name in names) for names in self.settings["groups"]]
+    def groups(self, model: Any) -> list[Group]:
+        found: list[Group] = SlipConfig.from_dict(self.settings).members(model)
+        return found
 
-    def matrix(self, number: int, group: tuple[Member, ...], oracles: Oracles, file: Any, size: float) -> torch.Tensor:
-        """The thief's W_edge of a group, float32 (sum N, K); `size`: what its root mean square should be if unknown."""
+    def matrix(self, number: int, group: Group, oracles: Oracles, file: Any, size: float) -> torch.Tensor:
+        """The thief's matrix of a group, float32, of shape `split.groups.size`; `size`: root mean square if unknown."""
         q = torch.from_numpy(self.edge.matrix(number).copy())
         leader = group[0].name
         if oracles.scales:
@@ -115,6 +117,6 @@ def guess_scales(q: torch.Tensor, planes: int, size: float) -> torch.Tensor:
     return torch.stack([size / first / 254**j for j in range(planes)])
 
 
-def fresh_size(model: Any, group: tuple[Member, ...]) -> float:
+def fresh_size(model: Any, group: Group) -> float:
     """The root mean square of a fresh weight of this group: all that a thief without scales has to go by."""
     return float(model.get_parameter(group[0].weight).detach().square().mean().sqrt())

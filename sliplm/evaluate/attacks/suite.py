@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -19,7 +20,8 @@ from sliplm.evaluate.attacks import arrow, blinding, direct, distill, full, lora
 from sliplm.evaluate.attacks.stolen import ALL, NONE, Oracles, Stolen
 from sliplm.evaluate.attacks.training import LENGTH, Curve, Data, perplexity
 from sliplm.split.blinding import Rotation
-from sliplm.split.factors import leading
+from sliplm.split.factors import Factors, leading
+from sliplm.split.groups import Group, blocks, size
 from sliplm.split.layers import Member
 from sliplm.split.source import load_whole
 
@@ -63,6 +65,8 @@ def attack(
     chosen = tuple(methods) or METHODS
     if unknown := [m for m in chosen if m not in METHODS]:
         raise SlipError(f"there is no attack {unknown[0]!r}; choose from {', '.join(METHODS)}.")
+    if "blinding" in chosen and importlib.util.find_spec("scipy") is None:
+        raise SlipError("the attack 'blinding' needs scipy: pip install 'sliplm[attack]'.")
     stolen = [Stolen(d) for d in directories]
     original = load_whole(reference)
     for s, d in zip(stolen, directories, strict=True):
@@ -145,21 +149,20 @@ def subspaces(stolen: Stolen, original: Any) -> dict[str, Any]:
                 name = "without secrets" if oracles is secret[0] else "blinding secrets given"
                 if hidden:  # members cannot be told apart: look for all their subspaces at once
                     inner, outer = rotations(file, group[0].name)
-                    u = torch.block_diag(*(f.u for f in factors))
-                    v = torch.linalg.qr(torch.cat([f.vt for f in factors]).T)[0]
+                    u, v = _together(group, factors)
                     jobs = [(matrix, outer.apply(u.T).T, inner.apply(v.T).T)]
                 else:
-                    parts = matrix.split([m.rows for m in group])
+                    parts = [matrix[rows, columns] for _, rows, columns in blocks(group)]
                     jobs = [(p, f.u, f.vt.T) for p, f in zip(parts, factors, strict=True)]
                 for part, u, v in jobs:
                     for target, side in ((part, v), (part.T, u)):
-                        count, size = side.shape[1], len(side)
-                        if size > _LARGEST or count > min(target.shape) // 2:
+                        count, space = side.shape[1], len(side)
+                        if space > _LARGEST or count > min(target.shape) // 2:
                             continue
                         where = "determined" if target.shape[0] >= target.shape[1] else "other"
                         for detector, guess in subspace.find(target, count).items():
                             found = subspace.overlap(guess, side)
-                            scores.setdefault((name, where, detector), []).append((found, found * size / count))
+                            scores.setdefault((name, where, detector), []).append((found, found * space / count))
     result: dict[str, Any] = {}
     for (name, where, detector), values in scores.items():
         table = result.setdefault(name, {}).setdefault(where, {})
@@ -170,6 +173,17 @@ def subspaces(stolen: Stolen, original: Any) -> dict[str, Any]:
             "worst": max(times),
         }
     return result
+
+
+def _together(group: Group, factors: list[Factors]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Orthonormal bases of all members' left and right subspaces, in the coordinates of the group's matrix."""
+    rows, columns = size(group)
+    left, right = [], []
+    for (_, at, across), f in zip(blocks(group), factors, strict=True):
+        left.append(torch.zeros(rows, len(f.s)))
+        right.append(torch.zeros(columns, len(f.s)))
+        left[-1][at], right[-1][across] = f.u, f.vt.T
+    return torch.linalg.qr(torch.cat(left, 1))[0], torch.linalg.qr(torch.cat(right, 1))[0]
 
 
 def rotations(file: Any, leader: str) -> tuple[Rotation, Rotation]:
@@ -185,7 +199,7 @@ def _blinding(stolen: Stolen, original: Any) -> dict[str, Any]:
     groups = stolen.groups(original)
     width = original.config.hidden_size
     # Groups of several members read the stream (q, k, v; gate, up); the head's rows are too many to be worth it.
-    readers = [i for i, g in enumerate(groups) if len(g) > 1 and g[0].columns == width]
+    readers = [i for i, g in enumerate(groups) if len(g) > 1 and size(g)[1] == width]
     shares = []
     with safe_open(stolen.trusted / "model.safetensors", "pt") as file:
         for i, j in pairwise(readers):
@@ -200,10 +214,12 @@ def _arrow(stolen: Stolen, original: Any) -> dict[str, Any]:
     shares, chance = [], []
     with safe_open(stolen.trusted / "model.safetensors", "pt") as file:
         for number, group in enumerate(stolen.groups(original)):
-            rows = sum(m.rows for m in group)
+            rows = size(group)[0]
             if rows > _LARGEST:
                 continue
-            public = torch.cat([_weight(original, m) for m in group])
+            public = torch.empty(size(group))
+            for m, at, across in blocks(group):
+                public[at, across] = _weight(original, m)
             outer = rotations(file, group[0].name)[1] if stolen.settings["blinding"] else None
             shares.append(arrow.identified(stolen.matrix(number, group, NONE, file, 1.0), public, outer))
             chance.append(1 / rows)
@@ -279,9 +295,10 @@ def spectra(directories: Sequence[Path], reference: str) -> dict[str, dict[str, 
         groups = stolen.groups(original)
         number = len(groups) // 2
         with safe_open(stolen.trusted / "model.safetensors", "pt") as file:
-            edge = stolen.matrix(number, groups[number], ALL, file, 1.0)[: groups[number][0].rows]
+            edge = stolen.matrix(number, groups[number], ALL, file, 1.0)
+            _, rows, columns = next(blocks(groups[number]))
         result[str(directory)] = {
             "original": torch.linalg.svdvals(_weight(original, groups[number][0])).tolist(),
-            "edge": torch.linalg.svdvals(edge).tolist(),
+            "edge": torch.linalg.svdvals(edge[rows, columns]).tolist(),
         }
     return result
