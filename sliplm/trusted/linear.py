@@ -40,6 +40,11 @@ class ProtectedLinear(nn.Module):
         """What models ask a weight before they call it: a meta tensor (out, in) with a dtype and without values."""
         return torch.empty(self.out_features, self.in_features, dtype=self._dtype, device="meta")
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Tools tie a model's weights anew (`model.tie_weights()`); a protected one stays what it is, on the edge."""
+        if name != "weight":
+            super().__setattr__(name, value)
+
     def _apply(self, fn: Any, recurse: bool = True) -> ProtectedLinear:
         """Casts of the model change the dtype that `weight` shows, and nothing else."""
         self._dtype = fn(torch.empty(0, dtype=self._dtype)).dtype
