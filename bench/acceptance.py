@@ -1,8 +1,8 @@
 """The numbers that the README quotes, measured on this machine: `make numbers`, about 15 minutes on two cores.
 
-Agreement of the protected SmolLM2 with the original, what the stolen part is worth, whether what the edge sees is uniform, how
-long a split takes, and how much memory the split of a 1.1-billion-parameter checkpoint (random weights, bfloat16, in
-shards) needs. Speed is not measured here.
+Agreement of the protected SmolLM2 with the original, what the stolen part is worth, whether what the edge sees is
+uniform, how long a split takes, and how much memory the split of a 1.1-billion-parameter checkpoint (random weights,
+bfloat16, in shards) needs. Speed is not measured here.
 """
 
 from __future__ import annotations

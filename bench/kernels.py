@@ -58,9 +58,7 @@ def products(rows: int, cols: int, tokens: int, rounds: int) -> list[dict[str, o
             x = rng.integers(0, P, (t, cols)).astype(np.uint32)
             out, half = np.empty((t, rows), np.uint32), torch.randn(t, cols).bfloat16()
             contenders: dict[str, Contender] = {
-                "exact": lambda i, x=x, out=out, n=threads: exact[i % len(exact)].product(
-                    x, out=out, threads=n
-                ),
+                "exact": lambda i, x=x, out=out, n=threads: exact[i % len(exact)].product(x, out=out, threads=n),
                 "bfloat16": lambda i, x=half: torch.nn.functional.linear(x, plain[i % len(plain)]),
             }
             if t == 1:
@@ -116,9 +114,7 @@ def trusted(rows: int, cols: int, tokens: int, rounds: int) -> list[dict[str, ob
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("rows", 11264), ("cols", 2048), ("tokens", 512), ("rounds", 41)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--json", action="store_true")

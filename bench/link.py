@@ -87,9 +87,7 @@ def time_rounds(step: Callable[[bool], object], rounds: int) -> dict[str, float]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cols", type=int, default=2048)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 32, 512])
     parser.add_argument("--rounds", type=int, default=5000)
@@ -132,9 +130,7 @@ def main() -> None:
                         sock.sendall(data)
                         read(sock, data)
 
-                    results.append(
-                        {"what": "bare ssl", "rows": rows, "bytes": size, **time_rounds(once, rounds)}
-                    )
+                    results.append({"what": "bare ssl", "rows": rows, "bytes": size, **time_rounds(once, rounds)})
             mirror.join(10)
     if args.json:
         print(json.dumps(results))

@@ -173,8 +173,8 @@ def edge(
     _logging(True)
     from sliplm import kernels
     from sliplm.bundle import EdgeBundle
-    from sliplm.edge.serve import ApiServer
     from sliplm.edge.engine import EdgeEngine
+    from sliplm.edge.serve import ApiServer
     from sliplm.edge.worker import EdgeWorker
     from sliplm.protocol.channel import parse_address
 
@@ -234,7 +234,7 @@ def _authority(bundle: Path) -> Path:
 def device_add(
     name: Name,
     bundle: Authority,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="Identity file; NAME.identity if absent.")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="NAME.identity if absent.")] = None,
     days: Annotated[int, typer.Option(help="How long the certificate lasts.")] = 365,
     as_json: Json = False,
 ) -> None:
@@ -246,7 +246,7 @@ def device_add(
     _emit(
         as_json,
         {"name": name, "identity": str(path), "fingerprint": added.fingerprint, "expires": added.expires.isoformat()},
-        f"{path}: identity of {name!r}, valid until {added.expires:%Y-%m-%d}. Bring it to that machine, and nowhere else.",
+        f"{path}: identity of {name!r}, valid until {added.expires:%Y-%m-%d}. Bring it there, and nowhere else.",
     )
 
 

@@ -1,4 +1,4 @@
-"""`slip demo`: a real model, split and served by two processes over TLS on this machine, and what a thief would have."""
+"""`slip demo`: a real model, split, served by two processes over TLS on this machine, and what a thief would have."""
 
 from __future__ import annotations
 
@@ -54,8 +54,16 @@ def run(model: str | None, question: str, max_tokens: int, keep: Path | None, co
             authority.add_device(directory / "trusted" / "authority", "demo", identity, days=1)
             trusted = running.enter_context(_process("trusted", directory / "trusted", "--listen", "127.0.0.1:0"))
             edge = running.enter_context(
-                _process("edge", directory / "edge", "--trusted", trusted["listening"], "--identity", identity,
-                         "--api", "127.0.0.1:0")  # fmt: skip
+                _process(
+                    "edge",
+                    directory / "edge",
+                    "--trusted",
+                    trusted["listening"],
+                    "--identity",
+                    identity,
+                    "--api",
+                    "127.0.0.1:0",
+                )
             )
             say(f"   trusted side on {trusted['listening']}, edge's API on {edge['api']}, kernels: {edge['kernels']}")
             say(f"3. Ask the edge: {question}")
@@ -108,7 +116,9 @@ def _compare(
     data = agreement.windows(tokenizer, text.read_text(None), MEASURED_TOKENS, 256)
     ppl, others = agreement.compare({"edge_only": stolen}, original, data)
     stolen_ppl = others["edge_only"].ppl
-    say(f"   perplexity on {data.numel()} tokens of Python's documentation: original {ppl:.1f}, stolen {stolen_ppl:.3g}")
+    say(
+        f"   perplexity on {data.numel()} tokens of Python's documentation: {ppl:.1f} original, {stolen_ppl:.3g} stolen"
+    )
     return {**result, "original_ppl": ppl, "stolen_ppl": stolen_ppl}
 
 

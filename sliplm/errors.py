@@ -1,4 +1,4 @@
-"""What can go wrong, each as one sentence a person can act on. The command line prints the sentence and nothing else."""
+"""What can go wrong, each as one sentence a person can act on. The command line prints it and nothing else."""
 
 
 class SlipError(Exception):

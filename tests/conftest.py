@@ -31,10 +31,19 @@ def byte_tokenizer() -> transformers.PreTrainedTokenizerFast:
 def save_tiny(directory: Path, **changes: Any) -> Path:
     """A random Llama with awkward sizes, as a checkpoint."""
     settings = {
-        "vocab_size": 257, "hidden_size": 60, "intermediate_size": 150, "num_hidden_layers": 2,
-        "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 10, "max_position_embeddings": 128,
-        "initializer_range": 0.2, "bos_token_id": None, "eos_token_id": 256, "attention_bias": True,
-    }  # fmt: skip
+        "vocab_size": 257,
+        "hidden_size": 60,
+        "intermediate_size": 150,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 10,
+        "max_position_embeddings": 128,
+        "initializer_range": 0.2,
+        "bos_token_id": None,
+        "eos_token_id": 256,
+        "attention_bias": True,
+    }
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**(settings | changes)))
     for name, parameter in model.named_parameters():

@@ -17,15 +17,11 @@ def test_blocks_are_powers_of_two_that_sum_to_n(n):
     sizes = block_sizes(n)
     assert sum(sizes) == n and sizes == sorted(sizes, reverse=True)
     assert all(size & (size - 1) == 0 and size <= 512 for size in sizes)
-    assert len(set(sizes) - {512}) == len(
-        [size for size in sizes if size < 512]
-    )  # greedy: none but 512 twice
+    assert len(set(sizes) - {512}) == len([size for size in sizes if size < 512])  # greedy: none but 512 twice
 
 
 def test_blocks_of_familiar_sizes():
-    assert (
-        block_sizes(576) == [512, 64] and block_sizes(1536) == [512] * 3 and block_sizes(577) == [512, 64, 1]
-    )
+    assert block_sizes(576) == [512, 64] and block_sizes(1536) == [512] * 3 and block_sizes(577) == [512, 64, 1]
 
 
 @pytest.mark.parametrize("n", SIZES)
@@ -51,9 +47,7 @@ def test_apply_is_orthogonal_and_invert_undoes_it(n, kind, dtype, tolerance):
     given_x = x if kind == "numpy" else torch.from_numpy(x)
     y = rotation.apply(given_x)
     assert type(y) is type(given_x) and y.dtype == given_x.dtype and y.shape == given_x.shape
-    assert np.allclose(
-        np.linalg.norm(np.asarray(y), axis=-1), np.linalg.norm(x, axis=-1), rtol=10 * tolerance
-    )
+    assert np.allclose(np.linalg.norm(np.asarray(y), axis=-1), np.linalg.norm(x, axis=-1), rtol=10 * tolerance)
     assert np.allclose(np.asarray(rotation.invert(y)), x, atol=10 * tolerance)
     by_definition = hadamard(rotation.sign.astype(np.float64) * x.astype(np.float64)[..., rotation.perm])
     assert np.allclose(np.asarray(y), by_definition, atol=10 * tolerance)

@@ -26,9 +26,12 @@ def copy(tiny_split: Path, tmp_path: Path) -> Path:
 
 def test_tensor_writer_writes_what_safetensors_reads(tmp_path: Path) -> None:
     tensors = {
-        "a": torch.randn(3, 5).to(torch.bfloat16), "empty": torch.zeros(0, 4), "scalar": torch.tensor(2.5),
-        "b": torch.randint(-128, 128, (4, 7), dtype=torch.int8), "view": torch.arange(12.0).reshape(3, 4).T,
-    }  # fmt: skip
+        "a": torch.randn(3, 5).to(torch.bfloat16),
+        "empty": torch.zeros(0, 4),
+        "scalar": torch.tensor(2.5),
+        "b": torch.randint(-128, 128, (4, 7), dtype=torch.int8),
+        "view": torch.arange(12.0).reshape(3, 4).T,
+    }
     writer = bundle.TensorWriter(tmp_path / "x", {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()})
     for name, tensor in tensors.items():
         writer.write(name, tensor)

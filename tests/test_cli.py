@@ -14,7 +14,9 @@ import pytest
 
 def slip(*arguments: str | Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "sliplm.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env={**os.environ, "COLUMNS": "200"})
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=timeout, env={**os.environ, "COLUMNS": "200"}
+    )
 
 
 def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
@@ -76,8 +78,10 @@ def test_devices_are_added_listed_and_revoked(tiny_split: Path, tmp_path: Path) 
 
 def test_evaluate_reports_what_it_measured(tiny: Path, tiny_split: Path, tmp_path: Path) -> None:
     text = tmp_path / "text"
-    text.write_text("All work and no play makes Jack a dull boy. It certainly does, he said to nobody. " * 10)
-    done = slip("evaluate", tiny_split, "--reference", tiny, "--text", text, "--tokens", "512", "--greedy", "2", "--json")
+    text.write_text(" ".join(f"All work and no play makes number {i} a dull boy." for i in range(20)))
+    done = slip(
+        "evaluate", tiny_split, "--reference", tiny, "--text", text, "--tokens", "512", "--greedy", "2", "--json"
+    )
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["protected"]["kl"] < 1e-5 < report["bf16"]["kl"] < report["edge_only"]["kl"]

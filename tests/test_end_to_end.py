@@ -96,8 +96,9 @@ def start_trusted(run: Any, directory: Path, port: int = 0) -> tuple[Process, st
 
 
 def start_edge(run: Any, directory: Path, address: str, identity: Path, **environment: str) -> Process:
-    return run("edge", directory / "edge", "--trusted", address, "--identity", identity, "--api", "127.0.0.1:0",
-               **environment)  # fmt: skip
+    return run(
+        "edge", directory / "edge", "--trusted", address, "--identity", identity, "--api", "127.0.0.1:0", **environment
+    )
 
 
 def ask(api: str, prompt: str, **options: Any) -> str:
@@ -130,9 +131,22 @@ def test_the_real_model_answers_as_the_original(run: Any, smollm2: str, smollm2_
             ids = original.generate(**inputs, max_new_tokens=32, do_sample=False)[0, inputs["input_ids"].shape[1] :]
         assert ask(api, prompt, max_tokens=32) == tokenizer.decode(ids, skip_special_tokens=True)
     done = subprocess.run(
-        [sys.executable, "-m", "sliplm.cli", "generate", "What is gravity?", "--api", api, "--max-tokens", "12", "--json"],
-        capture_output=True, text=True, timeout=WAIT,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "sliplm.cli",
+            "generate",
+            "What is gravity?",
+            "--api",
+            api,
+            "--max-tokens",
+            "12",
+            "--json",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=WAIT,
+    )
     assert json.loads(done.stdout)["text"].startswith("Gravity is a fundamental concept")
     for secret in ("gravity", "France", "fibonacci"):
         assert secret not in (trusted.log + edge.log)
@@ -175,8 +189,16 @@ def test_a_revoked_device_is_refused(run: Any, bundle: Path, tmp_path: Path) -> 
 def test_the_edges_api_port_is_taken(run: Any, bundle: Path, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        edge = run("edge", bundle / "edge", "--trusted", "127.0.0.1:9", "--identity", tmp_path / "one.identity",
-                   "--api", f"127.0.0.1:{port}")  # fmt: skip
+        edge = run(
+            "edge",
+            bundle / "edge",
+            "--trusted",
+            "127.0.0.1:9",
+            "--identity",
+            tmp_path / "one.identity",
+            "--api",
+            f"127.0.0.1:{port}",
+        )
         assert str(port) in edge.fails()
 
 
@@ -228,10 +250,24 @@ def test_a_lying_edge_gives_no_text(run: Any, bundle: Path, tmp_path: Path) -> N
         "main()\n"
     )
     edge = subprocess.Popen(
-        [sys.executable, "-c", code, "edge", bundle / "edge", "--trusted", address, "--identity",
-         tmp_path / "one.identity", "--api", "127.0.0.1:0", "--json"],
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-c",
+            code,
+            "edge",
+            bundle / "edge",
+            "--trusted",
+            address,
+            "--identity",
+            tmp_path / "one.identity",
+            "--api",
+            "127.0.0.1:0",
+            "--json",
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
     try:
         api = json.loads(edge.stdout.readline())["api"]
         for options in ({}, {"stream": True}):

@@ -79,9 +79,7 @@ def test_extreme_values(make, cols):
     q[:] = np.array([-128, 127, -127, 0, 1, -1, -128, 127])[:, None]
     q[6, ::2], q[7, 1::2] = 127, -128
     x = np.empty((9, cols), np.uint32)
-    x[:] = np.array([0, P - 1, 0x7F7F7F7F, 0x00FFFFFF, 0x7FFFFF00, HALF, HALF + 1, 0x000000FF, P - 2])[
-        :, None
-    ]
+    x[:] = np.array([0, P - 1, 0x7F7F7F7F, 0x00FFFFFF, 0x7FFFFF00, HALF, HALF + 1, 0x000000FF, P - 2])[:, None]
     assert (make(q).product(x) == exact(q, x)).all()
 
 
@@ -133,9 +131,7 @@ def test_every_number_of_threads_gives_the_same():
 
 
 def test_concurrent_products_do_not_disturb_each_other():
-    cases = [
-        (kernels.prepare(q), x, exact(q, x)) for q, x in (sample(500 + 64 * i, 512, 1 + i) for i in range(4))
-    ]
+    cases = [(kernels.prepare(q), x, exact(q, x)) for q, x in (sample(500 + 64 * i, 512, 1 + i) for i in range(4))]
     wrong = []
 
     def run(matrix, x, want):

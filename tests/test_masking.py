@@ -78,18 +78,14 @@ class Exchange:
 
 
 @pytest.mark.parametrize("blind", [False, True])
-@pytest.mark.parametrize(
-    ("n", "k", "tokens"), [(1, 1, 1), (7, 3, 2), (65, 64, 1), (100, 577, 5), (64, 2048, 33)]
-)
+@pytest.mark.parametrize(("n", "k", "tokens"), [(1, 1, 1), (7, 3, 2), (65, 64, 1), (100, 577, 5), (64, 2048, 33)])
 def test_an_exchange_computes_the_product(n, k, tokens, blind):
     e = Exchange(n, k, tokens, blind=blind)
     assert field.is_canonical(e.masked) and e.inv_c.shape == (tokens,)
     assert e.check(e.answer)
     y = decode(e.answer, e.image, e.scales, e.inv_c, e.out)
     assert y.shape == (tokens, n) and y.dtype == np.float32
-    scale = (
-        np.linalg.norm(e.x, axis=1, keepdims=True) * row_norm(e.q) * 3
-    )  # what rounding x to integers can do
+    scale = np.linalg.norm(e.x, axis=1, keepdims=True) * row_norm(e.q) * 3  # what rounding x to integers can do
     assert (np.abs(y - e.wanted()) <= scale * 2e-3 * max(1, k**0.5 * row_norm(e.q) / 1e6)).all()
     if k >= 64:  # typical, rather than worst
         assert np.linalg.norm(y - e.wanted()) < 2e-4 * np.linalg.norm(e.wanted())
@@ -113,16 +109,12 @@ def test_nothing_overflows_even_for_the_worst_input(k):
     rng = np.random.default_rng(k)
     q = rng.integers(-128, 128, (8, k)).astype(np.int8)
     q[0], q[1], q[2] = 127, -128, np.where(rng.random(k) < 0.5, 127, -128)
-    x = np.concatenate([q, q + rng.normal(size=q.shape) * 1e-3, np.sign(q), q * 1e30, q * 1e-40]).astype(
-        np.float32
-    )
+    x = np.concatenate([q, q + rng.normal(size=q.shape) * 1e-3, np.sign(q), q * 1e30, q * 1e-40]).astype(np.float32)
     r = rng.integers(0, P, x.shape).astype(np.uint32)
     masked, _ = encode(x, r, row_norm(q), None)
     z = unmask(masked, r) @ q.T.astype(np.int64)
     assert np.abs(z).max() <= HALF
-    assert (
-        np.abs(z).max() > 0.98 * HALF - row_norm(q) * k**0.5
-    )  # and the range is used: the bound is no idle one
+    assert np.abs(z).max() > 0.98 * HALF - row_norm(q) * k**0.5  # and the range is used: the bound is no idle one
 
 
 @pytest.mark.parametrize("k", [1, 65, 577])

@@ -136,7 +136,9 @@ def test_a_model_without_large_matrices_is_refused(tmp_path: Path) -> None:
 def test_small_matrices_stay_on_the_trusted_side(tmp_path: Path) -> None:
     summary = split(str(save_tiny(tmp_path / "model")), tmp_path / "out", Options(20))
     assert [k.split()[0] for k in summary.kept][:2] == [
-        "model.layers.0.self_attn.k_proj", "model.layers.0.self_attn.v_proj"]  # fmt: skip
+        "model.layers.0.self_attn.k_proj",
+        "model.layers.0.self_attn.v_proj",
+    ]
 
 
 def test_another_model_class_is_refused(tmp_path: Path) -> None:
@@ -184,10 +186,17 @@ def pair(tiny: Path, tiny_split: Path) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"do_sample": False}, {"num_beams": 3}, {"do_sample": True, "top_k": 20}, {"cache_implementation": "static"},
-     {"num_beams": 2, "num_return_sequences": 2}, {"use_cache": False}, {"do_sample": True, "num_return_sequences": 3}],
+    [
+        {"do_sample": False},
+        {"num_beams": 3},
+        {"do_sample": True, "top_k": 20},
+        {"cache_implementation": "static"},
+        {"num_beams": 2, "num_return_sequences": 2},
+        {"use_cache": False},
+        {"do_sample": True, "num_return_sequences": 3},
+    ],
     ids=str,
-)  # fmt: skip
+)
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_generation(settings: dict[str, Any], mode: Any, pair: tuple[Any, Any]) -> None:
     tokenizer = byte_tokenizer()

@@ -34,8 +34,11 @@ def test_elements_are_uniform_and_canonical() -> None:
 def test_the_value_p_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     """Feed the sampler words that are all ones (p after masking): they must be drawn again, not mapped."""
     stream = Stream()
-    script = [np.array([0xFFFFFFFF, 5, 0x7FFFFFFF, 0x80000007], np.uint32), np.array([0x7FFFFFFF, 9], np.uint32),
-              np.array([P - 1], np.uint32)]  # fmt: skip
+    script = [
+        np.array([0xFFFFFFFF, 5, 0x7FFFFFFF, 0x80000007], np.uint32),
+        np.array([0x7FFFFFFF, 9], np.uint32),
+        np.array([P - 1], np.uint32),
+    ]
     monkeypatch.setattr(Stream, "words", lambda self, count: script.pop(0))
     assert stream.elements(4).tolist() == [P - 1, 5, 9, 7]
     assert not script

@@ -179,9 +179,14 @@ def test_inputs_at_the_edge_of_what_numbers_can_do(columns: int) -> None:
     module = sliplm.protect(layer)
     outlier = torch.randn(8, columns)
     outlier[torch.arange(8), torch.randint(columns, (8,))] = 1e4
-    cases = {"plain": torch.randn(8, columns), "outliers": outlier, "zero": torch.zeros(2, columns), "tiny":
-             torch.randn(3, columns) * 1e-30, "huge": torch.randn(3, columns) * 1e30,
-             "one of many is zero": torch.randn(3, columns) * torch.tensor([[1.0], [0.0], [1.0]])}  # fmt: skip
+    cases = {
+        "plain": torch.randn(8, columns),
+        "outliers": outlier,
+        "zero": torch.zeros(2, columns),
+        "tiny": torch.randn(3, columns) * 1e-30,
+        "huge": torch.randn(3, columns) * 1e30,
+        "one of many is zero": torch.randn(3, columns) * torch.tensor([[1.0], [0.0], [1.0]]),
+    }
     for name, x in cases.items():
         # One row's error is relative to its own size: rows of a batch do not share a scale.
         want, got = reference(x.double()) - reference.bias, module(x).double() - reference.bias

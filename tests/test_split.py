@@ -181,7 +181,7 @@ def test_sharded_half_precision_and_tied_checkpoints(tmp_path: Path) -> None:
         want, got = reference(ids).logits, protected(ids).logits
     assert float((want - got).std() / want.std()) < 1e-3
     (directory / "model-1.safetensors").unlink()
-    with pytest.raises(UnsupportedModelError, match="model-1.safetensors is missing"):
+    with pytest.raises(UnsupportedModelError, match=r"model-1\.safetensors is missing"):
         split(str(directory), tmp_path / "again")
     assert not (tmp_path / "again").exists()
 
@@ -214,8 +214,17 @@ def corrupt(directory: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "how", ["truncated", "header", "not finite", "missing tensor", "wrong shape", "no weights", "not a model",
-            "broken config"]  # fmt: skip
+    "how",
+    [
+        "truncated",
+        "header",
+        "not finite",
+        "missing tensor",
+        "wrong shape",
+        "no weights",
+        "not a model",
+        "broken config",
+    ],
 )
 def test_bad_models_give_one_sentence_and_leave_nothing(how: str, tmp_path: Path) -> None:
     directory = save_tiny(tmp_path / "model")

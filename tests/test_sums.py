@@ -81,9 +81,20 @@ def test_a_promise_can_be_looked_at() -> None:
     promise = protected.out(x)
     want = original.out(x)
     assert isinstance(promise, Promise) and promise.shape == want.shape and promise.dtype == want.dtype
-    for look in (lambda t: t.clone(), lambda t: t.view(2, -1), lambda t: t[1:, :3], lambda t: t.double(),
-                 lambda t: t * 2, lambda t: torch.stack([t, t]), lambda t: t + 1, lambda t: 1 + t, lambda t: t @ t.T,
-                 lambda t: t + torch.ones(32), lambda t: t + t, lambda t: nn.functional.gelu(t)):  # fmt: skip
+    for look in (
+        lambda t: t.clone(),
+        lambda t: t.view(2, -1),
+        lambda t: t[1:, :3],
+        lambda t: t.double(),
+        lambda t: t * 2,
+        lambda t: torch.stack([t, t]),
+        lambda t: t + 1,
+        lambda t: 1 + t,
+        lambda t: t @ t.T,
+        lambda t: t + torch.ones(32),
+        lambda t: t + t,
+        lambda t: nn.functional.gelu(t),
+    ):
         assert torch.allclose(look(promise), look(want), atol=1e-2)
         assert torch.allclose(look(protected.out(x)), look(want), atol=1e-2)
     assert "tensor(" in repr(promise) and float(protected.out(x).sum()) == pytest.approx(float(want.sum()), abs=1e-1)

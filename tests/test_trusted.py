@@ -60,8 +60,17 @@ def relative_error(want: torch.Tensor, got: torch.Tensor) -> float:
     return float((want - got).square().mean().sqrt() / want.std())
 
 
-@pytest.mark.parametrize("options", [Options(4), Options(4, camouflage=False), Options(4, blinding=False), Options(4, 1),
-                                     Options(40), Options(1, 2, False, False)])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        Options(4),
+        Options(4, camouflage=False),
+        Options(4, blinding=False),
+        Options(4, 1),
+        Options(40),
+        Options(1, 2, False, False),
+    ],
+)
 def test_logits_equal_the_originals(options: Options, tiny: Path, original: Any, tmp_path: Path) -> None:
     split(str(tiny), tmp_path / "out", options)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "trusted")
@@ -170,9 +179,15 @@ def test_an_activation_that_is_no_number_names_its_layer(bad: float, protected: 
 
 def test_inputs_of_every_shape_and_scale(protected: Any, original: Any) -> None:
     layers = [m.model.layers[1].mlp.down_proj for m in (protected, original)]
-    for x in (torch.zeros(2, 150), torch.full((1, 150), 1e-30), torch.randn(1, 1, 3, 150) * 1e6,
-              torch.randn(150), torch.randn(0, 150), torch.randn(1100, 150),
-              torch.cat([torch.randn(4, 149), torch.full((4, 1), 1e4)], 1)):  # fmt: skip
+    for x in (
+        torch.zeros(2, 150),
+        torch.full((1, 150), 1e-30),
+        torch.randn(1, 1, 3, 150) * 1e6,
+        torch.randn(150),
+        torch.randn(0, 150),
+        torch.randn(1100, 150),
+        torch.cat([torch.randn(4, 149), torch.full((4, 1), 1e4)], 1),
+    ):
         want, got = (layer(x).detach() for layer in layers[::-1])
         assert want.shape == got.shape
         assert torch.allclose(want, got, atol=2e-3 * float(want.abs().max()) if x.numel() else 0)

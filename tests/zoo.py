@@ -23,9 +23,18 @@ from sliplm.split.split import Options, split
 
 RANK = 4
 KEPT = {"CNN": ["depthwise (Conv2d)"], "MLP": []}
-SHAPE = {"hidden_size": 60, "num_hidden_layers": 2, "num_attention_heads": 6, "intermediate_size": 150,
-         "vocab_size": 257, "max_position_embeddings": 128, "initializer_range": 0.15, "bos_token_id": 1,
-         "eos_token_id": 256, "pad_token_id": 0}  # fmt: skip
+SHAPE = {
+    "hidden_size": 60,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "intermediate_size": 150,
+    "vocab_size": 257,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.15,
+    "bos_token_id": 1,
+    "eos_token_id": 256,
+    "pad_token_id": 0,
+}
 GROUPED = SHAPE | {"num_key_value_heads": 2, "head_dim": 10}
 EXPERTS = GROUPED | {"hidden_size": 64, "head_dim": 16, "intermediate_size": 72}  # the originals' kernels want 16 bytes
 CAUSAL = tf.AutoModelForCausalLM
@@ -45,8 +54,9 @@ def _of(config: Any, **settings: Any) -> Callable[[], Any]:
 
 
 def _resnet() -> Any:
-    return tf.ResNetConfig(embedding_size=16, hidden_sizes=[32, 48], depths=[1, 2], layer_type="bottleneck",
-                           num_labels=10)  # fmt: skip
+    return tf.ResNetConfig(
+        embedding_size=16, hidden_sizes=[32, 48], depths=[1, 2], layer_type="bottleneck", num_labels=10
+    )
 
 
 def _mobilenet() -> Any:
@@ -60,33 +70,87 @@ FAMILIES = {
     "Qwen2": Family(_of(tf.Qwen2Config, **GROUPED, tie_word_embeddings=True), round_trips=9),
     "Qwen3": Family(_of(tf.Qwen3Config, **GROUPED), round_trips=9),
     "Gemma 2": Family(_of(tf.Gemma2Config, **GROUPED, query_pre_attn_scalar=10, sliding_window=16), round_trips=9),
-    "Gemma 3": Family(_of(tf.Gemma3TextConfig, **GROUPED, query_pre_attn_scalar=10, sliding_window=16),
-                      round_trips=9),
+    "Gemma 3": Family(_of(tf.Gemma3TextConfig, **GROUPED, query_pre_attn_scalar=10, sliding_window=16), round_trips=9),
     "Phi (parallel blocks)": Family(_of(tf.PhiConfig, **SHAPE, partial_rotary_factor=0.4), round_trips=5),
     "Phi-3 (fused qkv, gate-up)": Family(_of(tf.Phi3Config, **SHAPE), round_trips=9),
-    "GPT-2 (Conv1D)": Family(_of(tf.GPT2Config, vocab_size=257, n_embd=60, n_layer=2, n_head=6, n_positions=128,
-                                 initializer_range=0.15, bos_token_id=1, eos_token_id=256), round_trips=9),
+    "GPT-2 (Conv1D)": Family(
+        _of(
+            tf.GPT2Config,
+            vocab_size=257,
+            n_embd=60,
+            n_layer=2,
+            n_head=6,
+            n_positions=128,
+            initializer_range=0.15,
+            bos_token_id=1,
+            eos_token_id=256,
+        ),
+        round_trips=9,
+    ),
     "GPT-NeoX (parallel blocks)": Family(_of(tf.GPTNeoXConfig, **SHAPE), round_trips=7),
-    "OPT": Family(_of(tf.OPTConfig, vocab_size=257, hidden_size=60, num_hidden_layers=2, num_attention_heads=6,
-                      ffn_dim=150, max_position_embeddings=128, init_std=0.15, word_embed_proj_dim=40,
-                      eos_token_id=256), round_trips=11),
+    "OPT": Family(
+        _of(
+            tf.OPTConfig,
+            vocab_size=257,
+            hidden_size=60,
+            num_hidden_layers=2,
+            num_attention_heads=6,
+            ffn_dim=150,
+            max_position_embeddings=128,
+            init_std=0.15,
+            word_embed_proj_dim=40,
+            eos_token_id=256,
+        ),
+        round_trips=11,
+    ),
     "OLMo 2": Family(_of(tf.Olmo2Config, **GROUPED), round_trips=9),
     "Mixtral": Family(_of(tf.MixtralConfig, **EXPERTS, num_local_experts=4)),
-    "Qwen3-MoE": Family(_of(tf.Qwen3MoeConfig, **EXPERTS, num_experts=5, num_experts_per_tok=2,
-                            moe_intermediate_size=40)),
-    "gpt-oss (biased, interleaved experts)": Family(_of(tf.GptOssConfig, **EXPERTS, num_local_experts=4,
-                                                        layer_types=["sliding_attention", "full_attention"],
-                                                        rope_scaling={"rope_type": "default"})),
+    "Qwen3-MoE": Family(
+        _of(tf.Qwen3MoeConfig, **EXPERTS, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=40)
+    ),
+    "gpt-oss (biased, interleaved experts)": Family(
+        _of(
+            tf.GptOssConfig,
+            **EXPERTS,
+            num_local_experts=4,
+            layer_types=["sliding_attention", "full_attention"],
+            rope_scaling={"rope_type": "default"},
+        )
+    ),
     "BERT": Family(_of(tf.BertConfig, **SHAPE), tf.AutoModelForMaskedLM, round_trips=10),
-    "T5": Family(_of(tf.T5Config, vocab_size=257, d_model=60, d_kv=10, num_heads=6, d_ff=150, num_layers=2,
-                     feed_forward_proj="gated-gelu", initializer_factor=1.0, decoder_start_token_id=0),
-                 tf.AutoModelForSeq2SeqLM),
-    "ViT": Family(_of(tf.ViTConfig, hidden_size=60, num_hidden_layers=2, num_attention_heads=6, intermediate_size=150,
-                      image_size=32, patch_size=8, num_labels=30, initializer_range=0.15),
-                  tf.AutoModelForImageClassification, round_trips=10),
+    "T5": Family(
+        _of(
+            tf.T5Config,
+            vocab_size=257,
+            d_model=60,
+            d_kv=10,
+            num_heads=6,
+            d_ff=150,
+            num_layers=2,
+            feed_forward_proj="gated-gelu",
+            initializer_factor=1.0,
+            decoder_start_token_id=0,
+        ),
+        tf.AutoModelForSeq2SeqLM,
+    ),
+    "ViT": Family(
+        _of(
+            tf.ViTConfig,
+            hidden_size=60,
+            num_hidden_layers=2,
+            num_attention_heads=6,
+            intermediate_size=150,
+            image_size=32,
+            patch_size=8,
+            num_labels=30,
+            initializer_range=0.15,
+        ),
+        tf.AutoModelForImageClassification,
+        round_trips=10,
+    ),
     "ResNet": Family(_resnet, tf.AutoModelForImageClassification),
     "MobileNetV2 (depthwise)": Family(_mobilenet, tf.AutoModelForImageClassification),
-}  # fmt: skip
+}
 
 
 def build(family: Family) -> Any:

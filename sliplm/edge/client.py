@@ -12,7 +12,9 @@ from sliplm.errors import LinkError
 from sliplm.protocol.messages import Chunk
 
 
-def stream(api: str, prompt: str, options: dict[str, Any], raw: bool = False, timeout: float = 300.0) -> Iterator[Chunk]:
+def stream(
+    api: str, prompt: str, options: dict[str, Any], raw: bool = False, timeout: float = 300.0
+) -> Iterator[Chunk]:
     """Stream the answer to `prompt` from the API at `api` (http://HOST:PORT).
 
     Args:

@@ -45,7 +45,5 @@ class IntMatrix(ABC):
         if out is None:
             return np.empty((x.shape[0], self.rows), np.uint32)
         if out.shape != (x.shape[0], self.rows) or out.dtype != np.uint32 or not out.flags.carray:
-            raise ValueError(
-                f"expected a writable C-contiguous uint32 out of shape {(x.shape[0], self.rows)}"
-            )
+            raise ValueError(f"expected a writable C-contiguous uint32 out of shape {(x.shape[0], self.rows)}")
         return out

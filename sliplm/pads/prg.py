@@ -16,8 +16,8 @@ _CHUNK = 1 << 20  # words drawn at a time
 class Stream:
     """AES-256 in counter mode under a key from the operating system that never leaves this object.
 
-    The low 31 bits of each keystream word are uniform on [0, 2^31 - 1]; the single value p = 2^31 - 1 is rejected and drawn
-    again, so elements are uniform on [0, p - 1] exactly (given AES-CTR). Not thread-safe.
+    The low 31 bits of each keystream word are uniform on [0, 2^31 - 1]; the single value p = 2^31 - 1 is rejected and
+    drawn again, so elements are uniform on [0, p - 1] exactly (given AES-CTR). Not thread-safe.
     """
 
     __slots__ = ("_cipher", "_pid", "_zeros")
@@ -36,7 +36,7 @@ class Stream:
     def words(self, count: int) -> NDArray[np.uint32]:
         """The next `count` raw 32-bit words of the keystream."""
         if os.getpid() != self._pid:
-            raise RuntimeError("a stream of pads does not survive fork: parent and child would repeat each other's pads")
+            raise RuntimeError("a stream of pads does not survive fork: the child would repeat its parent's pads")
         # update_into wants room for one block beyond what it writes.
         buffer = bytearray(4 * count + 15)
         view = memoryview(buffer)

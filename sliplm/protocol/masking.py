@@ -25,9 +25,7 @@ def amplitude(row_norm: float, width: int) -> float:
     """
     length = (field.HALF / max(float(row_norm), 1.0) - math.sqrt(width) / 2) * SAFETY
     if not length > 0:
-        raise NumericsError(
-            f"a layer with {width} inputs and row norm {row_norm:.3g} leaves no room for a signal"
-        )
+        raise NumericsError(f"a layer with {width} inputs and row norm {row_norm:.3g} leaves no room for a signal")
     return length
 
 
@@ -51,9 +49,7 @@ def encode(
         masked = np.empty(x.shape, np.uint32)
         inv_c = np.empty(x.shape[0], np.float64)
         perm, sign = (None, None) if rotation is None else (rotation.perm, rotation.sign)
-        finite = native.encode(
-            np.ascontiguousarray(x), np.ascontiguousarray(r), length, perm, sign, masked, inv_c
-        )
+        finite = native.encode(np.ascontiguousarray(x), np.ascontiguousarray(r), length, perm, sign, masked, inv_c)
     else:
         masked, inv_c, finite = _encode(x, r, length, rotation)
     if not finite:
@@ -93,9 +89,7 @@ def decode(
     if native is not None:
         out = np.empty((answer.shape[0], scales.shape[1]), np.float32)
         perm, sign = (None, None) if rotation is None else (rotation.perm, rotation.sign)
-        native.decode(
-            np.ascontiguousarray(answer), np.ascontiguousarray(image), scales, inv_c, perm, sign, out
-        )
+        native.decode(np.ascontiguousarray(answer), np.ascontiguousarray(image), scales, inv_c, perm, sign, out)
         return out
     return _decode(answer, image, scales, inv_c, rotation)
 

@@ -27,9 +27,9 @@ class Factors(NamedTuple):
 def leading(weight: torch.Tensor, rank: int, generator: torch.Generator) -> Factors:
     """Top-`rank` singular triplets of float32 `weight` (N, K), and the spectrum of the residual.
 
-    Exact where the smaller side is at most EXACT_BELOW (eigenvectors of the Gram matrix, in float64); otherwise randomized
-    subspace iteration (Halko, Martinsson and Tropp, SIAM Review 2011, algorithm 4.4) and, for the residual's spectrum,
-    stochastic Lanczos quadrature (Ubaru, Chen and Saad, SIMAX 2017), whose memory is a few vectors.
+    Exact where the smaller side is at most EXACT_BELOW (eigenvectors of the Gram matrix, in float64); otherwise
+    randomized subspace iteration (Halko, Martinsson and Tropp, SIAM Review 2011, algorithm 4.4) and, for the residual's
+    spectrum, stochastic Lanczos quadrature (Ubaru, Chen and Saad, SIMAX 2017), whose memory is a few vectors.
     """
     if weight.shape[0] < weight.shape[1]:
         f = leading(weight.T, rank, generator)

@@ -9,7 +9,7 @@ import torch
 
 
 def normal(*shape: int) -> torch.Tensor:
-    """Independent standard normal float64 values of the given shape (inverse distribution function of 53-bit uniforms)."""
+    """Independent standard normal float64 values of the given shape (inverse transform of 53-bit uniforms)."""
     count = int(np.prod(shape))
     words = np.frombuffer(os.urandom(8 * count), np.uint64) >> np.uint64(11)
     uniform = (words.astype(np.float64) + 0.5) / float(1 << 53)

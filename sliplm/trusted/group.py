@@ -1,4 +1,4 @@
-"""Linear maps that read the same input share one round trip: the first to be called makes it, the others take a slice."""
+"""Linear maps that read the same input share one round trip: the first to be called makes it, others take a slice."""
 
 from __future__ import annotations
 
@@ -78,9 +78,7 @@ class Group:
         flat = x.detach().reshape(-1, x.shape[-1]).to("cpu", torch.float32).contiguous()
         low = flat @ self._b.T
         try:
-            edge = self._runtime.product(
-                self.number, flat.numpy(), self._row_norm, self._scales, self._rotations
-            )
+            edge = self._runtime.product(self.number, flat.numpy(), self._row_norm, self._scales, self._rotations)
         except NumericsError as error:
             raise NumericsError(f"the input of {self._members[0].name} cannot be protected: {error}.") from None
         stacked = torch.from_numpy(edge)
