@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import os
 import pickle
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -117,6 +119,15 @@ def test_the_pool_fills_to_its_depth_and_serves_from_it() -> None:
     pool.close()
     with pytest.raises(RuntimeError):
         pool.take(0, 1)
+
+
+def test_a_process_may_end_while_its_pool_fills() -> None:
+    code = (
+        "import numpy as np; from sliplm import kernels; from sliplm.pads.pool import Pool;"
+        "Pool([kernels.prepare(np.ones((4000, 4000), np.int8))], depth=1 << 20).start()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -12,6 +12,7 @@ What this cannot rule out is a machine whose whole memory is copied and resumed 
 
 from __future__ import annotations
 
+import atexit
 import os
 import threading
 from collections import deque
@@ -89,6 +90,8 @@ class Pool:
         """Begin filling in the background. Does nothing when depth is 0 or a filler runs."""
         with self._state:
             if self._depth and self._filler is None and not self._closed:
+                # A thread inside the kernels while the interpreter takes them down would abort the process.
+                atexit.register(self.close)
                 self._filler = threading.Thread(target=self._fill, name="pads", daemon=True)
                 self._filler.start()
 
