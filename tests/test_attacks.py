@@ -115,6 +115,15 @@ def test_oracles_add_up_to_the_best_case(bundles: tuple[Path, Path], tiny: Path)
     assert [str(o) for o in (NONE, ALL, Oracles(scales=True))] == ["none", "all", "scales"]
 
 
+def test_a_placebo_knows_nothing_of_the_bundle(bundles: tuple[Path, Path]) -> None:
+    stolen = Stolen(bundles[0])
+    name = "model.layers.0.mlp.down_proj.weight"
+    placebo, real = stolen.placebo().get_parameter(name), stolen.model(NONE).get_parameter(name)
+    assert abs(float(torch.corrcoef(torch.stack([placebo.flatten(), real.flatten()]))[0, 1])) < 0.05
+    assert 0.9 < float(placebo.std() / real.std()) < 1.1
+    assert torch.equal(stolen.model(NONE).get_parameter(name), real)  # the real integers are back
+
+
 def test_guessed_scales_keep_the_planes_in_proportion() -> None:
     weight = torch.randn(20, 400, generator=torch.Generator().manual_seed(0))
     q, scales = planes.quantise(weight, 2)

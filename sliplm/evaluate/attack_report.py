@@ -16,6 +16,7 @@ LIMITS = (
     "do better, and no experiment proves the opposite. Anyone who may query a model can distill its answers; that is "
     "measured here only for what the edge part adds to it."
 )
+_WITHOUT = {"scratch": "k-", "placebo": "b-", "distill_scratch": "k--", "distill_placebo": "b--"}  # reference lines
 _STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}"
     "table{border-collapse:collapse;margin:1rem 0}"
@@ -57,9 +58,9 @@ def _tables(result: dict[str, Any]) -> list[str]:
         for method, curves in found.items():
             if method in ("direct", "full", "lora", "null-space", "distill"):
                 rows += [(name, method, o, *_cells(curve)) for o, curve in curves.items() if o != "seconds"]
-    for key in ("scratch", "distill_scratch"):
+    for key in _WITHOUT:
         if key in result:
-            rows.append(("no bundle", key.replace("_", " from "), "", *_cells(result[key])))
+            rows.append(("no bundle", key.replace("_", " "), "", *_cells(result[key])))
     parts = []
     if rows:
         parts = ["<h2>Attacks</h2>", _table(("bundle", "attack", "oracles", "at start", "best", "learning rate"), rows)]
@@ -101,9 +102,9 @@ def _curves(result: dict[str, Any]) -> Any:
                         marker=".",
                         label=f"{method}, {oracles}",
                     )
-        for key, style in (("scratch", "k-"), ("distill_scratch", "k--")):
+        for key, style in _WITHOUT.items():
             if key in result:
-                ax.plot(result[key]["tokens"], result[key]["ppl"], style, lw=2, label=key.replace("_", " from "))
+                ax.plot(result[key]["tokens"], result[key]["ppl"], style, lw=2, label=key.replace("_", " "))
         ax.axhline(result["original"], color="grey", label="original")
         ax.set(yscale="log", xlabel="training tokens", ylabel="perplexity on held-out text", title=Path(name).name)
         ax.legend(fontsize=7)

@@ -12,13 +12,11 @@ from typing import Any
 
 import torch
 
-from sliplm.evaluate.attacks.stolen import Oracles, Stolen
 from sliplm.evaluate.attacks.training import Curve, Data, learn
 
 
-def attack(stolen: Stolen, oracles: Oracles | None, data: Data, teacher: Any) -> Curve:
-    """`teacher` gives the answers; `oracles` None starts from scratch."""
-    start = stolen.scratch() if oracles is None else stolen.model(oracles)
+def attack(start: Any, data: Data, teacher: Any) -> Curve:
+    """Train `start`, a stolen model or one made without a bundle, on the answers of `teacher`."""
 
     def loss(student: Any, ids: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():

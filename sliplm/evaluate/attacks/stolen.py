@@ -61,6 +61,17 @@ class Stolen:
         torch.manual_seed(20407)  # one seed for all thieves, so that they differ in what they know only
         return getattr(transformers, self.config.architectures[0])(self.config)
 
+    def placebo(self) -> Any:
+        """A model made as `model(NONE)` makes it, but from random integers: another thief without any bundle.
+
+        It differs from `scratch` as the stolen one does, in equal rows and an untied head, which is worth something."""
+        real, generator = self.edge, torch.Generator().manual_seed(20407)
+        try:
+            self.edge = _Noise(real, generator)  # type: ignore[assignment]
+            return self.model(NONE)
+        finally:
+            self.edge = real
+
     def model(self, oracles: Oracles) -> Any:
         """The architecture with the edge's part in place of every protected matrix, the rest fresh unless given."""
         model = self.scratch()
@@ -106,6 +117,17 @@ class Stolen:
             )
             weight = outer.invert(inner.invert(weight).T).T
         return weight
+
+
+class _Noise:
+    """Random integers of the shapes of an edge bundle, spread like blinded ones."""
+
+    def __init__(self, edge: bundle.EdgeBundle, generator: torch.Generator) -> None:
+        self._edge, self._generator = edge, generator
+
+    def matrix(self, group: int) -> Any:
+        noise = torch.randn(self._edge.matrix(group).shape, generator=self._generator) * 32
+        return noise.round_().clamp_(-127, 127).to(torch.int8).numpy()
 
 
 def guess_scales(q: torch.Tensor, planes: int, size: float) -> torch.Tensor:

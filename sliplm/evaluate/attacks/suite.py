@@ -34,7 +34,7 @@ TRAINED: dict[str, Callable[[Stolen, Oracles, Data], Curve]] = {
     "null-space": null_space.attack,
 }
 METHODS = ("subspace", "blinding", "arrow", *TRAINED, "distill")
-SUCCESS = 0.95  # of the perplexity of training from scratch: an attack below it has gained something from the edge
+SUCCESS = 0.95  # of the perplexity of the best thief without a bundle: below it, the edge part was worth something
 _LARGEST = 4096  # subspaces are looked for in spaces of at most so many dimensions
 Progress = Callable[[int, int], None]
 
@@ -57,7 +57,8 @@ def attack(
         own_samples: train on text that the original model generates instead (held-out text stays).
 
     Returns:
-        `budget`, `original` (perplexity), `scratch`, and `bundles`: by directory, `split` and what each method found.
+        `budget`, `original` (perplexity), the reference curves `scratch` and `placebo`, and `bundles`: by directory,
+        the `split` and what each method found.
 
     Raises:
         SlipError: what was given does not fit together.
@@ -85,10 +86,12 @@ def attack(
         result["held_tokens"] = data.held.numel()
     steps.done()
     if trained:
-        result["scratch"] = _curve(full.scratch(stolen[0], data))
+        result["scratch"] = _curve(full.without(stolen[0].scratch(), data))
+        result["placebo"] = _curve(full.without(stolen[0].placebo(), data))
         steps.done()
     if "distill" in chosen:
-        result["distill_scratch"] = _curve(distill.attack(stolen[0], None, data, original))
+        result["distill_scratch"] = _curve(distill.attack(stolen[0].scratch(), data, original))
+        result["distill_placebo"] = _curve(distill.attack(stolen[0].placebo(), data, original))
         steps.done()
     result["bundles"] = {}
     for s, directory in zip(stolen, directories, strict=True):
@@ -102,7 +105,7 @@ def attack(
             elif method == "arrow":
                 found[method] = _arrow(s, original)
             elif method == "distill":
-                found[method] = {str(o): _curve(distill.attack(s, o, data, original)) for o in (NONE, ALL)}
+                found[method] = {str(o): _curve(distill.attack(s.model(o), data, original)) for o in (NONE, ALL)}
             else:
                 found[method] = {str(o): _curve(TRAINED[method](s, o, data)) for o in (NONE, ALL)}
             found[method]["seconds"] = round(time.perf_counter() - started, 1)
@@ -261,17 +264,20 @@ def verdict(result: dict[str, Any]) -> dict[str, list[str]]:
             b = found["arrow"]
             lines.append(f"With the original itself as public base: {b['rows_identified']:.1%} of rows identified.")
         for method, curves in found.items():
-            yardstick = result.get("distill_scratch" if method == "distill" else "scratch")
-            if method not in ("direct", "full", "lora", "null-space", "distill") or yardstick is None:
+            prefix = "distill_" if method == "distill" else ""
+            if method not in (*TRAINED, "distill") or f"{prefix}scratch" not in result:
                 continue
+            without = {start: result[prefix + start]["best"] for start in ("scratch", "placebo")}
+            yardstick = min(without.values())  # whoever has no bundle starts as suits best
             for oracles, curve in curves.items():
                 if oracles == "seconds":
                     continue
-                ratio = curve["best"] / yardstick["best"]
+                ratio = curve["best"] / yardstick
                 how = "beats" if ratio < SUCCESS else "is no better than"
                 lines.append(
-                    f"{method}, oracles {oracles}: perplexity {curve['best']:.4g}, {how} training from scratch "
-                    f"({yardstick['best']:.4g}) at {result['budget']} tokens."
+                    f"{method}, oracles {oracles}: perplexity {curve['best']:.4g}, {how} training without a bundle "
+                    f"({without['scratch']:.4g} from scratch, {without['placebo']:.4g} from random integers) "
+                    f"at {result['budget']} tokens."
                 )
     return sentences
 
