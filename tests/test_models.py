@@ -81,6 +81,13 @@ def test_the_edge_part_alone_lacks_what_the_trusted_side_has(name: str, tmp_path
 
 
 @torch.no_grad()
+def test_the_split_of_a_routed_model_warns_of_what_the_edge_sees(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    halves(FAMILIES["Mixtral"], tmp_path)
+    assert "how many tokens each expert gets" in caplog.text
+
+
 def test_experts_without_tokens_are_not_asked(tmp_path: Path) -> None:
     family = Family(lambda: transformers.MixtralConfig(**EXPERTS, num_local_experts=4, num_experts_per_tok=1))
     model, protected = halves(family, tmp_path)

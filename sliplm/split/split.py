@@ -19,6 +19,7 @@ from sliplm.split.base import FineTuned, divide
 from sliplm.split.blinding import Rotation
 from sliplm.split.camouflage import trusted_rank
 from sliplm.split.groups import Group, Sum, blocks, find_groups, left_out, protected_tensors, size
+from sliplm.split.layers import is_experts
 from sliplm.split.planes import quantise
 from sliplm.split.source import LoadedSource, Source, fake_mode, open_source
 
@@ -96,6 +97,9 @@ def split(
         kept = left_out(skeleton, groups)
         tied = dict(getattr(skeleton, "all_tied_weights_keys", {}))
         plain = _plain_tensors(skeleton, groups, tied)
+        routed = any(is_experts(module) for module in skeleton.modules())
+    if routed:
+        logger.warning("this model routes tokens to experts: the edge sees how many tokens each expert gets")
     needed = [*plain, *protected_tensors(groups)]
     stored = _stored_names(needed, tied, source.names())
     if missing := set(stored.values()) - source.names():
