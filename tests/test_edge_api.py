@@ -367,7 +367,7 @@ def test_hanging_up_before_the_answer_cancels(url, engine, caplog):
     engine.delay = 0.01
     caplog.set_level("INFO")
     with pytest.raises(httpx.ReadTimeout):
-        httpx.post(url + CHAT, json=HELLO | {"max_tokens": 100_000}, timeout=httpx.Timeout(10, read=0.3))
+        httpx.post(url + CHAT, json=HELLO | {"max_tokens": 100_000}, timeout=httpx.Timeout(10, read=3.0))
     assert engine.cancelled.wait(10)
     wait_until(lambda: "cancelled its request" in caplog.text)
     assert "Exception" not in caplog.text
