@@ -365,7 +365,7 @@ def test_hanging_up_in_a_stream_cancels(url, engine):
 
 def test_hanging_up_before_the_answer_cancels(url, engine, caplog):
     engine.delay = 0.01
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", logger="sliplm")
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(url + CHAT, json=HELLO | {"max_tokens": 100_000}, timeout=httpx.Timeout(10, read=3.0))
     assert engine.cancelled.wait(10)

@@ -95,7 +95,7 @@ def test_an_unexpected_failure_says_where_and_not_what(
         def exchange(self, group: int, x: Any) -> Any:
             raise ZeroDivisionError("secret")
 
-    caplog.set_level(logging.DEBUG)
+    caplog.set_level(logging.DEBUG, logger="sliplm")
     with pytest.raises(SlipError, match=r"ZeroDivisionError in test_engine\.py") as caught:
         list(engine.generate(request(), Broken(engine.model.slip.default_link)))
     time.sleep(0.05)

@@ -903,7 +903,7 @@ def test_shutting_down_ends_requests_with_a_sentence(home, identity):
 
 @pytest.mark.parametrize("prompt", ["boom", "layer"])
 def test_failures_of_the_engine_tell_the_edge_nothing(home, identity, caplog, prompt):
-    caplog.set_level(logging.DEBUG)
+    caplog.set_level(logging.DEBUG, logger="sliplm")
     with serving(home) as server, working(server, identity) as worker:
         with pytest.raises(LinkError, match="its log says why") as caught:
             text(worker, ask(prompt))
