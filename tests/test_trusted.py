@@ -144,6 +144,7 @@ SPOILERS = {
     "rows swapped": lambda a: np.roll(a, 1, axis=1),
     "tokens swapped": lambda a: a[::-1].copy() if len(a) > 1 else np.roll(a, 1),
     "too few rows": lambda a: a[:, :-1],
+    "wider integers": lambda a: a.astype(np.int64),
 }
 
 

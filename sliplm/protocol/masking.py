@@ -66,7 +66,7 @@ def verify(
     answer passes with probability p^-C over u (Freivalds 1977; DESIGN, section 4). Everything is evaluated,
     whatever fails first.
     """
-    if answer.shape != (masked.shape[0], u.shape[1]):
+    if answer.dtype != np.uint32 or answer.shape != (masked.shape[0], u.shape[1]):
         return False
     if native is not None:
         return bool(native.verify(u, uq, masked, np.ascontiguousarray(answer)))
