@@ -44,7 +44,7 @@ class Recording(Link):
         self.inner = inner
         self.seen: list[np.ndarray] = []
 
-    def exchange(self, group: int, x: np.ndarray) -> np.ndarray:
+    def exchange(self, group: int, x: np.ndarray, meanwhile=None) -> np.ndarray:
         self.seen.append(x.copy())
         return self.inner.exchange(group, x)
 

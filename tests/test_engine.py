@@ -36,7 +36,7 @@ class Slow(Link):
     def __init__(self, link: Link) -> None:
         self.link, self.count, self.go = link, 0, threading.Event()
 
-    def exchange(self, group: int, x: Any) -> Any:
+    def exchange(self, group: int, x: Any, meanwhile=None) -> Any:
         self.count += 1
         self.go.wait(0.1)
         return self.link.exchange(group, x)
@@ -92,7 +92,7 @@ def test_an_unexpected_failure_says_where_and_not_what(
     engine: Engine, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture
 ) -> None:
     class Broken(Slow):
-        def exchange(self, group: int, x: Any) -> Any:
+        def exchange(self, group: int, x: Any, meanwhile=None) -> Any:
             raise ZeroDivisionError("secret")
 
     caplog.set_level(logging.DEBUG, logger="sliplm")

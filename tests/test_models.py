@@ -30,7 +30,7 @@ class Counting(Link):
     def __init__(self, inner: Any) -> None:
         self.inner, self.groups = inner, []
 
-    def exchange(self, group: int, x: np.ndarray) -> np.ndarray:
+    def exchange(self, group: int, x: np.ndarray, meanwhile=None) -> np.ndarray:
         self.groups.append(group)
         return self.inner.exchange(group, x)
 

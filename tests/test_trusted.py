@@ -26,7 +26,7 @@ class Watching(Link):
     def __init__(self, inner: Link, spoil: Any = None) -> None:
         self.inner, self.spoil, self.seen, self.closed = inner, spoil, [], False
 
-    def exchange(self, group: int, x: np.ndarray) -> np.ndarray:
+    def exchange(self, group: int, x: np.ndarray, meanwhile=None) -> np.ndarray:
         if self.closed:
             raise LinkError("the link is closed.")
         self.seen.append((group, x.copy()))

@@ -175,16 +175,66 @@ void decode(const uint32_t* answer, const uint32_t* image, const float* scales, 
         }
     for (size_t i = 0; i < n; i++) v[i] *= inv_c;
     if (!perm) {
-        for (size_t i = 0; i < n; i++) out[i] = float(v[i]);
+        for (size_t i = 0; i < n; i++) out[i] += float(v[i]);
         return;
     }
     hadamard(v, n);
-    for (size_t i = 0; i < n; i++) out[perm[i]] = float(sign[i] * v[i]);
+    for (size_t i = 0; i < n; i++) out[perm[i]] += float(sign[i] * v[i]);
+}
+
+typedef float Sixteen __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint32_t SixteenWords __attribute__((vector_size(64)));
+typedef uint16_t SixteenHalves __attribute__((vector_size(32), aligned(2), may_alias));
+
+inline float widen(float w) { return w; }
+inline float widen(uint16_t w) { return __builtin_bit_cast(float, uint32_t(w) << 16); }
+inline Sixteen widen16(const float* w) { return *reinterpret_cast<const Sixteen*>(w); }
+inline Sixteen widen16(const uint16_t* w) {
+    return (Sixteen)(__builtin_convertvector(*reinterpret_cast<const SixteenHalves*>(w), SixteenWords) << 16);
+}
+
+// `T` vectors of 16 sums stay in registers while the rows of bt pass by.
+template <size_t T, class W>
+inline void shrink_strip(const float* x, size_t n, const W* bt, size_t width, float* low) {
+    Sixteen sum[T] = {};
+    for (size_t k = 0; k < n; k++)
+#pragma GCC unroll 9
+        for (size_t i = 0; i < T; i++) sum[i] += x[k] * widen16(bt + k * width + 16 * i);
+    for (size_t i = 0; i < T; i++) reinterpret_cast<Sixteen*>(low)[i] = sum[i];
+}
+
+template <class W>
+void shrink(const float* x, size_t n, const W* bt, size_t width, float* low) {
+    size_t w = 0;
+    for (; w + 144 <= width; w += 144) shrink_strip<9>(x, n, bt + w, width, low + w);
+    for (; w + 48 <= width; w += 48) shrink_strip<3>(x, n, bt + w, width, low + w);
+    for (; w + 16 <= width; w += 16) shrink_strip<1>(x, n, bt + w, width, low + w);
+    for (; w < width; w++) {
+        float sum = 0;
+        for (size_t k = 0; k < n; k++) sum += x[k] * widen(bt[k * width + w]);
+        low[w] = sum;
+    }
+}
+
+template <class W>
+void expand(const float* low, size_t rank, const W* at, size_t n, float* out) {
+    size_t r = 0;
+    for (; r + 8 <= rank; r += 8) {  // eight rows per pass, or `out` would be the traffic
+        const W* a = at + r * n;
+        const float* l = low + r;
+        for (size_t i = 0; i < n; i++)
+            out[i] += ((l[0] * widen(a[i]) + l[1] * widen(a[n + i])) +
+                       (l[2] * widen(a[2 * n + i]) + l[3] * widen(a[3 * n + i]))) +
+                      ((l[4] * widen(a[4 * n + i]) + l[5] * widen(a[5 * n + i])) +
+                       (l[6] * widen(a[6 * n + i]) + l[7] * widen(a[7 * n + i])));
+    }
+    for (; r < rank; r++)
+        for (size_t i = 0; i < n; i++) out[i] += low[r] * widen(at[r * n + i]);
 }
 
 constexpr Isa make(const char* name, bool (*supported)()) {
-    return {name,      supported, Ops::kDigits, Ops::kShift, split,  multiply,
-            combine,   canonical, dot,          project,     encode, decode};
+    return {name,      supported, Ops::kDigits, Ops::kShift, split,  multiply, combine,
+            canonical, dot,       project,      encode,      decode, shrink<float>, expand<float>, shrink<uint16_t>, expand<uint16_t>};
 }
 
 }  // namespace

@@ -18,6 +18,10 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
+#include <poll.h>
+#include <sched.h>
+
+#include <chrono>
 
 #include "core.h"
 #include "pool.h"
@@ -155,6 +159,83 @@ bool is_canonical(Vector<const uint32_t> x) {
     return best().canonical(x.data(), x.shape(0));
 }
 
+// Whether the socket `fd` has something to read (or an end, or an error) within so many microseconds. Asks again and
+// again instead of sleeping: waking a thread on an idle core costs more than most exchanges last. Gives way to others.
+bool wait_readable(int fd, double microseconds) {
+    nb::gil_scoped_release release;
+    const auto deadline = std::chrono::steady_clock::now() + std::chrono::duration<double, std::micro>(microseconds);
+    for (;;) {
+        pollfd one{fd, POLLIN, 0};
+        if (poll(&one, 1, 0) != 0) return true;
+        if (std::chrono::steady_clock::now() >= deadline) return false;
+        sched_yield();
+    }
+}
+
+void shrink(const Isa& isa, const float* x, size_t n, const float* bt, size_t width, float* low) {
+    isa.shrink32(x, n, bt, width, low);
+}
+void shrink(const Isa& isa, const float* x, size_t n, const uint16_t* bt, size_t width, float* low) {
+    isa.shrink16(x, n, bt, width, low);
+}
+void expand(const Isa& isa, const float* low, size_t rank, const float* at, size_t n, float* out) {
+    isa.expand32(low, rank, at, n, out);
+}
+void expand(const Isa& isa, const float* low, size_t rank, const uint16_t* at, size_t n, float* out) {
+    isa.expand16(low, rank, at, n, out);
+}
+
+// The trusted part of a group, A (B x) + b for one token: bt (K, sum of the members' ranks), and each member's At
+// (rank, rows), in float32 or as the bits of bfloat16, and bias. It refers to the arrays that it is given.
+template <class W>
+class LowRank {
+public:
+    LowRank(Matrix<const W> bt, std::vector<Matrix<const W>> at, std::vector<std::optional<Vector<const float>>> bias)
+        : bt_(std::move(bt)), at_(std::move(at)), bias_(std::move(bias)) {
+        require(at_.size() == bias_.size(), "as many biases as members are needed");
+        size_t ranks = 0;
+        for (size_t i = 0; i < at_.size(); i++) {
+            require(!bias_[i] || bias_[i]->shape(0) == at_[i].shape(1), "a bias has the wrong size");
+            ranks += at_[i].shape(0);
+            rows_ += at_[i].shape(1);
+        }
+        require(ranks == bt_.shape(1), "the ranks do not add up");
+    }
+
+    void apply(Vector<const float> x, Vector<float> out, const std::string& isa) const {
+        require(x.shape(0) == bt_.shape(0) && out.shape(0) == rows_, "shapes do not match");
+        const Isa& use = named(isa);
+        nb::gil_scoped_release release;
+        std::vector<float> low(bt_.shape(1));
+        shrink(use, x.data(), x.shape(0), bt_.data(), bt_.shape(1), low.data());
+        float* y = out.data();
+        const float* l = low.data();
+        for (size_t i = 0; i < at_.size(); i++) {
+            const size_t rank = at_[i].shape(0), rows = at_[i].shape(1);
+            if (bias_[i])
+                std::memcpy(y, bias_[i]->data(), rows * sizeof *y);
+            else
+                std::memset(y, 0, rows * sizeof *y);
+            expand(use, l, rank, at_[i].data(), rows, y);
+            y += rows;
+            l += rank;
+        }
+    }
+
+    static void bind(nb::module_& m, const char* name) {
+        nb::class_<LowRank>(m, name)
+            .def(nb::init<Matrix<const W>, std::vector<Matrix<const W>>, std::vector<std::optional<Vector<const float>>>>(),
+                 "bt"_a, "at"_a, "bias"_a)
+            .def("apply", &LowRank::apply, "x"_a.noconvert(), "out"_a.noconvert(), "isa"_a = "");
+    }
+
+private:
+    Matrix<const W> bt_;
+    std::vector<Matrix<const W>> at_;
+    std::vector<std::optional<Vector<const float>>> bias_;
+    size_t rows_ = 0;
+};
+
 // out (C, K) = u (C, M) q (M, K) mod p; |u q| < 2^38, so 2^24 rows fit 64-bit sums.
 void project(Matrix<const uint32_t> u, Matrix<const int8_t> q, Matrix<uint32_t> out, const std::string& isa) {
     const size_t checks = u.shape(0), rows = q.shape(0), cols = q.shape(1);
@@ -271,6 +352,9 @@ NB_MODULE(_native, m) {
         .def("product", &PackedMatrix::product, "x"_a.noconvert(), "out"_a.noconvert(), "threads"_a = 0)
         .def_prop_ro("nbytes", &PackedMatrix::nbytes)
         .def_prop_ro("isa", &PackedMatrix::isa);
+    LowRank<float>::bind(m, "LowRank32");
+    LowRank<uint16_t>::bind(m, "LowRank16");
+    m.def("wait_readable", &wait_readable, "fd"_a, "microseconds"_a);
     m.def("is_canonical", &is_canonical, "x"_a.noconvert());
     m.def("project", &project, "u"_a.noconvert(), "q"_a.noconvert(), "out"_a.noconvert(), "isa"_a = "");
     m.def("encode", &encode, "x"_a.noconvert(), "r"_a.noconvert(), "length"_a, "perm"_a.none(), "sign"_a.none(),

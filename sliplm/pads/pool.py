@@ -68,6 +68,7 @@ class Pool:
         self._stream = Stream()
         self._stream_lock = threading.Lock()
         self._state = threading.Condition()
+        self._wanted = 0  # tokens that somebody waits for
         self._pid = os.getpid()
         self._filler: threading.Thread | None = None
         self._closed = False
@@ -106,6 +107,8 @@ class Pool:
     def wait(self, tokens: int, timeout: float | None = None) -> bool:
         """Wait until `tokens` (at most the depth) pads are ready in every group; false after `timeout` seconds."""
         with self._state:
+            self._wanted = min(tokens, self._depth)
+            self._state.notify_all()
             return self._state.wait_for(lambda: self.level >= min(tokens, self._depth) or self._closed, timeout)
 
     def take(self, group: int, tokens: int) -> Pad:
@@ -126,7 +129,8 @@ class Pool:
                 parts.append((mask, image))
                 missing -= len(mask)
             self._levels[group] -= tokens - missing
-            self._state.notify_all()
+            if self._levels[group] <= self._depth - self._batch:  # wake the filler for whole batches only
+                self._state.notify_all()
         if missing:
             parts.append(self._make(group, missing))
         if len(parts) == 1:
@@ -139,10 +143,15 @@ class Pool:
             mask = self._stream.elements(tokens, matrix.cols)
         return mask, matrix.product(mask, threads=threads)
 
+    def _lacking(self) -> bool:
+        """Whether it is time for another batch: small ones cost more a token."""
+        level = self.level
+        return level < self._wanted or level + self._batch <= self._depth or (level == 0 and self._depth > 0)
+
     def _fill(self) -> None:
         while True:
             with self._state:
-                self._state.wait_for(lambda: self._closed or self.level < self._depth)
+                self._state.wait_for(lambda: self._closed or self._lacking())
                 if self._closed:
                     return
                 group = min(range(len(self._levels)), key=self._levels.__getitem__)

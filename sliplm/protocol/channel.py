@@ -16,6 +16,7 @@ from typing import NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
+from sliplm._core import native
 from sliplm.errors import BundleError, IdentityError, LinkError, ProtocolError, SlipError, VerificationError
 from sliplm.protocol import frames, tls
 from sliplm.protocol.authority import SERVER_NAME
@@ -112,6 +113,11 @@ class Channel:
             return False
         self._start += HEADER.size
         return True
+
+    def await_answer(self, seconds: float) -> None:
+        """Wait for input without sleeping, for at most `seconds`; whether there is any will show when it is read."""
+        if native is not None and self._end == self._start and not self._sock.pending():
+            native.wait_readable(self._sock.fileno(), seconds * 1e6)
 
     def _fetch_header(self) -> None:
         left = self._end - self._start

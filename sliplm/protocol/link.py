@@ -9,7 +9,7 @@ from __future__ import annotations
 import abc
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,6 +30,10 @@ FRAME_BYTES = 32 << 20
 """Longer inputs travel in several frames of about this size, which bounds the memory on both sides."""
 
 
+SPIN_SECONDS = 2e-3
+"""So long a side asks again and again whether the other's frame is there before it sleeps: waking up costs more than
+most exchanges take. It gives way to whoever else wants the core."""
+
 _RESULT, _PONG = int(Kind.RESULT), int(Kind.PONG)  # enums are slow to look up and to compare
 
 
@@ -37,9 +41,9 @@ class Link(abc.ABC):
     """The trusted side's way to one edge. Safe to call from several threads."""
 
     @abc.abstractmethod
-    def exchange(self, group: int, x: Field) -> Field:
+    def exchange(self, group: int, x: Field, meanwhile: Callable[[], None] | None = None) -> Field:
         """`Q x mod p` for every row of `x`: (T, K) uint32 to a fresh (T, M) uint32, with Q the matrix of
-        `group`.
+        `group`. `meanwhile`, work to do while the edge computes, is called at most once.
 
         Raises LinkError if the edge is gone or too slow, ProtocolError if it misbehaves. The answer is *not*
         verified here.
@@ -57,9 +61,11 @@ class InProcessLink(Link):
         self._engine = engine
         self._closed = False
 
-    def exchange(self, group: int, x: Field) -> Field:
+    def exchange(self, group: int, x: Field, meanwhile: Callable[[], None] | None = None) -> Field:
         if self._closed:
             raise LinkError("the link is closed")
+        if meanwhile is not None:
+            meanwhile()
         return self._engine.product(group, x)
 
     def close(self) -> None:
@@ -91,7 +97,7 @@ class RemoteLink(Link):
         """Whether the link closed within `timeout` seconds."""
         return self._closed.wait(timeout)
 
-    def exchange(self, group: int, x: Field) -> Field:
+    def exchange(self, group: int, x: Field, meanwhile: Callable[[], None] | None = None) -> Field:
         if not 0 <= group < len(self._shapes):
             raise ValueError(f"there is no group {group}")
         m, k = self._shapes[group]
@@ -99,13 +105,13 @@ class RemoteLink(Link):
             raise ValueError(f"group {group} takes (T, {k}) uint32, not {x.shape} {x.dtype}")
         most = max(1, min(MAX_ROWS, FRAME_BYTES // (4 * max(m, k))))
         if len(x) <= most:
-            return self._exchange(group, x, m)
+            return self._exchange(group, x, m, meanwhile)
         y = np.empty((len(x), m), np.uint32)
         for i in range(0, len(x), most):
-            y[i : i + most] = self._exchange(group, x[i : i + most], m)
+            y[i : i + most] = self._exchange(group, x[i : i + most], m, meanwhile if i == 0 else None)
         return y
 
-    def _exchange(self, group: int, x: Field, m: int) -> Field:
+    def _exchange(self, group: int, x: Field, m: int, meanwhile: Callable[[], None] | None) -> Field:
         rows, k = x.shape
         y = np.empty((rows, m), np.uint32)
         self._take_turn()
@@ -114,6 +120,9 @@ class RemoteLink(Link):
             staged = channel.stage(rows, k)
             staged[:] = x
             channel.send_staged(Kind.EXCHANGE, group, sequence, staged)
+            if meanwhile is not None:
+                meanwhile()
+            channel.await_answer(SPIN_SECONDS)
             if not channel.comes((_RESULT, channel.version, group, rows, sequence, y.nbytes)):
                 raise self._refuse(channel.receive())
             channel.read_array(y)

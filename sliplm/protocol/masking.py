@@ -5,6 +5,7 @@ function has a native version and a numpy one with the same meaning.
 """
 
 import math
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from sliplm.split.blinding import Rotation
 SAFETY = 1 - 1e-9
 
 
+@lru_cache(maxsize=4096)
 def amplitude(row_norm: float, width: int) -> float:
     """The largest length an encoded vector may have before rounding: c |x|, see `encode`.
 
@@ -80,18 +82,21 @@ def decode(
     scales: NDArray[np.float32],
     inv_c: NDArray[np.float64],
     rotation: Rotation | None = None,
+    out: NDArray[np.float32] | None = None,
 ) -> NDArray[np.float32]:
     """Unmask and scale: answer (T, M) and the pads' image Q r (T, M) give the edge's part of y, (T, N).
 
     `scales` (planes, N) with planes * N = M, rows plane by plane; `inv_c` (T,) from `encode`; the outputs'
-    `rotation` is undone. Computed in float64, rounded once to float32.
+    `rotation` is undone. Computed in float64, rounded once to float32; added to `out` (T, N) if that is given.
     """
+    if out is None:
+        out = np.zeros((answer.shape[0], scales.shape[1]), np.float32)
     if native is not None:
-        out = np.empty((answer.shape[0], scales.shape[1]), np.float32)
         perm, sign = (None, None) if rotation is None else (rotation.perm, rotation.sign)
         native.decode(np.ascontiguousarray(answer), np.ascontiguousarray(image), scales, inv_c, perm, sign, out)
-        return out
-    return _decode(answer, image, scales, inv_c, rotation)
+    else:
+        out += _decode(answer, image, scales, inv_c, rotation)
+    return out
 
 
 def _encode(

@@ -6,7 +6,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -189,10 +189,10 @@ class _Cancellable(Link):
     def __init__(self, link: Link, cancelled: threading.Event) -> None:
         self._link, self._cancelled = link, cancelled
 
-    def exchange(self, group: int, x: Field) -> Field:
+    def exchange(self, group: int, x: Field, meanwhile: Callable[[], None] | None = None) -> Field:
         if self._cancelled.is_set():
             raise LinkError("the request was cancelled")
-        return self._link.exchange(group, x)
+        return self._link.exchange(group, x, meanwhile)
 
     def close(self) -> None:
         self._link.close()

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from sliplm._core import native
 from sliplm.errors import NumericsError
 from sliplm.split.blinding import Rotation
 from sliplm.trusted.runtime import Runtime
@@ -50,16 +53,32 @@ class Group:
         runtime: Runtime,
     ) -> None:
         self.number = number
-        self._members = members
         self._scales = scales
         self._row_norm = row_norm
         self._rotations = rotations
         self._runtime = runtime
-        self._b = torch.cat([m.b for m in members])  # one product for all members
+        # Transposed, as both the products of torch and those of the native core want them; B of all members as one.
+        self._bt = torch.cat([m.b for m in members]).T.contiguous()
+        self._at = [m.a.T.contiguous() for m in members]
+        self._bias = [m.bias for m in members]
+        self._one: Any = None  # the native product for one token
+        if native is not None:
+            bias = [None if b is None else b.numpy() for b in self._bias]
+            if all(torch.equal(t.bfloat16().float(), t) for t in (self._bt, *self._at)):
+                # A split rounds the factors, and the edge's part takes up the difference: half the memory to read.
+                self._bt, *self._at = (t.bfloat16() for t in (self._bt, *self._at))
+                bt, *at = (t.view(torch.uint16).numpy() for t in (self._bt, *self._at))
+                self._one = native.LowRank16(bt, at, bias)
+            else:
+                self._one = native.LowRank32(self._bt.numpy(), [a.numpy() for a in self._at], bias)
+        self._names = [m.name for m in members]
         self._pending = _Pending()
 
     def __repr__(self) -> str:
-        return f"Group({self.number}, members={[m.name for m in self._members]})"
+        return f"Group({self.number}, members={self._names})"
+
+    def __len__(self) -> int:
+        return len(self._names)
 
     def forward(self, member: int, x: torch.Tensor) -> torch.Tensor:
         """Output (..., N) of `member` for the input x (..., K), in x's dtype and on its device."""
@@ -67,7 +86,7 @@ class Group:
         outputs = pending.outputs
         if outputs is None or member not in outputs or not _equal(pending.x, x):
             outputs = self._run(x)
-            if len(self._members) > 1:
+            if len(self._names) > 1:
                 pending.x, pending.outputs = x.detach().clone(), outputs
         y = outputs.pop(member)
         if not outputs:
@@ -75,23 +94,29 @@ class Group:
         return y
 
     def _run(self, x: torch.Tensor) -> dict[int, torch.Tensor]:
-        flat = x.detach().reshape(-1, x.shape[-1]).to("cpu", torch.float32).contiguous()
-        low = flat @ self._b.T
+        stacked = self.stacked(x.detach().reshape(-1, x.shape[-1]).to("cpu", torch.float32).contiguous())
+        parts = stacked.split([a.shape[1] for a in self._at], dim=1)
+        return {i: y.reshape(*x.shape[:-1], y.shape[1]).to(x.device, x.dtype) for i, y in enumerate(parts)}
+
+    def stacked(self, x: torch.Tensor) -> torch.Tensor:
+        """The outputs (T, sum N) of all members side by side for the input x (T, K), float32, on the CPU."""
+        rows = x.numpy()
+        own = partial(self._own, rows) if len(x) == 1 and self._one is not None else partial(self._own_many, x)
         try:
-            edge = self._runtime.product(self.number, flat.numpy(), self._row_norm, self._scales, self._rotations)
+            y = self._runtime.product(self.number, rows, self._row_norm, self._scales, self._rotations, own)
         except NumericsError as error:
-            raise NumericsError(f"the input of {self._members[0].name} cannot be protected: {error}.") from None
-        stacked = torch.from_numpy(edge)
-        outputs: dict[int, torch.Tensor] = {}
-        row = column = 0
-        for i, m in enumerate(self._members):
-            rows, rank = m.a.shape
-            y = torch.addmm(stacked[:, row : row + rows], low[:, column : column + rank], m.a.T)
-            if m.bias is not None:
-                y += m.bias
-            outputs[i] = y.reshape(*x.shape[:-1], rows).to(x.device, x.dtype)
-            row, column = row + rows, column + rank
-        return outputs
+            raise NumericsError(f"the input of {self._names[0]} cannot be protected: {error}.") from None
+        return torch.from_numpy(y)
+
+    def _own(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
+        out = np.empty((1, self._scales.shape[1]), np.float32)
+        self._one.apply(x[0], out[0])
+        return out
+
+    def _own_many(self, x: torch.Tensor) -> NDArray[np.float32]:
+        low = (x @ self._bt.float()).split([len(a) for a in self._at], dim=1)
+        parts = zip(low, (a.float() for a in self._at), self._bias, strict=True)
+        return torch.cat([y @ a if b is None else torch.addmm(b, y, a) for y, a, b in parts], dim=1).numpy()
 
 
 def _equal(kept: torch.Tensor | None, x: torch.Tensor) -> bool:

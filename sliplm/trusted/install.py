@@ -16,6 +16,7 @@ from sliplm.split.layers import is_experts, members
 from sliplm.trusted.conv import ProtectedConv
 from sliplm.trusted.experts import protect_experts
 from sliplm.trusted.group import Group, MemberWeights
+from sliplm.trusted.lean import shorten
 from sliplm.trusted.linear import ProtectedLinear
 from sliplm.trusted.runtime import Runtime
 from sliplm.trusted.sums import SumGroup
@@ -65,6 +66,7 @@ def bind(model: nn.Module, groups: list[Members], runtime: Runtime) -> None:
         bound = kind(number, weights, shared["scales"].numpy(), row_norm, (inner, outer), runtime)
         for i, module in enumerate(modules):
             module.bind(bound, i)
+    shorten(model)
 
 
 def _copies(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -74,8 +74,10 @@ class Runtime:
         row_norm: float,
         scales: NDArray[np.float32],
         rotations: tuple[Rotation | None, Rotation | None],
+        own: Callable[[], NDArray[np.float32]],
     ) -> NDArray[np.float32]:
-        """The edge's part of a group's output: x (T, K) float32 to (T, N) float32, exchanged, verified, decoded.
+        """A group's output: x (T, K) float32 to (T, N) float32. The edge's part is exchanged, verified, decoded, and
+        added to the trusted part, (T, N), which `own` computes while the edge is busy.
 
         Raises:
             LinkError: no edge, or it went away. VerificationError: its answer is wrong; nothing is returned.
@@ -85,26 +87,18 @@ class Runtime:
         if link is None:
             raise LinkError("no edge is connected.")
         if not len(x):
-            return np.empty((0, scales.shape[1]), np.float32)
+            return own()
+        out: list[NDArray[np.float32]] = []
         step = self.chunk(group)
-        parts = [
-            self._exchange(link, group, x[i : i + step], row_norm, scales, rotations) for i in range(0, len(x), step)
-        ]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-    def _exchange(
-        self,
-        link: Link,
-        group: int,
-        x: NDArray[np.float32],
-        row_norm: float,
-        scales: NDArray[np.float32],
-        rotations: tuple[Rotation | None, Rotation | None],
-    ) -> NDArray[np.float32]:
-        pad: Pad = self.pool.take(group, len(x))
-        masked, inv_c = masking.encode(x, pad.mask(), row_norm, rotations[0])
-        answer = link.exchange(group, masked)
-        if not masking.verify(self._u[group], self._uq[group], masked, answer):
-            link.close()
-            raise VerificationError("the edge gave a wrong answer; it was caught and discarded.")
-        return masking.decode(answer, pad.image, scales, inv_c, rotations[1])
+        for i in range(0, len(x), step):
+            part = x[i : i + step]
+            pad: Pad = self.pool.take(group, len(part))
+            masked, inv_c = masking.encode(part, pad.mask(), row_norm, rotations[0])
+            answer = link.exchange(group, masked, None if out else lambda: out.append(own()))
+            if not out:  # a link may leave it to us
+                out.append(own())
+            if not masking.verify(self._u[group], self._uq[group], masked, answer):
+                link.close()
+                raise VerificationError("the edge gave a wrong answer; it was caught and discarded.")
+            masking.decode(answer, pad.image, scales, inv_c, rotations[1], out[0][i : i + step])
+        return out[0]

@@ -54,7 +54,7 @@ class SumGroup:
         """The sum (..., N) of the members' outputs for `inputs`; members without an input add nothing."""
         like = next(iter(inputs.values()))
         count = like.shape[:-1].numel()
-        y: torch.Tensor | float = 0.0
+        y = torch.zeros(count, self.members[0].a.shape[0])
         parts = []
         for i, m in enumerate(self.members):
             if i not in inputs:
@@ -62,16 +62,16 @@ class SumGroup:
                 continue
             flat = inputs[i].reshape(count, -1).to("cpu", torch.float32)
             parts.append(flat)
-            y = y + (flat @ m.b.T) @ m.a.T
+            y += (flat @ m.b.T) @ m.a.T
             if m.bias is not None:
-                y = y + m.bias
+                y += m.bias
         x = torch.cat(parts, dim=1).numpy()
         try:
-            edge = self._runtime.product(self.number, x, self._row_norm, self._scales, self._rotations)
+            self._runtime.product(self.number, x, self._row_norm, self._scales, self._rotations, y.numpy)
         except NumericsError as error:
             name = self.members[min(inputs)].name
             raise NumericsError(f"the input of {name} cannot be protected: {error}.") from None
-        return (torch.from_numpy(edge) + y).reshape(*like.shape[:-1], -1).to(like.device, like.dtype)
+        return y.reshape(*like.shape[:-1], -1).to(like.device, like.dtype)
 
 
 class Promise(torch.Tensor):
