@@ -1,0 +1,53 @@
+"""The command `slip`: parse, call, print. Results go to stdout, progress and logs to stderr.
+
+One file per group of commands; this one puts them together.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' progress bars; read when tqdm is first imported
+
+from sliplm.cli import ask, demo, device, edge, evaluate, split, trusted
+from sliplm.cli.common import fail
+from sliplm.errors import SlipError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    help="The command `slip`: parse, call, print. Results go to stdout, progress and logs to stderr.",
+    pretty_exceptions_enable=False,
+)
+for command in (
+    split.split,
+    trusted.trusted,
+    edge.edge,
+    ask.generate,
+    evaluate.evaluate,
+    evaluate.attack,
+    demo.demo,
+):
+    app.command()(command)
+app.add_typer(device.app, name="device")
+
+
+def main() -> None:
+    """Run the command line; every expected failure is one sentence and a non-zero exit."""
+    try:
+        app(standalone_mode=True)
+    except SlipError as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        fail(f"{where}{error.strerror or error}.")
+    except MemoryError:
+        fail("not enough memory.")

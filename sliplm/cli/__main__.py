@@ -1,0 +1,3 @@
+from sliplm.cli import main
+
+main()

@@ -1,0 +1,61 @@
+"""What all commands share: the two consoles, progress, logging, and options that several of them take."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+out = Console(soft_wrap=True, highlight=False)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON on stdout.")]
+Model = Annotated[str, typer.Argument(help="A directory of safetensors, a .gguf file, or a hub id.")]
+Reference = Annotated[str, typer.Option(help="The original model: a directory, a .gguf file, or a hub id.")]
+Rank = Annotated[int, typer.Option(help="Singular components per matrix kept on the trusted side.")]
+Planes = Annotated[int, typer.Option(help="int8 matrices per weight on the edge: 2 is exact, 1 is fast.")]
+Api = Annotated[str, typer.Option(help="Where an edge serves its API.")]
+
+
+def fail(sentence: str) -> NoReturn:
+    err.print(f"slip: {sentence}", style="red", markup=False)
+    sys.exit(1)
+
+
+def set_up_logging(verbose: bool) -> None:
+    handler = RichHandler(console=err, show_path=False, markup=False)
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s", handlers=[handler])
+    logging.getLogger("sliplm").setLevel(logging.INFO if verbose else logging.WARNING)
+    for name in ("httpx", "transformers", "uvicorn.error"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+@contextmanager
+def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def emit(as_json: bool, value: dict[str, Any], text: str) -> None:
+    if as_json:
+        print(json.dumps(value), flush=True)
+    else:
+        out.print(text, markup=False)
+        sys.stdout.flush()
+
+
+def quiet_transformers() -> None:
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()

@@ -1,0 +1,69 @@
+"""`slip edge`."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sliplm.cli.common import Json, emit, set_up_logging
+
+
+def edge(
+    bundle: Annotated[Path, typer.Argument(help="DIR/edge, as `slip split` wrote it.")],
+    trusted: Annotated[str, typer.Option(help="HOST:PORT of the trusted side.")],
+    identity: Annotated[Path, typer.Option(help="The file that `slip device add` wrote for this machine.")],
+    api: Annotated[str, typer.Option(help="HOST:PORT for the local OpenAI-compatible API; empty for none.")] = (
+        "127.0.0.1:8411"
+    ),
+    as_json: Json = False,
+) -> None:
+    """Run the edge: it multiplies for the trusted side, and serves its answers as an API on this machine."""
+    set_up_logging(True)
+    from sliplm import kernels
+    from sliplm.bundle import EdgeBundle
+    from sliplm.edge.engine import EdgeEngine
+    from sliplm.edge.serve import ApiServer
+    from sliplm.edge.worker import EdgeWorker
+    from sliplm.protocol.channel import parse_address
+
+    address = parse_address(api) if api else None
+    engine = EdgeEngine.from_bundle(EdgeBundle.open(bundle))
+    worker = EdgeWorker(engine, trusted, identity)
+    stop = threading.Event()
+    failure: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            worker.run()
+        except BaseException as error:
+            failure.append(error)
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    thread = threading.Thread(target=work, name="worker", daemon=True)
+    server = ApiServer(worker, *address) if address else None
+    try:
+        thread.start()
+        while not stop.is_set() and not worker.connected.wait(0.1):
+            pass
+        if not stop.is_set():
+            url = "http://{}:{}".format(*server.address) if server else None
+            where = f"; API at {url}/v1" if url else ""
+            emit(
+                as_json,
+                {"trusted": trusted, "api": url, "kernels": kernels.describe()},
+                f"connected to {trusted}{where}; {kernels.describe()}",
+            )
+        stop.wait()
+    finally:
+        worker.stop()
+        if server:
+            server.close()
+        thread.join(10)
+    if failure:
+        raise failure[0]

@@ -1,0 +1,42 @@
+"""`slip split`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sliplm.cli.common import Json, Model, Planes, Rank, emit, err, progress_bar, quiet_transformers, set_up_logging
+
+
+def split(
+    model: Model,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Directory for the two bundles; must not exist.")],
+    rank: Rank = 16,
+    planes: Planes = 2,
+    camouflage: Annotated[bool, typer.Option(help="Plant random components where the sensitive ones were.")] = True,
+    blinding: Annotated[bool, typer.Option(help="Give every group a secret basis.")] = True,
+    base: Annotated[str | None, typer.Option(help="MODEL fine-tunes this public one: hide what differs.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Split MODEL into OUTPUT/edge, which anyone may copy, and OUTPUT/trusted, which nobody else may see."""
+    set_up_logging(False)
+    from sliplm.split.advice import weaknesses
+    from sliplm.split.split import Options
+    from sliplm.split.split import split as run
+
+    quiet_transformers()
+    options = Options(rank, planes, camouflage, blinding, base)
+    for sentence in weaknesses(options):
+        err.print(f"slip: warning: {sentence}", style="yellow", markup=False)
+    with progress_bar("splitting (weights)") as progress:
+        s = run(model, output, options, progress)
+    emit(
+        as_json,
+        {"edge": str(output / "edge"), "trusted": str(output / "trusted"), **vars(s)},
+        f"{output / 'edge'}     {s.edge_bytes / 1e6:,.0f} MB, for the machine you do not trust\n"
+        f"{output / 'trusted'}  {s.trusted_bytes / 1e6:,.0f} MB, for yours: keep it secret\n"
+        f"{s.layers} layers in {s.groups} groups protected, {s.protected_parameters / 1e6:,.0f} million weights; "
+        f"split {s.digest[:16]}",
+    )
