@@ -12,6 +12,10 @@ from sliplm.protocol.frames import MAX_JSON_BYTES
 
 Count = Annotated[int, Meta(ge=0)]
 StopText = Annotated[str, Meta(min_length=1, max_length=256)]
+Penalty = Annotated[float, Meta(ge=-2, le=2)]
+
+MAX_LOGPROBS = 20
+"""As many most likely tokens can be asked for, as with OpenAI."""
 
 
 class RequestError(SlipError):
@@ -40,8 +44,10 @@ class GenerateRequest(msgspec.Struct, forbid_unknown_fields=True, frozen=True, k
     """What to generate. Exactly one of `prompt` (plain text) and `messages` (a chat) is given.
 
     `temperature` 0 is greedy; others are 0.01 or more, because logits are divided by it. `top_k` 0 and `top_p` 1
-    switch these filters off; `stop` lists texts that end the generation and are not part of it. Ranges are checked
-    when a request is decoded.
+    switch these filters off; `stop` lists texts that end the generation and are not part of it. The penalties lower
+    the logits of tokens that the answer has already, per occurrence and once. `logprobs` asks for the
+    log-probability of every token and for those of so many most likely ones. Ranges are checked when a request is
+    decoded.
     """
 
     prompt: str | None = None
@@ -52,6 +58,9 @@ class GenerateRequest(msgspec.Struct, forbid_unknown_fields=True, frozen=True, k
     top_k: Annotated[int, Meta(ge=0, le=1 << 20)] = 0
     seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)] | None = None
     stop: Annotated[list[StopText], Meta(max_length=16)] = msgspec.field(default_factory=list)
+    frequency_penalty: Penalty = 0.0
+    presence_penalty: Penalty = 0.0
+    logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
 
     def __post_init__(self) -> None:
         if (self.prompt is None) == (self.messages is None):
@@ -65,14 +74,27 @@ class GenerateRequest(msgspec.Struct, forbid_unknown_fields=True, frozen=True, k
         return f"GenerateRequest(max_tokens={self.max_tokens}, temperature={self.temperature})"
 
 
-class Chunk(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+class TokenLogprob(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, frozen=True):
+    """The text of one generated token, its natural log-probability under the model before temperature and filters,
+    and the most likely tokens in its place, likeliest first. A token with a part of a character has U+FFFD for it."""
+
+    token: str
+    logprob: float
+    top: list[tuple[str, float]] = msgspec.field(default_factory=list)
+
+    def __repr__(self) -> str:
+        return f"TokenLogprob({len(self.top)} alternatives)"
+
+
+class Chunk(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, frozen=True):
     """A piece of generated text. The last chunk, and only it, has a `finish_reason`; its counts are the
-    totals."""
+    totals. `logprobs` are those of the tokens that begin in this text, if the request asked for them."""
 
     text: str
     finish_reason: Literal["stop", "length"] | None = None
     prompt_tokens: Count = 0
     completion_tokens: Count = 0
+    logprobs: list[TokenLogprob] = msgspec.field(default_factory=list)
 
     def __repr__(self) -> str:
         return f"Chunk({len(self.text)} characters, finish_reason={self.finish_reason!r})"

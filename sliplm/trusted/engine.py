@@ -18,7 +18,8 @@ from transformers.generation.streamers import BaseStreamer
 from sliplm import bundle
 from sliplm.errors import LinkError, SlipError
 from sliplm.protocol.link import Field, Link
-from sliplm.protocol.messages import BusyError, Chunk, GenerateRequest, RequestError
+from sliplm.protocol.messages import BusyError, Chunk, GenerateRequest, RequestError, TokenLogprob
+from sliplm.trusted.logprobs import Logprobs, Scored, Scores
 from sliplm.trusted.server import locate
 
 GENERATIONS = 16
@@ -33,6 +34,7 @@ DEFAULT_CONTEXT = 1 << 15
 _log = logging.getLogger(__name__)
 
 FinishReason = Literal["stop", "length"]
+_Token = tuple[int, Scored | None]
 
 
 class Engine:
@@ -43,8 +45,10 @@ class Engine:
         tokenizer: the model's own, which never leaves the trusted side.
     """
 
-    def __init__(self, directory: Path | str, pool_depth: int = 64) -> None:
-        """Load DIR/trusted, all digests checked. Raises BundleError."""
+    def __init__(self, directory: Path | str, pool_depth: int = 64, allow_logprobs: bool = False) -> None:
+        """Load DIR/trusted, all digests checked. Raises BundleError.
+
+        Without `allow_logprobs`, requests for them are refused: they say far more about the model than its text."""
         path = Path(directory)
         bundle.open_trusted(path)
         self.model: Any = transformers.AutoModelForCausalLM.from_pretrained(path).eval()
@@ -53,6 +57,7 @@ class Engine:
         self._room = _context(self.model.config.get_text_config(), self.tokenizer)
         self._slots = threading.Semaphore(1 if _keeps_positions(self.model.config.to_dict()) else GENERATIONS)
         self._name = path.resolve().parent.name
+        self._allow_logprobs = allow_logprobs
 
     @property
     def digest(self) -> bytes:
@@ -70,9 +75,12 @@ class Engine:
         so that it can be closed, an empty chunk comes every half second without text.
 
         Raises:
-            RequestError: the prompt does not fit the model. BusyError: too many generations run already.
+            RequestError: the prompt does not fit the model, or logprobs are not allowed.
+            BusyError: too many generations run already.
             LinkError, VerificationError, NumericsError: as they come.
         """
+        if request.logprobs is not None and not self._allow_logprobs:
+            raise RequestError("logprobs are switched off by the owner of this model.")
         deadline = time.monotonic() + WAIT_SECONDS
         while not self._slots.acquire(timeout=BEAT_SECONDS):
             if time.monotonic() > deadline:
@@ -92,10 +100,10 @@ class Engine:
         run = _Run(self, inputs, request, limit, link)
         run.start()
         try:
-            completed, finish, text = yield from self._stream(run, request.stop)
+            completed, finish, text, logprobs = yield from self._stream(run, request.stop)
         finally:
             run.cancel()
-        yield Chunk(text, finish, prompt_tokens, completed)
+        yield Chunk(text, finish, prompt_tokens, completed, logprobs)
 
     def _inputs(self, request: GenerateRequest) -> Any:
         if request.messages is None:
@@ -113,22 +121,29 @@ class Engine:
             why = f" ({error})" if type(error) is jinja2.TemplateError else ""
             raise RequestError(f"the model's chat template refuses these messages{why}.") from None
 
-    def _stream(self, run: _Run, stops: list[str]) -> Generator[Chunk, None, tuple[int, FinishReason, str]]:
-        """Yield text as it becomes certain, or none; return (tokens, finish reason, last text)."""
+    def _stream(
+        self, run: _Run, stops: list[str]
+    ) -> Generator[Chunk, None, tuple[int, FinishReason, str, list[TokenLogprob]]]:
+        """Yield text as it becomes certain, or none; return (tokens, finish reason, last text and logprobs)."""
         decoder = _Text(self.tokenizer)
+        logprobs = Logprobs(self.tokenizer, run.last_of_prompt)
         sent = 0
         for token in run.tokens():
             if token is None:
                 yield Chunk("")
                 continue
-            text, stopped = _cut(decoder.push(token), stops)
+            whole = decoder.push(token[0])
+            logprobs.push(*token, len(whole))
+            text, stopped = _cut(whole, stops)
             if stopped:
-                return decoder.count, "stop", text[sent:]
+                return decoder.count, "stop", text[sent:], logprobs.before(len(text))
             certain = max(sent, len(text) - _possible_stop(text, stops))
-            yield Chunk(text[sent:certain])
+            yield Chunk(text[sent:certain], logprobs=logprobs.before(certain))
             sent = certain
-        text, stopped = _cut(decoder.finish(), stops)
-        return decoder.count, "stop" if stopped or run.ended else "length", text[sent:]
+        whole = decoder.finish()
+        text, stopped = _cut(whole, stops)
+        end = len(text) if stopped else len(whole) + 1
+        return decoder.count, "stop" if stopped or run.ended else "length", text[sent:], logprobs.before(end)
 
 
 class _Run(threading.Thread):
@@ -137,21 +152,26 @@ class _Run(threading.Thread):
     def __init__(self, engine: Engine, inputs: Any, request: GenerateRequest, limit: int, link: Link) -> None:
         super().__init__(name="generate", daemon=True)
         self._engine, self._inputs, self._request, self._limit = engine, inputs, request, limit
-        self._queue: queue.SimpleQueue[int | BaseException | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[_Token | BaseException | None] = queue.SimpleQueue()
         self._cancelled = threading.Event()
         self._link = _Cancellable(link, self._cancelled)
+        self.last_of_prompt = int(inputs["input_ids"][0, -1])
         self.ended = False
 
     def run(self) -> None:
         model = self._engine.model
         try:
+            processors = _sampling(self._request, self._inputs["input_ids"].shape[1])
+            scores = None if self._request.logprobs is None else Scores(self._request.logprobs)
+            if scores:
+                processors.insert(0, scores)
             with model.slip.using(self._link), torch.inference_mode():
                 out = model.generate(
                     **self._inputs,
                     max_new_tokens=self._limit,
                     do_sample=False,
-                    logits_processor=_sampling(self._request),
-                    streamer=_Tokens(self._queue),
+                    logits_processor=processors,
+                    streamer=_Tokens(self._queue, scores),
                     stopping_criteria=[lambda ids, _: torch.full((len(ids),), self._cancelled.is_set())],
                 )
             ends = model.generation_config.eos_token_id
@@ -164,8 +184,8 @@ class _Run(threading.Thread):
             _log.error("the generation failed: %s", locate(error))
             self._queue.put(SlipError(f"the generation failed: {locate(error)}"))
 
-    def tokens(self) -> Iterator[int | None]:
-        """The tokens; None every half second in which there is none."""
+    def tokens(self) -> Iterator[_Token | None]:
+        """The tokens, with their scores if asked for; None every half second in which there is none."""
         while True:
             try:
                 item = self._queue.get(timeout=BEAT_SECONDS)
@@ -201,14 +221,14 @@ class _Cancellable(Link):
 class _Tokens(BaseStreamer):
     """Pass on generated tokens; the first call brings the prompt."""
 
-    def __init__(self, out: queue.SimpleQueue[int | BaseException | None]) -> None:
-        self._out = out
+    def __init__(self, out: queue.SimpleQueue[_Token | BaseException | None], scores: Scores | None) -> None:
+        self._out, self._scores = out, scores
         self._prompt = True
 
     def put(self, value: torch.Tensor) -> None:
         if not self._prompt:
             for token in value.reshape(-1).tolist():
-                self._out.put(token)
+                self._out.put((token, self._scores.of(token) if self._scores else None))
         self._prompt = False
 
     def end(self) -> None:
@@ -260,10 +280,17 @@ def _possible_stop(text: str, stops: list[str]) -> int:
     return next((n for n in range(min(longest, len(text)), 0, -1) if any(s.startswith(text[-n:]) for s in stops)), 0)
 
 
-def _sampling(request: GenerateRequest) -> transformers.LogitsProcessorList:
-    """Temperature, top-k and top-p as Transformers applies them, and a draw from a generator of this request's own:
-    Transformers would draw from the process-wide one, which concurrent requests share."""
+def _sampling(request: GenerateRequest, prompt_tokens: int) -> transformers.LogitsProcessorList:
+    """Penalties, temperature, top-k and top-p as Transformers applies them, and a draw from a generator of this
+    request's own: Transformers would draw from the process-wide one, which concurrent requests share."""
     processors = transformers.LogitsProcessorList()
+
+    def penalise(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        counts = torch.bincount(ids[0, prompt_tokens:], minlength=scores.shape[-1])
+        return scores - request.frequency_penalty * counts - request.presence_penalty * (counts > 0)
+
+    if request.frequency_penalty or request.presence_penalty:
+        processors.append(penalise)
     if request.temperature == 0:
         return processors
     if request.temperature != 1:
