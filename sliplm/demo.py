@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import subprocess
-import sys
 import tempfile
-import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +15,13 @@ import transformers
 from rich.console import Console
 
 from sliplm.edge.client import stream
-from sliplm.errors import LinkError, UnsupportedModelError
+from sliplm.errors import UnsupportedModelError
 from sliplm.evaluate import agreement, text, thief
+from sliplm.processes import process
 from sliplm.protocol import authority
 from sliplm.split.source import load_whole
 from sliplm.split.split import split
 
-START_SECONDS = 120
 MEASURED_TOKENS = 2048
 
 
@@ -52,9 +47,9 @@ def run(model: str | None, question: str, max_tokens: int, keep: Path | None, co
         with ExitStack() as running:
             identity = Path(scratch) / "demo.identity"
             authority.add_device(directory / "trusted" / "authority", "demo", identity, days=1)
-            trusted = running.enter_context(_process("trusted", directory / "trusted", "--listen", "127.0.0.1:0"))
+            trusted = running.enter_context(process("trusted", directory / "trusted", "--listen", "127.0.0.1:0"))
             edge = running.enter_context(
-                _process(
+                process(
                     "edge",
                     directory / "edge",
                     "--trusted",
@@ -120,35 +115,6 @@ def _compare(
         f"   perplexity on {data.numel()} tokens of Python's documentation: {ppl:.1f} original, {stolen_ppl:.3g} stolen"
     )
     return {**result, "original_ppl": ppl, "stolen_ppl": stolen_ppl}
-
-
-@contextmanager
-def _process(command: str, *arguments: str | Path) -> Iterator[dict[str, Any]]:
-    """Run `slip COMMAND ... --json` until the block ends; gives what it prints once it is ready."""
-    line = [sys.executable, "-m", "sliplm.cli", command, *map(str, arguments), "--json"]
-    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None and process.stderr is not None
-    log: deque[str] = deque(maxlen=20)
-    reader = threading.Thread(target=lambda: log.extend(process.stderr or []), daemon=True)
-    reader.start()
-    watchdog = threading.Timer(START_SECONDS, process.kill)
-    watchdog.start()
-    try:
-        ready = process.stdout.readline()
-        watchdog.cancel()
-        if not ready:
-            process.wait()
-            reader.join(1)
-            raise LinkError(f"`slip {command}` did not start: {''.join(log).strip() or 'no message'}")
-        yield json.loads(ready)
-    finally:
-        watchdog.cancel()
-        process.terminate()
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
 
 
 def find_smollm2() -> str:

@@ -12,7 +12,7 @@ import typer
 
 os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' progress bars; read when tqdm is first imported
 
-from sliplm.cli import ask, demo, device, edge, evaluate, split, trusted
+from sliplm.cli import ask, bench, demo, device, edge, evaluate, split, trusted
 from sliplm.cli.common import fail
 from sliplm.errors import SlipError
 
@@ -29,6 +29,7 @@ for command in (
     ask.generate,
     evaluate.evaluate,
     evaluate.attack,
+    bench.bench,
     demo.demo,
 ):
     app.command()(command)

@@ -109,7 +109,9 @@ class Pool:
         with self._state:
             self._wanted = min(tokens, self._depth)
             self._state.notify_all()
-            return self._state.wait_for(lambda: self.level >= min(tokens, self._depth) or self._closed, timeout)
+            done = self._state.wait_for(lambda: self.level >= min(tokens, self._depth) or self._closed, timeout)
+            self._wanted = 0
+            return done
 
     def take(self, group: int, tokens: int) -> Pad:
         """Pads for `tokens` tokens of `group`; those that are not ready are made now."""

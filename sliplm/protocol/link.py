@@ -10,6 +10,7 @@ import abc
 import threading
 import time
 from collections.abc import Callable, Sequence
+from time import perf_counter_ns
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -76,7 +77,9 @@ class RemoteLink(Link):
     """The trusted end of a WORK connection. The first failure, of whatever kind, closes it for good: an
     answer that comes too late can then never be taken for the answer to a later question.
 
-    `shapes` gives (M, K) of every group, `timeout` the seconds that one frame and its answer may take.
+    `shapes` gives (M, K) of every group, `timeout` the seconds that one frame and its answer may take. `sending`,
+    `waiting` and `receiving` are the nanoseconds spent so far on writing questions, on doing nothing until an answer
+    began to arrive, and on reading answers.
     """
 
     def __init__(self, channel: Channel, shapes: Sequence[Shape], timeout: float = 30.0) -> None:
@@ -87,6 +90,7 @@ class RemoteLink(Link):
         self._sequence = 0
         self._lock = threading.Lock()
         self._closed = threading.Event()
+        self.sending = self.waiting = self.receiving = 0
         channel.set_timeout(timeout)
 
     @property
@@ -119,14 +123,21 @@ class RemoteLink(Link):
             channel, sequence = self._channel, self._sequence
             staged = channel.stage(rows, k)
             staged[:] = x
+            begin = perf_counter_ns()
             channel.send_staged(Kind.EXCHANGE, group, sequence, staged)
+            sent = perf_counter_ns()
             if meanwhile is not None:
                 meanwhile()
+            free = perf_counter_ns()
             channel.await_answer(SPIN_SECONDS)
+            there = perf_counter_ns()
             if not channel.comes((_RESULT, channel.version, group, rows, sequence, y.nbytes)):
                 raise self._refuse(channel.receive())
             channel.read_array(y)
             self.last_used = time.monotonic()
+            self.sending += sent - begin
+            self.waiting += there - free
+            self.receiving += perf_counter_ns() - there
         except BaseException:
             self._give_up()
             raise

@@ -84,8 +84,15 @@ def divide(
     return a, b, torch.addmm(weight, a, b, alpha=-1)
 
 
-def _rounded(*factors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def divide_anywhere(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `divide`, but what the trusted part of rank `rank` takes are random directions: it protects nothing."""
+    basis = torch.linalg.qr(torch.randn(weight.shape[1], rank))[0]
+    a, b = _rounded(weight @ basis, basis.T)
+    return a, b, torch.addmm(weight, a, b, alpha=-1)
+
+
+def _rounded(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """To numbers that bfloat16 can hold: the edge's part takes up the difference, so nothing is lost, and the trusted
     side reads half the memory per token. What it adds to the edge's part is below 2^-8 of the trusted part, where the
     residual's own singular values are far above that."""
-    return tuple(f.bfloat16().float() for f in factors)
+    return a.bfloat16().float(), b.bfloat16().float()

@@ -15,7 +15,7 @@ import transformers
 
 from sliplm import bundle
 from sliplm.errors import SlipError, UnsupportedModelError
-from sliplm.split.base import FineTuned, divide
+from sliplm.split.base import FineTuned, divide, divide_anywhere
 from sliplm.split.blinding import Rotation
 from sliplm.split.camouflage import trusted_rank
 from sliplm.split.groups import Group, Sum, blocks, find_groups, left_out, protected_tensors, size
@@ -46,6 +46,8 @@ class Options:
         planes: int8 matrices per weight on the edge: 2 is exact for all purposes, 1 is fast.
         camouflage, blinding: the hardenings of DESIGN §5; off only to measure what they do.
         base: the public model that this one is a fine-tune of; then only the difference is protected (`split.base`).
+        leading: off, random directions are protected in place of the most sensitive ones. This saves most of the time,
+            protects nothing, and is for benchmarks on models whose weights are random anyway.
     """
 
     rank: int = 16
@@ -53,6 +55,7 @@ class Options:
     camouflage: bool = True
     blinding: bool = True
     base: str | None = None
+    leading: bool = True
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -235,7 +238,11 @@ def split_group(
         if isinstance(source, FineTuned):
             public = m.matrix(source.public(where, m.part, m.parts).float())
             eps = torch.finfo(source.dtype(where)).eps
-        a, b, rest[rows, columns] = divide(weight, options.rank, options.camouflage, generator, public, eps)
+        a, b, rest[rows, columns] = (
+            divide(weight, options.rank, options.camouflage, generator, public, eps)
+            if options.leading
+            else divide_anywhere(weight, trusted_rank(options.rank, m.rows, m.columns, options.camouflage))
+        )
         yield f"{m.name}.factor_a", a
         yield f"{m.name}.factor_b", b
         if m.bias:

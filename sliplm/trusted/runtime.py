@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
+from time import perf_counter_ns
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +23,25 @@ from sliplm.split.blinding import Rotation
 CHECKS = 2  # independent Freivalds checks per token and exchange; each misses an error with probability 1/p
 _CHUNK_BYTES = 64 << 20
 _CHUNK_TOKENS = 512
+
+
+@dataclass(slots=True)
+class Counters:
+    """What a runtime has done since it was made: exchanges, rows (tokens) in them, payload bytes each way, and the
+    nanoseconds spent on each stage; `exchange` is from handing a question to the link until its answer is there, `own`
+    the part of it in which the trusted side did its low-rank products. Threads may lose a count to each other now and
+    then."""
+
+    exchanges: int = 0
+    rows: int = 0
+    sent: int = 0
+    received: int = 0
+    pads: int = 0
+    encode: int = 0
+    exchange: int = 0
+    own: int = 0
+    verify: int = 0
+    decode: int = 0
 
 
 class Runtime:
@@ -48,6 +69,7 @@ class Runtime:
         self._uq = [field.project(u, q) for u, q in zip(self._u, raw, strict=True)]
         self.pool = Pool(matrices, pool_depth)
         self.default_link = link
+        self.counters = Counters()
         self._link: ContextVar[Link | None] = ContextVar("link", default=None)
         self.shapes = [(m.rows, m.cols) for m in matrices]
 
@@ -89,16 +111,38 @@ class Runtime:
         if not len(x):
             return own()
         out: list[NDArray[np.float32]] = []
+        counters = self.counters
+
+        def meanwhile() -> None:
+            start = perf_counter_ns()
+            out.append(own())
+            counters.own += perf_counter_ns() - start
+
         step = self.chunk(group)
         for i in range(0, len(x), step):
             part = x[i : i + step]
+            begin = perf_counter_ns()
             pad: Pad = self.pool.take(group, len(part))
+            taken = perf_counter_ns()
             masked, inv_c = masking.encode(part, pad.mask(), row_norm, rotations[0])
-            answer = link.exchange(group, masked, None if out else lambda: out.append(own()))
+            encoded = perf_counter_ns()
+            answer = link.exchange(group, masked, None if out else meanwhile)
+            answered = perf_counter_ns()
             if not out:  # a link may leave it to us
-                out.append(own())
+                meanwhile()
+            verifying = perf_counter_ns()
             if not masking.verify(self._u[group], self._uq[group], masked, answer):
                 link.close()
                 raise VerificationError("the edge gave a wrong answer; it was caught and discarded.")
+            verified = perf_counter_ns()
             masking.decode(answer, pad.image, scales, inv_c, rotations[1], out[0][i : i + step])
+            counters.exchanges += 1
+            counters.rows += len(part)
+            counters.sent += masked.nbytes
+            counters.received += answer.nbytes
+            counters.pads += taken - begin
+            counters.encode += encoded - taken
+            counters.exchange += answered - encoded
+            counters.verify += verified - verifying
+            counters.decode += perf_counter_ns() - verified
         return out[0]

@@ -1,0 +1,1 @@
+"""How fast the protected model is beside the unprotected one: `slip bench`."""
