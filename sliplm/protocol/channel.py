@@ -21,7 +21,7 @@ from sliplm.errors import BundleError, IdentityError, LinkError, ProtocolError, 
 from sliplm.protocol import frames, tls
 from sliplm.protocol.authority import SERVER_NAME
 from sliplm.protocol.frames import HEADER, Code, Header, Hello, Kind, Role, Welcome
-from sliplm.protocol.messages import RequestError
+from sliplm.protocol.messages import BusyError, RequestError
 
 Address = tuple[str, int]
 
@@ -221,6 +221,7 @@ _EXCEPTIONS: dict[int, type[SlipError]] = {
     Code.VERSION: ProtocolError,
     Code.IDENTITY: IdentityError,
     Code.BUNDLE: BundleError,
+    Code.BUSY: BusyError,
     Code.REQUEST: RequestError,
     Code.UNVERIFIED: VerificationError,
 }

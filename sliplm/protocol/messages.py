@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from sliplm.errors import ProtocolError, SlipError
+from sliplm.errors import LinkError, ProtocolError, SlipError
 from sliplm.protocol.frames import MAX_JSON_BYTES
 
 Count = Annotated[int, Meta(ge=0)]
@@ -26,7 +26,7 @@ class RequestError(SlipError):
     """
 
 
-class BusyError(SlipError):
+class BusyError(LinkError):
     """Too much is going on at the trusted side: the same request may work later."""
 
 
@@ -87,8 +87,8 @@ class TokenLogprob(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=Tru
 
 
 class Chunk(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, frozen=True):
-    """A piece of generated text. The last chunk, and only it, has a `finish_reason`; its counts are the
-    totals. `logprobs` are those of the tokens that begin in this text, if the request asked for them."""
+    """A piece of generated text. The last chunk, and only it, has a `finish_reason`; the counts are the
+    totals so far. `logprobs` are those of the tokens that begin in this text, if the request asked for them."""
 
     text: str
     finish_reason: Literal["stop", "length"] | None = None

@@ -16,11 +16,10 @@ import transformers
 from transformers.generation.streamers import BaseStreamer
 
 from sliplm import bundle
-from sliplm.errors import LinkError, SlipError
+from sliplm.errors import LinkError, SlipError, locate
 from sliplm.protocol.link import Field, Link
-from sliplm.protocol.messages import BusyError, Chunk, GenerateRequest, RequestError, TokenLogprob
+from sliplm.protocol.messages import BusyError, Chunk, GenerateRequest, RequestError
 from sliplm.trusted.logprobs import Logprobs, Scored, Scores
-from sliplm.trusted.server import locate
 
 GENERATIONS = 16
 """So many run at a time; each holds a cache as long as its text."""
@@ -100,10 +99,10 @@ class Engine:
         run = _Run(self, inputs, request, limit, link)
         run.start()
         try:
-            completed, finish, text, logprobs = yield from self._stream(run, request.stop)
+            last = yield from self._stream(run, request.stop, prompt_tokens)
         finally:
             run.cancel()
-        yield Chunk(text, finish, prompt_tokens, completed, logprobs)
+        yield last
 
     def _inputs(self, request: GenerateRequest) -> Any:
         if request.messages is None:
@@ -121,10 +120,8 @@ class Engine:
             why = f" ({error})" if type(error) is jinja2.TemplateError else ""
             raise RequestError(f"the model's chat template refuses these messages{why}.") from None
 
-    def _stream(
-        self, run: _Run, stops: list[str]
-    ) -> Generator[Chunk, None, tuple[int, FinishReason, str, list[TokenLogprob]]]:
-        """Yield text as it becomes certain, or none; return (tokens, finish reason, last text and logprobs)."""
+    def _stream(self, run: _Run, stops: list[str], prompt_tokens: int) -> Generator[Chunk, None, Chunk]:
+        """Yield text as it becomes certain, or none; return the last chunk."""
         decoder = _Text(self.tokenizer)
         logprobs = Logprobs(self.tokenizer, run.last_of_prompt)
         sent = 0
@@ -136,14 +133,15 @@ class Engine:
             logprobs.push(*token, len(whole))
             text, stopped = _cut(whole, stops)
             if stopped:
-                return decoder.count, "stop", text[sent:], logprobs.before(len(text))
+                return Chunk(text[sent:], "stop", prompt_tokens, decoder.count, logprobs.before(len(text)))
             certain = max(sent, len(text) - _possible_stop(text, stops))
-            yield Chunk(text[sent:certain], logprobs=logprobs.before(certain))
+            yield Chunk(text[sent:certain], None, prompt_tokens, decoder.count, logprobs.before(certain))
             sent = certain
         whole = decoder.finish()
         text, stopped = _cut(whole, stops)
+        finish: FinishReason = "stop" if stopped or run.ended else "length"
         end = len(text) if stopped else len(whole) + 1
-        return decoder.count, "stop" if stopped or run.ended else "length", text[sent:], logprobs.before(end)
+        return Chunk(text[sent:], finish, prompt_tokens, decoder.count, logprobs.before(end))
 
 
 class _Run(threading.Thread):

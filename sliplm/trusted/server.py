@@ -13,13 +13,12 @@ import socket
 import ssl
 import threading
 import time
-import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from sliplm.errors import IdentityError, LinkError, ProtocolError, SlipError, VerificationError
+from sliplm.errors import IdentityError, LinkError, ProtocolError, SlipError, VerificationError, locate
 from sliplm.protocol import authority, frames, tls
 from sliplm.protocol.authority import Device
 from sliplm.protocol.channel import Address, Channel, check_digest, drain_socket, tune
@@ -420,9 +419,3 @@ def _network(host: str) -> bytes:
     if isinstance(address, ipaddress.IPv4Address):
         return address.packed
     return address.ipv4_mapped.packed if address.ipv4_mapped else address.packed[:8]
-
-
-def locate(error: BaseException) -> str:
-    """The kind and the place of an unexpected exception, without its text."""
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__} in {Path(frame.filename).name}, line {frame.lineno}"
