@@ -18,6 +18,10 @@ def trusted(
     ),
     pads: Annotated[int, typer.Option(min=0, help="Tokens for which to keep one-time pads ready.")] = 64,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads for the model; 0 takes all.")] = 0,
+    allow_logprobs: Annotated[
+        bool,
+        typer.Option("--allow-logprobs", help="Let requests ask for log-probabilities: they help to copy a model."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Run the trusted side: it holds the secrets, generates, and sends the heavy arithmetic to edges."""
@@ -32,7 +36,7 @@ def trusted(
     if threads:
         torch.set_num_threads(threads)
     host, port = parse_address(listen)
-    engine = Engine(bundle, pads)
+    engine = Engine(bundle, pads, allow_logprobs)
     server = TrustedServer(engine, engine.digest, engine.shapes, bundle / "authority", host, port)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: server.close())

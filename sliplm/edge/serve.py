@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import socket
 import threading
@@ -11,6 +12,8 @@ import uvicorn
 from sliplm.edge.api import create_app
 from sliplm.edge.worker import EdgeWorker
 from sliplm.errors import LinkError
+
+_log = logging.getLogger(__name__)
 
 
 class ApiServer:
@@ -27,6 +30,8 @@ class ApiServer:
         except OSError as error:
             raise LinkError(f"the API cannot listen on {host}:{port}: {error.strerror or error}.") from None
         self.address: tuple[str, int] = self._socket.getsockname()[:2]
+        if api_key is None and not ipaddress.ip_address(self.address[0]).is_loopback:
+            _log.warning("the API has no key, and other machines can reach it: see --api-key")
         app = create_app(
             worker.generate, lambda: worker.model_name, worker.connected.is_set, host, api_key, worker.counters
         )
@@ -40,7 +45,7 @@ class ApiServer:
         try:
             self._server.run(sockets=[self._socket])
         except BaseException:
-            logging.getLogger(__name__).exception("the API stopped")
+            _log.exception("the API stopped")
 
     def close(self) -> None:
         self._server.should_exit = True
