@@ -26,6 +26,12 @@ Model = Annotated[str, typer.Argument(help="A directory of safetensors, a .gguf 
 Reference = Annotated[str, typer.Option(help="The original model: a directory, a .gguf file, or a hub id.")]
 Rank = Annotated[int, typer.Option(help="Singular components per matrix kept on the trusted side.")]
 Planes = Annotated[int, typer.Option(help="int8 matrices per weight on the edge: 2 is exact, 1 is fast.")]
+RegistryUrl = Annotated[
+    str | None,
+    typer.Option(
+        "--registry", envvar="SLIP_REGISTRY", help="URL of the device registry; a file in the bundle if absent."
+    ),
+]
 Api = Annotated[str, typer.Option(help="Where an edge serves its API.")]
 ApiKey = Annotated[Path | None, typer.Option("--api-key", help="A file with the API's key, if it has one.")]
 
