@@ -26,8 +26,21 @@ class RequestError(SlipError):
     """
 
 
+class RefusedError(RequestError):
+    """The owner's rules refuse the request, or its answer. The sentence is shown to whoever made the request."""
+
+
 class BusyError(LinkError):
-    """Too much is going on at the trusted side: the same request may work later."""
+    """Too much is going on at the trusted side: the same request may work later, after `retry_after` seconds if that
+    is known."""
+
+    def __init__(self, sentence: str, retry_after: int | None = None) -> None:
+        super().__init__(sentence)
+        self.retry_after = retry_after
+
+
+class LimitError(BusyError):
+    """This device has used up what it may use in a minute or a day."""
 
 
 class Message(msgspec.Struct, forbid_unknown_fields=True, frozen=True):

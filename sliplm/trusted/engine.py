@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-import time
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -18,13 +17,12 @@ from transformers.generation.streamers import BaseStreamer
 from sliplm import bundle
 from sliplm.errors import LinkError, SlipError, locate
 from sliplm.protocol.link import Field, Link
-from sliplm.protocol.messages import BusyError, Chunk, GenerateRequest, RequestError
+from sliplm.protocol.messages import Chunk, GenerateRequest, RequestError
 from sliplm.trusted.logprobs import Logprobs, Scored, Scores
 
 GENERATIONS = 16
-"""So many run at a time; each holds a cache as long as its text."""
+"""So many may run at a time; each holds a cache as long as its text."""
 
-WAIT_SECONDS = 30.0
 BEAT_SECONDS = 0.5
 MAX_CONTEXT = 1 << 20
 DEFAULT_CONTEXT = 1 << 15
@@ -42,6 +40,7 @@ class Engine:
     Attributes:
         model: the Transformers model; `model.slip` is its runtime.
         tokenizer: the model's own, which never leaves the trusted side.
+        capacity: how many requests may generate at a time; the caller sees to it.
     """
 
     def __init__(self, directory: Path | str, pool_depth: int = 64, allow_logprobs: bool = False) -> None:
@@ -54,7 +53,7 @@ class Engine:
         self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(path)
         self.model.slip.pool.resize(pool_depth)
         self._room = _context(self.model.config.get_text_config(), self.tokenizer)
-        self._slots = threading.Semaphore(1 if _keeps_positions(self.model.config.to_dict()) else GENERATIONS)
+        self.capacity = 1 if _keeps_positions(self.model.config.to_dict()) else GENERATIONS
         self._name = path.resolve().parent.name
         self._allow_logprobs = allow_logprobs
 
@@ -75,27 +74,16 @@ class Engine:
 
         Raises:
             RequestError: the prompt does not fit the model, or logprobs are not allowed.
-            BusyError: too many generations run already.
             LinkError, VerificationError, NumericsError: as they come.
         """
         if request.logprobs is not None and not self._allow_logprobs:
             raise RequestError("logprobs are switched off by the owner of this model.")
-        deadline = time.monotonic() + WAIT_SECONDS
-        while not self._slots.acquire(timeout=BEAT_SECONDS):
-            if time.monotonic() > deadline:
-                raise BusyError("the trusted side is busy with other requests: try again later")
-            yield Chunk("")
-        try:
-            yield from self._generate(request, link)
-        finally:
-            self._slots.release()
-
-    def _generate(self, request: GenerateRequest, link: Link) -> Iterator[Chunk]:
         inputs = self._inputs(request)
         prompt_tokens = inputs["input_ids"].shape[1]
         limit = min(request.max_tokens, self._room - prompt_tokens)
         if limit < 1:
             raise RequestError(f"the prompt has {prompt_tokens} tokens; this model takes at most {self._room - 1}.")
+        yield Chunk("", None, prompt_tokens)
         run = _Run(self, inputs, request, limit, link)
         run.start()
         try:
@@ -127,7 +115,7 @@ class Engine:
         sent = 0
         for token in run.tokens():
             if token is None:
-                yield Chunk("")
+                yield Chunk("", None, prompt_tokens, decoder.count)
                 continue
             whole = decoder.push(token[0])
             logprobs.push(*token, len(whole))
