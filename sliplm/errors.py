@@ -1,5 +1,10 @@
 """What can go wrong, each as one sentence a person can act on. The command line prints it and nothing else."""
 
+from __future__ import annotations
+
+import traceback
+from pathlib import Path
+
 
 class SlipError(Exception):
     """Base of every error this package raises on purpose. Its text never holds a secret."""
@@ -31,3 +36,9 @@ class ProtocolError(LinkError):
 
 class VerificationError(LinkError):
     """An answer of the edge failed its check (Freivalds). Nothing computed from it is ever returned."""
+
+
+def locate(error: BaseException) -> str:
+    """The kind and the place of an unexpected exception, without its text, which might quote anything."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__} in {Path(frame.filename).name}, line {frame.lineno}"

@@ -7,8 +7,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import sqlalchemy
 
 from sliplm.edge.engine import EdgeEngine
 from sliplm.edge.worker import EdgeWorker
@@ -58,6 +60,8 @@ class FakeEngine:
 
     The prompts "boom" and "layer" fail; `cancelled` is set when an iterator is closed early.
     """
+
+    capacity = 16
 
     def __init__(self, delay: float = 0.0) -> None:
         self.delay = delay
@@ -129,7 +133,7 @@ def working(server_or_address, identity: Path, engine: EdgeEngine | None = None,
     assert not raised, raised
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "did not happen in time"
@@ -140,3 +144,13 @@ def enrol(directory: Path, name: str = "laptop") -> Path:
     identity = directory.parent / f"{directory.name}-{name}.pem"
     authority.add_device(directory, name, identity)
     return identity
+
+
+def break_registry(patch, server: TrustedServer) -> None:
+    """The server's registry answers nothing until `patch`, a MonkeyPatch, is undone."""
+
+    def broken(*_, **__):
+        raise sqlalchemy.exc.OperationalError("SELECT", {}, Exception("disk I/O error"))
+
+    patch.setattr(server._registry._db, "_engine", SimpleNamespace(begin=broken))
+    patch.setattr(server._registry._db, "_reader", SimpleNamespace(connect=broken))

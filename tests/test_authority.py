@@ -15,11 +15,28 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from sliplm.errors import IdentityError
 from sliplm.protocol import authority, tls
+from sliplm.registry import Device
+from sliplm.registry import devices as registry_devices
 
 
 @pytest.fixture
 def home(tmp_path) -> Path:
     return tmp_path / "authority"
+
+
+def admit(home: Path, certificate: str | bytes) -> Device:
+    """As the server does it."""
+    mark = certificate if isinstance(certificate, str) else authority.fingerprint(certificate)
+    with authority.open_registry(home) as registry:
+        return registry.devices.admit(mark)
+
+
+def is_enrolled(home: Path, certificate: str | bytes) -> bool:
+    try:
+        admit(home, certificate)
+    except IdentityError:
+        return False
+    return True
 
 
 def certificates(identity: Path) -> list[x509.Certificate]:
@@ -43,27 +60,27 @@ def test_a_device_is_enrolled_and_revoked(home, tmp_path):
     identity = tmp_path / "laptop.pem"
     device = authority.add_device(home, "laptop", identity)
     assert authority.list_devices(home) == [device]
-    assert authority.admit(home, der(identity)) == device
-    assert authority.is_enrolled(home, device.fingerprint) and authority.is_enrolled(home, der(identity))
+    assert admit(home, der(identity)) == device
+    assert is_enrolled(home, device.fingerprint) and is_enrolled(home, der(identity))
     tls.client_context(identity)
 
     authority.revoke_device(home, "laptop")
-    assert not authority.is_enrolled(home, der(identity))
+    assert not is_enrolled(home, der(identity))
     with pytest.raises(IdentityError, match="'laptop' was revoked"):
-        authority.admit(home, der(identity))
+        admit(home, der(identity))
     with pytest.raises(IdentityError, match="no device named"):
         authority.revoke_device(home, "laptop")
 
     again = authority.add_device(home, "laptop", tmp_path / "again.pem")  # a revoked name is free again
-    assert authority.admit(home, again.fingerprint) == again
-    assert not authority.is_enrolled(home, der(identity))
+    assert admit(home, again.fingerprint) == again
+    assert not is_enrolled(home, der(identity))
 
 
 def test_files_are_private(home, tmp_path):
     authority.add_device(home, "laptop", tmp_path / "laptop.pem")
     authority.server_files(home)
     files = [*home.iterdir(), tmp_path / "laptop.pem"]
-    assert {f.name for f in files} == {"ca.pem", "server.pem", "devices.json", ".lock", "laptop.pem"}
+    assert {f.name for f in files} == {"ca.pem", "server.pem", "registry.db", ".lock", "laptop.pem"}
     assert {stat.S_IMODE(f.stat().st_mode) for f in files} == {0o600}
     assert stat.S_IMODE(home.stat().st_mode) == 0o700
 
@@ -119,15 +136,16 @@ def test_the_server_s_certificate_is_renewed_in_time(home, monkeypatch):
 def test_a_signed_certificate_that_is_not_registered_is_refused(home, tmp_path):
     issue(home, tmp_path / "x.pem")
     with pytest.raises(IdentityError, match="not enrolled"):
-        authority.admit(home, der(tmp_path / "x.pem"))
+        admit(home, der(tmp_path / "x.pem"))
 
 
 def test_an_expired_device_is_refused_and_its_name_is_free(home, tmp_path, monkeypatch):
     device = authority.add_device(home, "laptop", tmp_path / "1.pem", days=1)
     later = authority._now() + timedelta(days=2)
     monkeypatch.setattr(authority, "_now", lambda: later)
+    monkeypatch.setattr(registry_devices, "now", lambda: later)
     with pytest.raises(IdentityError, match="expired"):
-        authority.admit(home, device.fingerprint)
+        admit(home, device.fingerprint)
     renewed = authority.add_device(home, "laptop", tmp_path / "2.pem")
     assert authority.revoke_device(home, "laptop").fingerprint == renewed.fingerprint
     assert not any(d.active for d in authority.list_devices(home))
@@ -165,24 +183,40 @@ def test_no_identity_without_an_entry(home, tmp_path, monkeypatch):
     def full(*_):
         raise IdentityError("the disk is full")
 
-    monkeypatch.setattr(authority, "_save_registry", full)
+    monkeypatch.setattr(registry_devices.Devices, "add", full)
     with pytest.raises(IdentityError):
         authority.add_device(home, "x", tmp_path / "x.pem")
     assert not (tmp_path / "x.pem").exists()
 
 
-@pytest.mark.parametrize("text", ["", "{", '{"version": 1}', '{"version": 2, "devices": []}', "\xff" * 9, "[" * 99999])
-def test_a_damaged_registry_admits_nobody(home, tmp_path, text):
+@pytest.mark.parametrize("content", [b"\xff" * 5000, b"SQLite format 3\0" + b"\xff" * 5000])
+def test_a_damaged_registry_admits_nobody(home, tmp_path, content):
     device = authority.add_device(home, "x", tmp_path / "x.pem")
-    (home / "devices.json").write_bytes(text.encode("latin-1"))
+    (home / "registry.db").write_bytes(content)
     for use in (
-        lambda: authority.admit(home, device.fingerprint),
+        lambda: admit(home, device.fingerprint),
         lambda: authority.list_devices(home),
         lambda: authority.add_device(home, "y", tmp_path / "y.pem"),
     ):
         with pytest.raises(IdentityError, match="registry"):
             use()
-    assert not authority.is_enrolled(home, device.fingerprint)
+    assert not is_enrolled(home, device.fingerprint) and not (tmp_path / "y.pem").exists()
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"version": 1}', '{"version": 2, "devices": []}', "\xff" * 9, "[" * 99999])
+def test_a_damaged_registry_of_an_earlier_version_is_not_passed_over(home, tmp_path, text):
+    authority.server_files(home)
+    (home / "devices.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(IdentityError, match="registry"):
+        authority.add_device(home, "x", tmp_path / "x.pem")
+
+
+def test_a_lost_registry_locks_devices_out(home, tmp_path):
+    device = authority.add_device(home, "x", tmp_path / "x.pem")
+    for file in home.glob("registry.db*"):
+        file.unlink()
+    with pytest.raises(IdentityError, match="not enrolled"):
+        admit(home, device.fingerprint)
 
 
 def test_a_lost_authority_is_not_silently_replaced(home, tmp_path):

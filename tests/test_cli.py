@@ -60,20 +60,30 @@ def test_a_port_in_use(tiny_split: Path) -> None:
         refused(slip("trusted", tiny_split / "trusted", "--listen", f"127.0.0.1:{port}"), str(port))
 
 
-def test_devices_are_added_listed_and_revoked(tiny_split: Path, tmp_path: Path) -> None:
+def test_devices_are_added_listed_limited_and_revoked(tiny_split: Path, tmp_path: Path) -> None:
     bundle = tiny_split / "trusted"
     identity = tmp_path / "laptop.identity"
-    added = json.loads(slip("device", "add", "laptop", "-b", bundle, "-o", identity, "--json").stdout)
+    added = json.loads(
+        slip("device", "add", "laptop", "-b", bundle, "-o", identity, "--daily-tokens", "500", "--json").stdout
+    )
     assert added["identity"] == str(identity) and identity.stat().st_mode & 0o077 == 0
     refused(slip("device", "add", "laptop", "-b", bundle, "-o", tmp_path / "again"), "laptop")
     refused(slip("device", "add", "a/b", "-b", bundle, "-o", tmp_path / "again"))
     assert not (tmp_path / "again").exists()
     rows = json.loads(slip("device", "list", "-b", bundle, "--json").stdout)["devices"]
     assert [(r["name"], r["state"]) for r in rows] == [("laptop", "active")]
+    changed = json.loads(slip("device", "limit", "laptop", "-b", bundle, "--concurrent", "2", "--json").stdout)
+    assert changed["limits"] == {"concurrent": 2, "tokens_per_minute": None, "daily_tokens": 500}
     assert slip("device", "revoke", "laptop", "-b", bundle).returncode == 0
     assert "revoked" in slip("device", "list", "-b", bundle).stdout
+    shown = json.loads(slip("device", "show", "laptop", "-b", bundle, "--json").stdout)
+    assert shown["state"] == "revoked" and shown["limits"] == changed["limits"]
+    assert [e["kind"] for e in shown["events"]] == ["revoked", "limited", "added"]
+    assert shown["usage"]["total"] == {"requests": 0, "prompt_tokens": 0, "completion_tokens": 0}
     refused(slip("device", "revoke", "laptop", "-b", bundle), "laptop")
     refused(slip("device", "revoke", "nobody", "-b", bundle), "nobody")
+    refused(slip("device", "resume", "laptop", "-b", bundle), "not suspended")
+    refused(slip("device", "list", "-b", bundle, "--registry", "nonsense"), "not a URL")
 
 
 def test_evaluate_reports_what_it_measured(tiny: Path, tiny_split: Path, tmp_path: Path) -> None:

@@ -13,11 +13,12 @@ import httpx
 import pytest
 import uvicorn
 from link_fakes import FakeEngine, enrol, running, serving, wait_until, working
+from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
-from sliplm.edge.api import create_app
-from sliplm.errors import BundleError, LinkError, VerificationError
-from sliplm.protocol.messages import Chunk, GenerateRequest, Message, RequestError
+from sliplm.edge.api import create_app, generations, guard
+from sliplm.errors import BundleError, IdentityError, LinkError, VerificationError
+from sliplm.protocol.messages import BusyError, Chunk, GenerateRequest, Message, RequestError, TokenLogprob
 
 CHAT = "/v1/chat/completions"
 PLAIN = "/v1/completions"
@@ -73,19 +74,25 @@ def test_models(client):
     assert model["id"] == "m" and model["object"] == "model"
 
 
-def test_health():
+def test_alive_and_ready():
     up = [True]
     client = local(create_app(Backend(), connected=lambda: up[0]))
-    assert client.get("/healthz").json() == {"status": "ok", "connected": True}
+    for path in ("/healthz", "/readyz"):
+        assert client.get(path).json() == {"status": "ok", "connected": True}
     up[0] = False
-    assert client.get("/healthz").status_code == 503
+    assert client.get("/readyz").status_code == 503
+    alive = client.get("/healthz")  # restarting this edge would not bring the trusted side back
+    assert alive.status_code == 200 and alive.json()["connected"] is False
 
 
 def test_chat(client, backend):
     answer = client.post(CHAT, json=HELLO | {"model": "m", "max_completion_tokens": 9}).json()
     assert answer["object"] == "chat.completion" and answer["model"] == "m" and answer["id"].startswith("chatcmpl-")
     (choice,) = answer["choices"]
-    assert choice["message"] == {"role": "assistant", "content": "Hello"} and choice["finish_reason"] == "stop"
+    assert (
+        choice["message"] == {"role": "assistant", "content": "Hello", "refusal": None}
+        and choice["finish_reason"] == "stop"
+    )
     assert answer["usage"] == {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
     assert backend.asked == [GenerateRequest(messages=[Message("user", "hello")], max_tokens=9, temperature=1.0)]
 
@@ -130,11 +137,30 @@ def test_what_usual_clients_send(client, backend):
         "user": "me",
         "stop": None,
         "seed": None,
+        "metadata": {"a": "b"},
+        "safety_identifier": "me",
+        "prompt_cache_key": "k",
+        "store": False,
+        "service_tier": "auto",
+        "response_format": {"type": "text"},
+        "tool_choice": "none",
+        "modalities": ["text"],
+        "logit_bias": {},
+        "stream_options": None,
     }
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    messages = [{"role": "developer", "content": "be brief"}, {"role": "user", "content": parts}]
+    empty = {"refusal": None, "annotations": [], "tool_calls": None, "function_call": None, "audio": None}
+    messages = [
+        {"role": "developer", "content": "be brief"},
+        {"role": "assistant", "content": "", **empty},
+        {"role": "user", "content": parts},
+    ]
     assert client.post(CHAT, json=defaults | {"messages": messages, "logprobs": False}).status_code == 200
-    assert backend.asked[0].messages == [Message("system", "be brief"), Message("user", "ab")]
+    assert backend.asked[0].messages == [
+        Message("system", "be brief"),
+        Message("assistant", ""),
+        Message("user", "ab"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -145,8 +171,29 @@ def test_what_usual_clients_send(client, backend):
         (CHAT, {"messages": [{"role": "robot", "content": "x"}]}, "robot"),
         (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "image_url"),
         (CHAT, HELLO | {"tools": []}, "tools"),
-        (CHAT, HELLO | {"n": 2}, "n`"),
-        (CHAT, HELLO | {"logprobs": True}, "logprobs"),
+        (CHAT, HELLO | {"tools": [{"type": "function"}]}, "no tools"),
+        (CHAT, HELLO | {"tool_choice": "auto"}, "no tools"),
+        (CHAT, HELLO | {"functions": []}, "functions"),
+        (CHAT, HELLO | {"response_format": {"type": "json_object"}}, "response_format"),
+        (CHAT, HELLO | {"modalities": ["text", "audio"]}, "modalities"),
+        (CHAT, HELLO | {"logit_bias": {"50256": -100}}, "logit_bias"),
+        (CHAT, HELLO | {"reasoning_effort": "high"}, "reasoning_effort"),
+        (CHAT, HELLO | {"store": True}, "stored"),
+        (CHAT, HELLO | {"service_tier": "priority"}, "service_tier"),
+        (CHAT, HELLO | {"wibble": 1}, "Unknown parameter: 'wibble'"),
+        (CHAT, HELLO | {"n": 0}, "'n'"),
+        (CHAT, HELLO | {"n": 17}, "'n'"),
+        (CHAT, HELLO | {"n": "2"}, "'n'"),
+        (CHAT, HELLO | {"logprobs": 3}, "logprobs"),
+        (CHAT, HELLO | {"top_logprobs": 3}, "needs 'logprobs'"),
+        (CHAT, HELLO | {"logprobs": True, "top_logprobs": 21}, "logprobs"),
+        (CHAT, HELLO | {"max_tokens": 1, "max_completion_tokens": 2}, "max_completion_tokens"),
+        (CHAT, HELLO | {"max_completion_tokens": 0}, "max_completion_tokens"),
+        (CHAT, HELLO | {"stream_options": {"include_usage": True}}, "stream_options"),
+        (CHAT, HELLO | {"stream": True, "stream_options": {"x": 1}}, "stream_options.x"),
+        (CHAT, HELLO | {"frequency_penalty": -2.5}, "frequency_penalty"),
+        (CHAT, {"messages": [{"role": "user", "content": "x", "name": "Bob"}]}, "messages[0].name"),
+        (CHAT, {"messages": [{"role": "tool", "content": "x"}]}, "tool"),
         (CHAT, HELLO | {"max_tokens": 0}, "max_tokens"),
         (CHAT, HELLO | {"max_tokens": "many"}, "max_tokens"),
         (CHAT, HELLO | {"temperature": 3}, "temperature"),
@@ -155,10 +202,16 @@ def test_what_usual_clients_send(client, backend):
         (CHAT, HELLO | {"seed": -1}, "seed"),
         (CHAT, HELLO | {"stop": ["x"] * 17}, "stop"),
         (CHAT, HELLO | {"stop": ""}, "stop"),
-        (CHAT, HELLO | {"presence_penalty": 1}, "presence_penalty"),
+        (CHAT, HELLO | {"presence_penalty": 3}, "presence_penalty"),
         (CHAT, HELLO | {"stream": "yes"}, "stream"),
         (PLAIN, {}, "prompt"),
-        (PLAIN, {"prompt": ["a", "b"]}, "prompt"),
+        (PLAIN, {"prompt": []}, "answers"),
+        (PLAIN, {"prompt": [1, 2, 3]}, "prompt"),
+        (PLAIN, {"prompt": ["a"] * 9, "n": 2}, "answers"),
+        (PLAIN, {"prompt": "x", "best_of": 2}, "best_of"),
+        (PLAIN, {"prompt": "x", "suffix": "y"}, "suffix"),
+        (PLAIN, {"prompt": "x", "logprobs": True}, "logprobs"),
+        (PLAIN, {"prompt": "x", "messages": []}, "messages"),
         (PLAIN, {"prompt": "x", "echo": True}, "echo"),
         (PLAIN, {"prompt": "\ud800"}, "valid"),
         (PLAIN, [], "object"),
@@ -167,6 +220,7 @@ def test_what_usual_clients_send(client, backend):
 def test_bad_requests_are_named(client, backend, path, body, says):
     error = error_of(client.post(path, content=json.dumps(body), headers={"content-type": "application/json"}), 400)
     assert says in error["message"] and error["type"] == "invalid_request_error"
+    assert error["code"] and (error["param"] is None) == (body == [] or "valid" in says or "greedy" in says)
     assert not backend.asked
 
 
@@ -179,6 +233,8 @@ def test_other_refusals(client):
     assert error_of(client.post(PLAIN, json={"prompt": "x", "model": "gpt"}), 404)["code"] == "model_not_found"
     error_of(client.post(PLAIN, content=b'{"prompt": "x"}', headers={"content-type": "text/plain"}), 415)
     error_of(client.post(PLAIN, json={"prompt": "x" * (1 << 20)}), 413)
+    assert client.get("/v1/models/m").json()["id"] == "m"
+    assert error_of(client.get("/v1/models/gpt"), 404)["code"] == "model_not_found"
     error_of(client.get("/nowhere"), 404)
     error_of(client.get(CHAT), 405)
 
@@ -187,6 +243,7 @@ def test_other_refusals(client):
     ("error", "status", "code"),
     [
         (RequestError("the prompt is too long"), 400, "invalid_request"),
+        (BusyError("too many requests"), 429, "rate_limit_exceeded"),
         (LinkError("the trusted side cannot be reached"), 503, "trusted_unavailable"),
         (BundleError("another split"), 503, "refused"),
         (VerificationError("failed its check"), 502, "verification_failed"),
@@ -194,10 +251,13 @@ def test_other_refusals(client):
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
-def test_failures_before_the_first_text_have_a_status(error, status, code, stream):
-    client = local(create_app(Backend(error)), raise_server_exceptions=False)
-    shown = error_of(client.post(PLAIN, json={"prompt": "x", "stream": stream}), status)
-    assert shown["code"] == code and "secret" not in shown["message"]
+def test_failures_before_the_first_text_have_a_status(error, status, code, stream, caplog):
+    client = local(create_app(Backend(error)))
+    response = client.post(PLAIN, json={"prompt": "x", "stream": stream})
+    shown = error_of(response, status)
+    assert shown["code"] == code and "secret" not in shown["message"] + caplog.text
+    assert (int(response.headers.get("retry-after", 0)) > 0) == (status == 429)
+    assert ("RuntimeError in test_edge_api.py" in caplog.text) == (status == 500)
 
 
 @pytest.mark.parametrize("error", [LinkError("generation stopped"), RuntimeError("a secret")])
@@ -225,6 +285,111 @@ def test_empty_chunks_are_no_answer_yet():
         raise RequestError("the prompt is too long")
 
     error_of(local(create_app(lambda request: late())).post(PLAIN, json={"prompt": "x", "stream": True}), 400)
+
+
+class Several:
+    """Answers with its request's seed, in two pieces with logprobs."""
+
+    def __init__(self) -> None:
+        self.asked: list[GenerateRequest] = []
+
+    def __call__(self, request: GenerateRequest) -> Iterator[Chunk]:
+        self.asked.append(request)
+        yield Chunk("é", None, 3, 1, [TokenLogprob("é", -0.5, [("é", -0.5), ("e", -1.5)])])
+        text = f"{request.prompt}{request.seed}"
+        yield Chunk(text, "stop", 3, 3, [TokenLogprob("\ufffd", -9999.0, [("\ufffd", -1.0), ("\ufffd", -2.0)])])
+
+
+def test_several_choices_have_seeds_of_their_own():
+    client = local(create_app(backend := Several()))
+    body = {"prompt": ["a", "b"], "n": 3, "seed": 7}
+    answer = client.post(PLAIN, json=body).json()
+    assert [c["index"] for c in answer["choices"]] == list(range(6))
+    assert answer["usage"] == {"prompt_tokens": 6, "completion_tokens": 18, "total_tokens": 24}
+    texts = [c["text"] for c in answer["choices"]]
+    assert texts[0] == "éa7" and texts[3] == "éb7" and len(set(texts)) == 6
+    assert [t[2:] for t in texts[:3]] == [t[2:] for t in texts[3:]]  # the seed depends on the choice alone
+    assert texts == [c["text"] for c in client.post(PLAIN, json=body).json()["choices"]]
+    assert len(client.post(PLAIN, json={"prompt": "a", "n": 2}).json()["choices"]) == 2
+    assert {r.seed for r in backend.asked[-2:]} == {None}
+
+
+def test_several_choices_streamed():
+    client = local(create_app(Several()))
+    body = HELLO | {"n": 3, "seed": 7, "stream": True, "stream_options": {"include_usage": True}}
+    *chunks, usage, done = events(client.post(CHAT, json=body))
+    assert done == "[DONE]" and usage["usage"]["total_tokens"] == 12 and usage["choices"] == []
+    assert all(c["usage"] is None for c in chunks)
+    for index in range(3):
+        mine = [c["choices"][0] for c in chunks if c["choices"][0]["index"] == index]
+        assert [m["finish_reason"] for m in mine] == [None, "stop"]
+        assert mine[0]["delta"] == {"role": "assistant", "content": "é"} and "role" not in mine[1]["delta"]
+
+
+def test_one_failing_choice_fails_the_request():
+    closed = threading.Event()
+
+    class Endless(Iterator[Chunk]):
+        def __next__(self) -> Chunk:
+            time.sleep(0.01)
+            return Chunk("x")
+
+        def close(self) -> None:
+            closed.set()
+
+    def generate(request: GenerateRequest) -> Iterator[Chunk]:
+        if request.seed == 7:
+            time.sleep(0.1)
+            raise VerificationError("failed its check")
+        return Endless()
+
+    error_of(local(create_app(generate)).post(PLAIN, json={"prompt": "x", "n": 2, "seed": 7}), 502)
+    assert closed.wait(10)
+
+
+def test_logprobs_as_each_endpoint_words_them():
+    client = local(create_app(backend := Several()))
+    chat = client.post(CHAT, json=HELLO | {"logprobs": True, "top_logprobs": 2}).json()["choices"][0]["logprobs"]
+    assert backend.asked[-1].logprobs == 2 and chat["refusal"] is None
+    first, second = chat["content"]
+    assert (first["token"], first["logprob"], first["bytes"]) == ("é", -0.5, [0xC3, 0xA9])
+    assert [t["token"] for t in first["top_logprobs"]] == ["é", "e"]
+    assert second["bytes"] is None and second["logprob"] == -9999.0
+    plain = client.post(PLAIN, json={"prompt": "x", "logprobs": 2}).json()["choices"][0]["logprobs"]
+    assert plain == {
+        "tokens": ["é", "\ufffd"],
+        "token_logprobs": [-0.5, -9999.0],
+        "top_logprobs": [{"é": -0.5, "e": -1.5}, {"\ufffd": -1.0}],
+        "text_offset": [0, 1],
+    }
+    *chunks, _ = events(client.post(PLAIN, json={"prompt": "x", "logprobs": 2, "stream": True}))
+    assert [c["choices"][0]["logprobs"]["text_offset"] for c in chunks] == [[0], [1]]
+    client.post(CHAT, json=HELLO | {"logprobs": True})
+    assert backend.asked[-1].logprobs == 0
+    client.post(CHAT, json=HELLO | {"logprobs": False})
+    assert backend.asked[-1].logprobs is None
+
+
+def test_too_many_waiting_requests_are_told_to_come_back(monkeypatch):
+    monkeypatch.setattr(generations, "MAX_WAITING", 2)
+    go, answers, started = threading.Event(), [], []
+
+    def generate(_: GenerateRequest) -> Iterator[Chunk]:
+        started.append(1)
+        yield Chunk("x")
+        go.wait(10)
+        yield Chunk("", "stop", 1, 1)
+
+    with listening(create_app(generate)) as url:
+        body = {"prompt": "x", "n": generations.MAX_GENERATIONS + 2}
+        first = threading.Thread(target=lambda: answers.append(httpx.post(url + PLAIN, json=body, timeout=20)))
+        first.start()
+        wait_until(lambda: len(started) == generations.MAX_GENERATIONS)
+        response = httpx.post(url + PLAIN, json={"prompt": "x"})
+        assert error_of(response, 429)["code"] == "rate_limit_exceeded" and int(response.headers["retry-after"]) > 0
+        go.set()
+        first.join(20)
+    assert answers[0].status_code == 200 and len(answers[0].json()["choices"]) == body["n"]
 
 
 # --- who may ask --------------------------------------------------------------------------------------
@@ -270,6 +435,38 @@ def test_other_web_pages_are_refused(client, backend, origin, answered):
     assert response.status_code == (200 if answered else 403) and bool(backend.asked) == answered
 
 
+def test_an_api_with_a_key_wants_it(backend):
+    client = local(create_app(backend, lambda: "m", api_key="right"))
+    for headers in (
+        {},
+        {"authorization": "Bearer wrong"},
+        {"authorization": "right"},
+        {"authorization": "Bearer rigé"},
+    ):
+        encoded = {k: v.encode() for k, v in headers.items()}
+        for method, path in (("GET", "/v1/models"), ("POST", CHAT), ("GET", "/metrics"), ("GET", "/nowhere")):
+            response = client.request(method, path, headers=encoded, json=HELLO)
+            assert error_of(response, 401)["code"] == "invalid_api_key"
+            assert response.headers["www-authenticate"] == "Bearer"
+    assert not backend.asked
+    for path in ("/", "/healthz", "/readyz"):
+        assert client.get(path).status_code == 200
+    assert client.post(CHAT, json=HELLO, headers={"authorization": "Bearer right"}).status_code == 200
+    assert client.get("/v1/models", headers={"authorization": "bearer right"}).status_code == 200
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b"two words", b"two\nlines", b"\xff", b"x" * 5000])
+def test_a_file_that_holds_no_key(tmp_path, content):
+    path = tmp_path / "key"
+    with pytest.raises(IdentityError, match="cannot read"):
+        guard.read_key(path)
+    path.write_bytes(content)
+    with pytest.raises(IdentityError, match="does not hold"):
+        guard.read_key(path)
+    path.write_bytes(b"a-good_key\n")
+    assert guard.read_key(path) == "a-good_key"
+
+
 # --- the whole way: HTTP client, edge, trusted side ---------------------------------------------------
 
 
@@ -297,7 +494,7 @@ def url(tmp_path, engine):
     home = tmp_path / "authority"
     identity = enrol(home)
     with serving(home, engine, worker_wait=0.2) as server, working(server, identity) as worker:
-        app = create_app(worker.generate, lambda: worker.model_name, worker.connected.is_set)
+        app = create_app(worker.generate, lambda: worker.model_name, worker.connected.is_set, work=worker.counters)
         with listening(app) as url:
             yield url
 
@@ -309,6 +506,31 @@ def test_the_whole_way(url):
         answer = client.post(PLAIN, json={"prompt": "x", "max_tokens": 2}).json()
         assert answer["choices"][0]["text"] == "word0 word1 "
         assert events(client.post(CHAT, json=HELLO | {"max_tokens": 2, "stream": True}))[-1] == "[DONE]"
+
+
+def test_metrics_count_and_tell_nothing(url):
+    secret = {"prompt": "a secret prompt", "max_tokens": 3}
+    for body, status in ((secret, 200), (secret | {"stream": True}, 200), (secret | {"secret": 1}, 400)):
+        assert httpx.post(url + PLAIN, json=body, timeout=20).status_code == status
+    httpx.get(url + "/v1/models/secret")
+    httpx.get(url + "/secret")
+    text = httpx.get(url + "/metrics").text
+    assert "secret" not in text
+    found = {
+        s.name + "".join(f"{{{v}}}" for v in s.labels.values()): s.value
+        for family in text_string_to_metric_families(text)
+        for s in family.samples
+    }
+    assert found["slip_edge_requests_total{/v1/completions}{200}"] == 2
+    assert found["slip_edge_requests_total{/v1/completions}{400}"] == 1
+    assert found["slip_edge_requests_total{other}{404}"] == 2
+    assert found["slip_edge_errors_total{unknown_parameter}"] == 1
+    assert found["slip_edge_tokens_total{completion}"] == 6
+    assert found["slip_edge_request_seconds_count"] == found["slip_edge_first_token_seconds_count"] == 2
+    assert found["slip_edge_connected"] == found["slip_edge_connections_total"] == 1
+    assert 2 * found["slip_edge_exchanges_total"] == found["slip_edge_exchange_rows_total"] == 12
+    assert found["slip_edge_received_bytes_total"] > 0 < found["slip_edge_sent_bytes_total"]
+    assert found["slip_edge_compute_seconds_total"] > 0
 
 
 def test_requests_run_side_by_side(url, engine):

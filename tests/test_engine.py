@@ -14,9 +14,9 @@ import pytest
 
 from sliplm.errors import SlipError
 from sliplm.protocol.link import Link
-from sliplm.protocol.messages import BusyError, Chunk, GenerateRequest, Message, RequestError
+from sliplm.protocol.messages import Chunk, GenerateRequest, Message, RequestError
 from sliplm.trusted import engine as engine_module
-from sliplm.trusted.engine import DEFAULT_CONTEXT, GENERATIONS, Engine, _context, _keeps_positions
+from sliplm.trusted.engine import DEFAULT_CONTEXT, Engine, _context, _keeps_positions
 
 
 @pytest.fixture(scope="module")
@@ -55,37 +55,17 @@ def threads() -> list[threading.Thread]:
 def test_it_can_be_cancelled_before_the_first_token(engine: Engine) -> None:
     link = Slow(engine.model.slip.default_link)
     chunks = engine.generate(request(), link)
-    assert next(chunks) == Chunk("") and link.count < 9  # a token takes 9 exchanges
+    prompt = next(chunks)
+    assert next(chunks) == prompt and not prompt.text and link.count < 9  # a token takes 9 exchanges
     chunks.close()
     assert link.count < 9 and not threads()
 
 
-def test_generations_beyond_the_limit_wait_and_are_refused(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "WAIT_SECONDS", 0.3)
-    link = Slow(engine.model.slip.default_link)
-    running = [engine.generate(request(), link) for _ in range(GENERATIONS)]
-    for chunks in running:
-        next(chunks)
-    assert len(threads()) == GENERATIONS
-    waiting = engine.generate(request(), link)
-    assert next(waiting) == Chunk("") and len(threads()) == GENERATIONS  # it can be cancelled meanwhile
-    with pytest.raises(BusyError, match="try again later"):
-        list(waiting)
-    link.go.set()
-    late = engine.generate(request(), link)
-    running.pop().close()
-    assert list(late)[-1].finish_reason  # a slot became free
-    for chunks in running:
-        chunks.close()
-    assert not threads()
-
-
-def test_every_end_frees_its_slot(engine: Engine) -> None:
-    link = engine.model.slip.default_link
-    for _ in range(GENERATIONS + 1):
-        with pytest.raises(RequestError):
-            list(engine.generate(request(prompt=""), link))
-    assert list(engine.generate(request(), link))[-1].finish_reason
+def test_every_chunk_has_the_counts_so_far(engine: Engine) -> None:
+    chunks = list(engine.generate(request(prompt="abc", max_tokens=4), engine.model.slip.default_link))
+    assert chunks[0] == Chunk("", None, 3) and {c.prompt_tokens for c in chunks} == {3}
+    counts = [c.completion_tokens for c in chunks]
+    assert counts == sorted(counts) and counts[-1] == 4
 
 
 def test_an_unexpected_failure_says_where_and_not_what(
@@ -155,13 +135,7 @@ def test_a_dynamic_rope_leaves_one_slot(tmp_path: Path) -> None:
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
     split(str(save_tiny(tmp_path / "model", rope_parameters=rope)), tmp_path / "bundle", Options(rank=4))
     one_at_a_time = Engine(tmp_path / "bundle" / "trusted", pool_depth=0)
-    link = one_at_a_time.model.slip.default_link
-    first = one_at_a_time.generate(request(), link)
-    next(first)
-    second = one_at_a_time.generate(request(), link)
-    assert next(second) == Chunk("") and len(threads()) <= 1
-    first.close()
-    assert list(second)[-1].finish_reason
+    assert one_at_a_time.capacity == 1
 
 
 @pytest.mark.parametrize("temperature", [1e-300, 1e-45, 0.0099])

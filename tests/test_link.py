@@ -23,6 +23,7 @@ from link_fakes import (
     SHAPES,
     FakeEngine,
     WrongMatrix,
+    break_registry,
     enrol,
     make_engine,
     running,
@@ -319,15 +320,23 @@ def test_close_wakes_an_exchange(home, identity):
         timer.join(10)
 
 
-def test_a_cheating_edge_is_cut_off_and_no_text_of_it_appears(home, identity, caplog):
-    with serving(home) as server, working(server, identity, make_engine(WrongMatrix)) as worker:
-        cheated = the_link(server)
-        with pytest.raises(VerificationError, match="failed its check"):
-            text(worker)
-        assert not cheated.alive
-        wait_until(lambda: bool(server.links()))  # it may come back, and is caught again
-        with pytest.raises(VerificationError):
-            text(worker)
+def test_a_cheating_edge_is_cut_off_and_no_text_of_it_appears(home, identity):
+    with serving(home) as server:
+        worker = EdgeWorker(make_engine(WrongMatrix), server.address, identity)
+        with running(worker.run, worker.stop) as raised:
+            cheated = the_link(server)
+            with pytest.raises(VerificationError, match="failed its check"):
+                text(worker)
+            assert not cheated.alive
+            wait_until(lambda: bool(raised))  # it is suspended, and may not come back
+        assert isinstance(raised[0], IdentityError) and "suspended" in str(raised[0])
+        refused(server, identity, IdentityError, "suspended")
+        with authority.open_registry(home) as registry:
+            device = registry.devices.resume("laptop")
+            assert [e.kind for e in registry.devices.events(device)] == ["resumed", "suspended", "added"]
+        with working(server, identity) as honest:
+            wait_until(lambda: not server._watch._unsuspended)
+            assert text(honest)
 
 
 EDGE = """
@@ -733,7 +742,7 @@ def test_requests_are_limited_per_device(home, identity):
         running_ones = [worker.generate(ask(words=10_000)) for _ in range(2)]
         for each in running_ones:
             next(each)
-        with pytest.raises(LinkError, match="2 requests running already"):
+        with pytest.raises(LinkError, match="2 requests running or waiting"):
             text(worker)
         running_ones[0].close()
         wait_until(lambda: len(server._connections) == 2)  # WORK, and the other request
@@ -796,17 +805,14 @@ def test_the_server_survives_a_lack_of_threads(home, identity, monkeypatch):
         assert text(worker) and not server._strangers
 
 
-def test_a_registry_that_cannot_be_read_is_a_passing_failure(home, identity, caplog):
-    registry = home / "devices.json"
+def test_a_registry_that_cannot_be_read_is_a_passing_failure(home, identity, caplog, monkeypatch):
     with serving(home) as server:
-        registry.rename(home / "kept")
-        registry.mkdir()
-        with pytest.raises(LinkError, match="try again later") as caught:
-            connect(server.address, tls.client_context(identity), Role.WORK, DIGEST, 10)
-        assert str(home) not in str(caught.value) and not isinstance(caught.value, IdentityError)
-        wait_until(lambda: f"{registry} cannot be read" in caplog.text)
-        registry.rmdir()
-        (home / "kept").rename(registry)
+        with monkeypatch.context() as patch:
+            break_registry(patch, server)
+            with pytest.raises(LinkError, match="try again later") as caught:
+                connect(server.address, tls.client_context(identity), Role.WORK, DIGEST, 10)
+            assert str(home) not in str(caught.value) and not isinstance(caught.value, IdentityError)
+            wait_until(lambda: f"{home / 'registry.db'} cannot be used" in caplog.text)
         with working(server, identity) as worker:
             assert text(worker)
 

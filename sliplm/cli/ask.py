@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sliplm.cli.common import Api, Json, emit
+from sliplm.cli.common import Api, ApiKey, Json, emit, read_api_key
 from sliplm.errors import LinkError
 
 
@@ -19,6 +19,7 @@ def generate(
     top_p: Annotated[float, typer.Option()] = 1.0,
     seed: Annotated[int | None, typer.Option()] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End at this text; may be given more than once.")] = None,
+    api_key: ApiKey = None,
     as_json: Json = False,
 ) -> None:
     """Ask through an edge's API and stream the answer."""
@@ -28,7 +29,7 @@ def generate(
     if seed is not None:
         body["seed"] = seed
     text, last = "", None
-    for event in stream(api, prompt, body, raw):
+    for event in stream(api, prompt, body, raw, read_api_key(api_key)):
         text += event.text
         last = event
         if not as_json:

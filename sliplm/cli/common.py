@@ -7,12 +7,16 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from sliplm.logs import JsonFormatter
 
 out = Console(soft_wrap=True, highlight=False)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -22,7 +26,22 @@ Model = Annotated[str, typer.Argument(help="A directory of safetensors, a .gguf 
 Reference = Annotated[str, typer.Option(help="The original model: a directory, a .gguf file, or a hub id.")]
 Rank = Annotated[int, typer.Option(help="Singular components per matrix kept on the trusted side.")]
 Planes = Annotated[int, typer.Option(help="int8 matrices per weight on the edge: 2 is exact, 1 is fast.")]
+RegistryUrl = Annotated[
+    str | None,
+    typer.Option(
+        "--registry", envvar="SLIP_REGISTRY", help="URL of the device registry; a file in the bundle if absent."
+    ),
+]
 Api = Annotated[str, typer.Option(help="Where an edge serves its API.")]
+ApiKey = Annotated[Path | None, typer.Option("--api-key", help="A file with the API's key, if it has one.")]
+
+
+class Format(str, Enum):
+    TEXT = "text"
+    JSON = "json"
+
+
+LogFormat = Annotated[Format, typer.Option("--log-format", help="Log lines for people, or one JSON object each.")]
 
 
 def fail(sentence: str) -> NoReturn:
@@ -30,9 +49,13 @@ def fail(sentence: str) -> NoReturn:
     sys.exit(1)
 
 
-def set_up_logging(verbose: bool) -> None:
-    handler = RichHandler(console=err, show_path=False, markup=False)
-    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s", handlers=[handler])
+def set_up_logging(verbose: bool, log_format: Format = Format.TEXT) -> None:
+    handler: logging.Handler = RichHandler(console=err, show_path=False, markup=False)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    if log_format == Format.JSON:
+        handler = logging.StreamHandler()
+        handler.setFormatter(JsonFormatter())
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler])
     logging.getLogger("sliplm").setLevel(logging.INFO if verbose else logging.WARNING)
     for name in ("httpx", "transformers", "uvicorn.error"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -52,6 +75,12 @@ def emit(as_json: bool, value: dict[str, Any], text: str) -> None:
     else:
         out.print(text, markup=False)
         sys.stdout.flush()
+
+
+def read_api_key(path: Path | None) -> str | None:
+    from sliplm.edge.api.guard import read_key
+
+    return read_key(path) if path else None
 
 
 def quiet_transformers() -> None:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from sliplm.cli.common import Json, emit, set_up_logging
+from sliplm.cli.common import Format, Json, LogFormat, emit, set_up_logging
 
 
 def edge(
@@ -19,18 +19,22 @@ def edge(
     api: Annotated[str, typer.Option(help="HOST:PORT for the local OpenAI-compatible API; empty for none.")] = (
         "127.0.0.1:8411"
     ),
+    api_key: Annotated[Path | None, typer.Option(help="A file with a key that the API's clients must send.")] = None,
+    log_format: LogFormat = Format.TEXT,
     as_json: Json = False,
 ) -> None:
     """Run the edge: it multiplies for the trusted side, and serves its answers as an API on this machine."""
-    set_up_logging(True)
+    set_up_logging(True, log_format)
     from sliplm import kernels
     from sliplm.bundle import EdgeBundle
+    from sliplm.edge.api.guard import read_key
     from sliplm.edge.engine import EdgeEngine
     from sliplm.edge.serve import ApiServer
     from sliplm.edge.worker import EdgeWorker
     from sliplm.protocol.channel import parse_address
 
     address = parse_address(api) if api else None
+    key = read_key(api_key) if api_key else None
     engine = EdgeEngine.from_bundle(EdgeBundle.open(bundle))
     worker = EdgeWorker(engine, trusted, identity)
     stop = threading.Event()
@@ -46,7 +50,7 @@ def edge(
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     thread = threading.Thread(target=work, name="worker", daemon=True)
-    server = ApiServer(worker, *address) if address else None
+    server = ApiServer(worker, *address, key) if address else None
     try:
         thread.start()
         while not stop.is_set() and not worker.connected.wait(0.1):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import signal
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from sliplm.cli.common import Json, emit, quiet_transformers, set_up_logging
+from sliplm.cli.common import Format, Json, LogFormat, RegistryUrl, emit, quiet_transformers, set_up_logging
 
 
 def trusted(
@@ -18,28 +18,84 @@ def trusted(
     ),
     pads: Annotated[int, typer.Option(min=0, help="Tokens for which to keep one-time pads ready.")] = 64,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads for the model; 0 takes all.")] = 0,
+    allow_logprobs: Annotated[
+        bool,
+        typer.Option("--allow-logprobs", help="Let requests ask for log-probabilities: they help to copy a model."),
+    ] = False,
+    registry: RegistryUrl = None,
+    concurrent: Annotated[
+        int, typer.Option(min=0, help="Requests that one device generates at once; 0 for any number.")
+    ] = 8,
+    tokens_per_minute: Annotated[
+        int, typer.Option(min=0, help="Tokens that one device may use in a minute; 0 without limit.")
+    ] = 0,
+    daily_tokens: Annotated[
+        int, typer.Option(min=0, help="Tokens that one device may use in a day (UTC); 0 without limit.")
+    ] = 0,
+    rules: Annotated[
+        str | None, typer.Option(help="Your rules for requests and answers: MODULE:OBJECT, or an entry point's name.")
+    ] = None,
+    system_prompt: Annotated[
+        Path | None, typer.Option(help="Text that begins every chat; plain prompts are then refused.")
+    ] = None,
+    drain: Annotated[float, typer.Option(min=0, help="Seconds that running requests have left at SIGTERM.")] = 30.0,
+    metrics: Annotated[str, typer.Option(help="HOST:PORT for /metrics, /healthz and /readyz; none if absent.")] = "",
+    log_format: LogFormat = Format.TEXT,
     as_json: Json = False,
 ) -> None:
-    """Run the trusted side: it holds the secrets, generates, and sends the heavy arithmetic to edges."""
-    set_up_logging(True)
+    """Run the trusted side: it holds the secrets, generates, and sends the heavy arithmetic to edges.
+
+    The first SIGTERM or interrupt lets running requests finish, the second ends them.
+    """
+    set_up_logging(True, log_format)
     import torch
 
     from sliplm.protocol.channel import parse_address
+    from sliplm.registry import Limits
     from sliplm.trusted.engine import Engine
+    from sliplm.trusted.monitor import Monitor, sample
+    from sliplm.trusted.rules import compose
     from sliplm.trusted.server import TrustedServer
 
     quiet_transformers()
     if threads:
         torch.set_num_threads(threads)
     host, port = parse_address(listen)
-    engine = Engine(bundle, pads)
-    server = TrustedServer(engine, engine.digest, engine.shapes, bundle / "authority", host, port)
+    monitor_address = parse_address(metrics) if metrics else None
+    chosen = compose(rules, system_prompt)
+    engine = Engine(bundle, pads, allow_logprobs)
+    limits = Limits(concurrent, tokens_per_minute, daily_tokens)
+    server = TrustedServer(
+        engine,
+        engine.digest,
+        engine.shapes,
+        bundle / "authority",
+        host,
+        port,
+        registry=registry,
+        limits=limits,
+        rules=chosen,
+    )
+
+    def stop(*_: Any) -> None:
+        if server.draining:
+            server.close()
+        else:
+            server.drain(drain)
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: server.close())
+        signal.signal(number, stop)
+    sample(server, engine)
+    monitor = Monitor(server, *monitor_address) if monitor_address else None
     engine.model.slip.pool.start()
     address = "{}:{}".format(*server.address)
-    emit(as_json, {"listening": address, "model": engine.model_name()}, f"listening on {address}")
+    value: dict[str, Any] = {"listening": address, "model": engine.model_name()}
+    if monitor:
+        value["metrics"] = "http://{}:{}".format(*monitor.address)
+    emit(as_json, value, f"listening on {address}")
     try:
         server.serve_forever()
     finally:
+        if monitor:
+            monitor.close()
         engine.model.slip.pool.close()

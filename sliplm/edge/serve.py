@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import socket
 import threading
@@ -12,21 +13,28 @@ from sliplm.edge.api import create_app
 from sliplm.edge.worker import EdgeWorker
 from sliplm.errors import LinkError
 
+_log = logging.getLogger(__name__)
+
 
 class ApiServer:
-    """The API of `worker` on `host`:`port` (0: any free port, see `address`), from now until `close`.
+    """The API of `worker` on `host`:`port` (0: any free port, see `address`), from now until `close`, for clients
+    that send `api_key` if there is one.
 
     Raises LinkError if the address cannot be used.
     """
 
-    def __init__(self, worker: EdgeWorker, host: str, port: int) -> None:
+    def __init__(self, worker: EdgeWorker, host: str, port: int, api_key: str | None = None) -> None:
         try:
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
             self._socket = socket.create_server((host, port), family=family, backlog=128)
         except OSError as error:
             raise LinkError(f"the API cannot listen on {host}:{port}: {error.strerror or error}.") from None
         self.address: tuple[str, int] = self._socket.getsockname()[:2]
-        app = create_app(worker.generate, lambda: worker.model_name, worker.connected.is_set, host)
+        if api_key is None and not ipaddress.ip_address(self.address[0]).is_loopback:
+            _log.warning("the API has no key, and other machines can reach it: see --api-key")
+        app = create_app(
+            worker.generate, lambda: worker.model_name, worker.connected.is_set, host, api_key, worker.counters
+        )
         # Access logs would name what people ask; the worker's own log has what an operator needs.
         config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=2)
         self._server = uvicorn.Server(config)
@@ -37,7 +45,7 @@ class ApiServer:
         try:
             self._server.run(sockets=[self._socket])
         except BaseException:
-            logging.getLogger(__name__).exception("the API stopped")
+            _log.exception("the API stopped")
 
     def close(self) -> None:
         self._server.should_exit = True

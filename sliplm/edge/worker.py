@@ -10,6 +10,7 @@ import contextlib
 import logging
 import random
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,11 +38,19 @@ ATTEMPTS = 5
 _log = logging.getLogger(__name__)
 
 
+class WorkCounters:
+    """What a worker has done since it was made. It alone writes, and whoever likes reads."""
+
+    def __init__(self) -> None:
+        self.connections = self.exchanges = self.rows = self.received_bytes = self.sent_bytes = self.compute_ns = 0
+
+
 class EdgeWorker:
     """Serves the products of `engine` to the trusted side at `trusted` (HOST:PORT), as the device of
     `identity`.
 
-    `connected` is set while a WORK connection is up; `model_name` is what the trusted side calls its model.
+    `connected` is set while a WORK connection is up; `model_name` is what the trusted side calls its model, and
+    `counters` tell what was done.
     Raises IdentityError or LinkError if the arguments make no sense.
     """
 
@@ -55,6 +64,7 @@ class EdgeWorker:
         generate_timeout: float = GENERATE_SECONDS,
     ) -> None:
         self.connected = threading.Event()
+        self.counters = WorkCounters()
         self.model_name = "slip"
         self._engine = engine
         self._address = parse_address(trusted) if isinstance(trusted, str) else trusted
@@ -125,6 +135,7 @@ class EdgeWorker:
         served = False
         self._channel = channel
         self.connected.set()
+        self.counters.connections += 1
         _log.info("connected to the trusted side")
         try:
             if self._stopping.is_set():  # `stop` may have come before it could see the channel
@@ -169,7 +180,14 @@ class EdgeWorker:
         x = self._input[: rows * k].reshape(rows, k)
         channel.read_array(x)
         y = channel.stage(rows, m)  # the product is written where it is sent from
+        start = time.perf_counter_ns()
         self._engine.product(group, x, out=y)
+        done = self.counters
+        done.compute_ns += time.perf_counter_ns() - start
+        done.exchanges += 1
+        done.rows += rows
+        done.received_bytes += length
+        done.sent_bytes += y.nbytes
         channel.send_staged(Kind.RESULT, group, sequence, y)
 
 

@@ -2,7 +2,8 @@
 
     authority/ca.pem         key and certificate of the authority
     authority/server.pem     key and certificate of the trusted side, renewed when it runs out
-    authority/devices.json   the registry: every certificate that was handed out, and whether it still counts
+    authority/registry.db    the registry (sliplm/registry): every certificate that was handed out, and whether it
+                             still counts; or a database elsewhere
 
 Keys are ECDSA P-256 (accepted everywhere, FIPS builds included). A device's certificate allows client
 authentication only, and names no host, so a stolen one cannot pose as the trusted side. A certificate that is
@@ -20,8 +21,8 @@ import time
 from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import msgspec
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -29,6 +30,9 @@ from cryptography.x509.oid import ExtendedKeyUsageOID as Usage
 from cryptography.x509.oid import NameOID
 
 from sliplm.errors import IdentityError
+
+if TYPE_CHECKING:
+    from sliplm.registry import Device, Limits, Registry
 
 SERVER_NAME = "sliplm-trusted"
 """The name in the trusted side's certificate, wherever it runs: edges check this, not an address."""
@@ -39,80 +43,76 @@ RENEW_DAYS = 30
 MAX_DEVICE_DAYS = 825
 CLOCK_SKEW = timedelta(hours=1)
 LOCK_SECONDS = 10.0
+REGISTRY = "registry.db"
+OLD_REGISTRY = "devices.json"
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}\Z")
 
 
-class RegistryError(IdentityError):
-    """The registry cannot be read just now, which says nothing about any device. The text is the operator's: it
-    names a path."""
+def open_registry(directory: Path | str, url: str | None = None) -> Registry:
+    """The registry of the authority in `directory`: the database at `url`, or else the file `registry.db` there.
+
+    Creates both on first use, and takes up the devices of a `devices.json` that an earlier version left. Raises
+    IdentityError for a damaged authority, and RegistryError.
+    """
+    with _locked(directory) as home:
+        return _registry(home, url)
 
 
-class Device(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One certificate that was handed out. `fingerprint` is the SHA-256 of its DER form, in hex."""
-
-    name: str
-    fingerprint: str
-    created: datetime
-    expires: datetime
-    revoked: datetime | None = None
-
-    @property
-    def active(self) -> bool:
-        return self.revoked is None and _now() < self.expires
-
-
-class _Registry(msgspec.Struct, forbid_unknown_fields=True):
-    version: int
-    devices: list[Device]
-
-
-def add_device(directory: Path | str, name: str, out_file: Path | str, days: int = 365) -> Device:
+def add_device(
+    directory: Path | str,
+    name: str,
+    out_file: Path | str,
+    days: int = 365,
+    *,
+    limits: Limits | None = None,
+    registry: str | None = None,
+) -> Device:
     """Enrol a device: write its identity file (private key, certificate, authority's certificate) to
     `out_file`.
 
-    Creates the authority on first use. The private key exists in that file only. Raises IdentityError for a
-    name that is malformed or in use, for `days` outside 1..825, and if `out_file` exists.
+    Creates the authority on first use. The private key exists in that file only. `registry` is a URL as in
+    `open_registry`. Raises IdentityError for a name that is malformed or in use, for `days` outside 1..825, and if
+    `out_file` exists.
     """
+    from sliplm.registry import Device, Limits
+
     out = Path(out_file)
     if not _NAME.match(name):
         raise IdentityError("a device name has 1 to 64 letters, digits, dots, dashes or underscores")
     if not 1 <= days <= MAX_DEVICE_DAYS:
         raise IdentityError(f"a device's certificate lasts 1 to {MAX_DEVICE_DAYS} days, not {days}")
-    with _locked(directory) as home:
-        devices = _load_registry(home)
-        if any(d.name == name and d.active for d in devices):
-            raise IdentityError(f"a device named {name!r} is enrolled already: revoke it or choose another name")
+    with _locked(directory) as home, _registry(home, registry) as opened:
         ca_key, ca_cert = _authority(home)
         key = ec.generate_private_key(ec.SECP256R1())
         cert = _sign(ca_key, ca_cert, key, name, days, Usage.CLIENT_AUTH)
         _write_new(out, _pem_key(key) + _pem(cert) + _pem(ca_cert))
-        device = Device(name, fingerprint(_der(cert)), _now(), cert.not_valid_after_utc)
         try:
-            _save_registry(home, [*devices, device])
+            return opened.devices.add(
+                Device(
+                    name=name,
+                    fingerprint=fingerprint(_der(cert)),
+                    added=_now(),
+                    expires=cert.not_valid_after_utc,
+                    limits=limits or Limits(),
+                )
+            )
         except BaseException:
             out.unlink(missing_ok=True)
             raise
-    return device
 
 
 def list_devices(directory: Path | str) -> list[Device]:
-    """Every certificate ever handed out, oldest first. Raises RegistryError if the registry is damaged."""
-    return _load_registry(Path(directory))
+    """Every certificate ever handed out, oldest first, in the registry beside the authority."""
+    with open_registry(directory) as registry:
+        return registry.devices.all()
 
 
 def revoke_device(directory: Path | str, name: str) -> Device:
-    """Revoke the device `name`. It is disconnected within one keep-alive. Raises IdentityError if there is
-    none."""
-    with _locked(directory) as home:
-        devices = _load_registry(home)
-        hits = [i for i, d in enumerate(devices) if d.name == name and d.revoked is None]
-        if not hits:
-            raise IdentityError(f"no device named {name!r} is enrolled")
-        for i in hits:  # more than one if an expired certificate was followed by a new one
-            devices[i] = msgspec.structs.replace(devices[i], revoked=_now())
-        _save_registry(home, devices)
-    return devices[hits[-1]]
+    """Revoke the device `name` in the registry beside the authority; a running server cuts it off within a second.
+    Raises IdentityError if there is none."""
+    with open_registry(directory) as registry:
+        return registry.devices.revoke(name)
 
 
 def fingerprint(der: bytes) -> str:
@@ -120,30 +120,6 @@ def fingerprint(der: bytes) -> str:
     digest = hashes.Hash(hashes.SHA256())
     digest.update(der)
     return digest.finalize().hex()
-
-
-def is_enrolled(directory: Path | str, certificate: str | bytes) -> bool:
-    """Whether a certificate, given by fingerprint or in DER form, is enrolled and neither revoked nor
-    expired."""
-    try:
-        admit(directory, certificate)
-    except IdentityError:
-        return False
-    return True
-
-
-def admit(directory: Path | str, certificate: str | bytes) -> Device:
-    """The enrolled device with this certificate (fingerprint or DER). Raises IdentityError, saying why
-    not, and RegistryError if nobody can tell."""
-    mark = certificate if isinstance(certificate, str) else fingerprint(certificate)
-    for device in _load_registry(Path(directory)):
-        if device.fingerprint == mark:
-            if device.revoked is not None:
-                raise IdentityError(f"the device {device.name!r} was revoked")
-            if not device.active:
-                raise IdentityError(f"the certificate of device {device.name!r} has expired")
-            return device
-    raise IdentityError("this device is not enrolled with this trusted side")
 
 
 def server_files(directory: Path | str) -> tuple[Path, bytes]:
@@ -175,9 +151,9 @@ def _authority(home: Path) -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate
         except (OSError, ValueError, TypeError):
             pass
         raise IdentityError(f"the authority's file {path} cannot be read or is damaged")
-    if (home / "devices.json").exists():
+    if any((home / name).exists() for name in (REGISTRY, OLD_REGISTRY, "server.pem")):
         # A new authority here would strand every enrolled device without anybody noticing why.
-        raise IdentityError(f"the authority's file {path} is missing, although devices are enrolled")
+        raise IdentityError(f"the authority's file {path} is missing, although devices may be enrolled")
     key = ec.generate_private_key(ec.SECP256R1())
     # The random part keeps two authorities apart in error messages and in OpenSSL's issuer look-up.
     cert = _sign(key, None, key, f"sliplm authority {os.urandom(4).hex()}", CA_DAYS, None)
@@ -266,24 +242,17 @@ def _now() -> datetime:
 # --- files --------------------------------------------------------------------------------------------------
 
 
-def _load_registry(home: Path) -> list[Device]:
-    path = home / "devices.json"
+def _registry(home: Path, url: str | None) -> Registry:
+    from sliplm.registry import Registry  # late: an edge imports this module, and needs no database
+
+    _authority(home)  # so that none is missing where a registry is
+    registry = Registry(url or home / REGISTRY)
     try:
-        registry = msgspec.json.decode(path.read_bytes(), type=_Registry)
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise RegistryError(f"the device registry {path} cannot be read: {error.strerror}") from None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        raise RegistryError(f"the device registry {path} is damaged") from None
-    if registry.version != 1 or any(d.expires.tzinfo is None for d in registry.devices):
-        raise RegistryError(f"the device registry {path} was written by another version of this program")
-    return registry.devices
-
-
-def _save_registry(home: Path, devices: list[Device]) -> None:
-    text = msgspec.json.format(msgspec.json.encode(_Registry(1, devices)), indent=2)
-    _replace(home / "devices.json", text + b"\n")
+        registry.devices.take_over(home / OLD_REGISTRY)
+    except BaseException:
+        registry.close()
+        raise
+    return registry
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from sliplm.errors import BundleError, IdentityError, LinkError, ProtocolError, 
 from sliplm.protocol import frames, tls
 from sliplm.protocol.authority import SERVER_NAME
 from sliplm.protocol.frames import HEADER, Code, Header, Hello, Kind, Role, Welcome
-from sliplm.protocol.messages import RequestError
+from sliplm.protocol.messages import BusyError, LimitError, RefusedError, RequestError
 
 Address = tuple[str, int]
 
@@ -142,7 +142,10 @@ class Channel:
     def read_error(self, header: Header) -> SlipError:
         """The exception that stands for an ERROR frame."""
         sentence = frames.clean(self.read(header).decode("utf-8", "replace")) or "the other side gave no reason"
-        return _EXCEPTIONS.get(header.group, LinkError)(sentence)
+        error = _EXCEPTIONS.get(header.group, LinkError)(sentence)
+        if isinstance(error, BusyError):
+            error.retry_after = header.sequence or None
+        return error
 
     def _read(self, view: memoryview) -> None:
         size = len(view)
@@ -221,8 +224,11 @@ _EXCEPTIONS: dict[int, type[SlipError]] = {
     Code.VERSION: ProtocolError,
     Code.IDENTITY: IdentityError,
     Code.BUNDLE: BundleError,
+    Code.BUSY: BusyError,
     Code.REQUEST: RequestError,
     Code.UNVERIFIED: VerificationError,
+    Code.LIMITED: LimitError,
+    Code.REFUSED: RefusedError,
 }
 
 

@@ -57,12 +57,14 @@ class Code(enum.IntEnum):
 
     FAILED = 0  # try again if you like
     VERSION = 1  # no common protocol version: final
-    IDENTITY = 2  # not enrolled, revoked or expired: final
+    IDENTITY = 2  # not enrolled, suspended, revoked or expired: final
     BUNDLE = 3  # the bundle belongs to another split: final
-    BUSY = 4  # too many connections: try again later
+    BUSY = 4  # too many connections or requests: try again later
     REQUEST = 5  # the request itself is wrong
     NO_WORKER = 6  # no worker of this device is connected
     UNVERIFIED = 7  # an answer of the edge failed its check
+    LIMITED = 8  # the device used up its tokens a minute or a day: try again later
+    REFUSED = 9  # the owner's rules refuse the request or its answer
 
 
 class Header(NamedTuple):

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from sliplm.errors import ProtocolError, SlipError
+from sliplm.errors import LinkError, ProtocolError, SlipError
 from sliplm.protocol.frames import MAX_JSON_BYTES
 
 Count = Annotated[int, Meta(ge=0)]
@@ -26,8 +26,21 @@ class RequestError(SlipError):
     """
 
 
-class BusyError(SlipError):
-    """Too much is going on at the trusted side: the same request may work later."""
+class RefusedError(RequestError):
+    """The owner's rules refuse the request, or its answer. The sentence is shown to whoever made the request."""
+
+
+class BusyError(LinkError):
+    """Too much is going on at the trusted side: the same request may work later, after `retry_after` seconds if that
+    is known."""
+
+    def __init__(self, sentence: str, retry_after: int | None = None) -> None:
+        super().__init__(sentence)
+        self.retry_after = retry_after
+
+
+class LimitError(BusyError):
+    """This device has used up what it may use in a minute or a day."""
 
 
 class Message(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -87,8 +100,8 @@ class TokenLogprob(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=Tru
 
 
 class Chunk(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, frozen=True):
-    """A piece of generated text. The last chunk, and only it, has a `finish_reason`; its counts are the
-    totals. `logprobs` are those of the tokens that begin in this text, if the request asked for them."""
+    """A piece of generated text. The last chunk, and only it, has a `finish_reason`; the counts are the
+    totals so far. `logprobs` are those of the tokens that begin in this text, if the request asked for them."""
 
     text: str
     finish_reason: Literal["stop", "length"] | None = None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-import time
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -16,16 +15,14 @@ import transformers
 from transformers.generation.streamers import BaseStreamer
 
 from sliplm import bundle
-from sliplm.errors import LinkError, SlipError
+from sliplm.errors import LinkError, SlipError, locate
 from sliplm.protocol.link import Field, Link
-from sliplm.protocol.messages import BusyError, Chunk, GenerateRequest, RequestError, TokenLogprob
+from sliplm.protocol.messages import Chunk, GenerateRequest, RequestError
 from sliplm.trusted.logprobs import Logprobs, Scored, Scores
-from sliplm.trusted.server import locate
 
 GENERATIONS = 16
-"""So many run at a time; each holds a cache as long as its text."""
+"""So many may run at a time; each holds a cache as long as its text."""
 
-WAIT_SECONDS = 30.0
 BEAT_SECONDS = 0.5
 MAX_CONTEXT = 1 << 20
 DEFAULT_CONTEXT = 1 << 15
@@ -43,6 +40,7 @@ class Engine:
     Attributes:
         model: the Transformers model; `model.slip` is its runtime.
         tokenizer: the model's own, which never leaves the trusted side.
+        capacity: how many requests may generate at a time; the caller sees to it.
     """
 
     def __init__(self, directory: Path | str, pool_depth: int = 64, allow_logprobs: bool = False) -> None:
@@ -55,7 +53,7 @@ class Engine:
         self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(path)
         self.model.slip.pool.resize(pool_depth)
         self._room = _context(self.model.config.get_text_config(), self.tokenizer)
-        self._slots = threading.Semaphore(1 if _keeps_positions(self.model.config.to_dict()) else GENERATIONS)
+        self.capacity = 1 if _keeps_positions(self.model.config.to_dict()) else GENERATIONS
         self._name = path.resolve().parent.name
         self._allow_logprobs = allow_logprobs
 
@@ -76,34 +74,23 @@ class Engine:
 
         Raises:
             RequestError: the prompt does not fit the model, or logprobs are not allowed.
-            BusyError: too many generations run already.
             LinkError, VerificationError, NumericsError: as they come.
         """
         if request.logprobs is not None and not self._allow_logprobs:
             raise RequestError("logprobs are switched off by the owner of this model.")
-        deadline = time.monotonic() + WAIT_SECONDS
-        while not self._slots.acquire(timeout=BEAT_SECONDS):
-            if time.monotonic() > deadline:
-                raise BusyError("the trusted side is busy with other requests: try again later")
-            yield Chunk("")
-        try:
-            yield from self._generate(request, link)
-        finally:
-            self._slots.release()
-
-    def _generate(self, request: GenerateRequest, link: Link) -> Iterator[Chunk]:
         inputs = self._inputs(request)
         prompt_tokens = inputs["input_ids"].shape[1]
         limit = min(request.max_tokens, self._room - prompt_tokens)
         if limit < 1:
             raise RequestError(f"the prompt has {prompt_tokens} tokens; this model takes at most {self._room - 1}.")
+        yield Chunk("", None, prompt_tokens)
         run = _Run(self, inputs, request, limit, link)
         run.start()
         try:
-            completed, finish, text, logprobs = yield from self._stream(run, request.stop)
+            last = yield from self._stream(run, request.stop, prompt_tokens)
         finally:
             run.cancel()
-        yield Chunk(text, finish, prompt_tokens, completed, logprobs)
+        yield last
 
     def _inputs(self, request: GenerateRequest) -> Any:
         if request.messages is None:
@@ -121,29 +108,28 @@ class Engine:
             why = f" ({error})" if type(error) is jinja2.TemplateError else ""
             raise RequestError(f"the model's chat template refuses these messages{why}.") from None
 
-    def _stream(
-        self, run: _Run, stops: list[str]
-    ) -> Generator[Chunk, None, tuple[int, FinishReason, str, list[TokenLogprob]]]:
-        """Yield text as it becomes certain, or none; return (tokens, finish reason, last text and logprobs)."""
+    def _stream(self, run: _Run, stops: list[str], prompt_tokens: int) -> Generator[Chunk, None, Chunk]:
+        """Yield text as it becomes certain, or none; return the last chunk."""
         decoder = _Text(self.tokenizer)
         logprobs = Logprobs(self.tokenizer, run.last_of_prompt)
         sent = 0
         for token in run.tokens():
             if token is None:
-                yield Chunk("")
+                yield Chunk("", None, prompt_tokens, decoder.count)
                 continue
             whole = decoder.push(token[0])
             logprobs.push(*token, len(whole))
             text, stopped = _cut(whole, stops)
             if stopped:
-                return decoder.count, "stop", text[sent:], logprobs.before(len(text))
+                return Chunk(text[sent:], "stop", prompt_tokens, decoder.count, logprobs.before(len(text)))
             certain = max(sent, len(text) - _possible_stop(text, stops))
-            yield Chunk(text[sent:certain], logprobs=logprobs.before(certain))
+            yield Chunk(text[sent:certain], None, prompt_tokens, decoder.count, logprobs.before(certain))
             sent = certain
         whole = decoder.finish()
         text, stopped = _cut(whole, stops)
+        finish: FinishReason = "stop" if stopped or run.ended else "length"
         end = len(text) if stopped else len(whole) + 1
-        return decoder.count, "stop" if stopped or run.ended else "length", text[sent:], logprobs.before(end)
+        return Chunk(text[sent:], finish, prompt_tokens, decoder.count, logprobs.before(end))
 
 
 class _Run(threading.Thread):

@@ -1,7 +1,8 @@
 """The trusted side's server: edges connect, lend their worker, and get text.
 
 One thread per connection, and no event loop: a thread is either waiting for its peer, with a time limit, or
-computing. What goes wrong on one connection ends that connection and no other.
+computing. What goes wrong on one connection ends that connection and no other. What a request may do, and when it gets
+its turn, is `service.py`'s business.
 """
 
 from __future__ import annotations
@@ -13,19 +14,29 @@ import socket
 import ssl
 import threading
 import time
-import traceback
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
 
-from sliplm.errors import IdentityError, LinkError, ProtocolError, SlipError, VerificationError
+from sliplm.errors import IdentityError, LinkError, ProtocolError, SlipError, VerificationError, locate
 from sliplm.protocol import authority, frames, tls
-from sliplm.protocol.authority import Device
 from sliplm.protocol.channel import Address, Channel, check_digest, drain_socket, tune
 from sliplm.protocol.frames import Code, Kind, Role, Welcome
-from sliplm.protocol.link import Link, RemoteLink, Shape
-from sliplm.protocol.messages import BusyError, Chunk, GenerateRequest, RequestError, decode_request, encode
+from sliplm.protocol.link import RemoteLink, Shape
+from sliplm.protocol.messages import (
+    BusyError,
+    Chunk,
+    LimitError,
+    RefusedError,
+    RequestError,
+    decode_request,
+    encode,
+)
+from sliplm.registry import Device, Limits, RegistryError
+from sliplm.trusted.limits import DEFAULTS
+from sliplm.trusted.rules import Rules
+from sliplm.trusted.service import Engine, Service
+from sliplm.trusted.watch import Watch
 
 HANDSHAKE_SECONDS = 10.0
 KEEPALIVE_SECONDS = 5.0
@@ -33,35 +44,17 @@ EXCHANGE_SECONDS = 30.0
 WORKER_SECONDS = 5.0
 CONTEXT_SECONDS = 86400.0
 POLL_SECONDS = 0.2
+SHUTTING_DOWN = "the trusted side is shutting down"
 
 _log = logging.getLogger(__name__)
 
 
-class Engine(Protocol):
-    """What generates text. Called from many threads; it serialises itself as it needs to."""
+class _Known:
+    """A connection whose device is known; `reason` says why it is being cut off."""
 
-    def generate(self, request: GenerateRequest, link: Link) -> Iterator[Chunk]:
-        """Text, from exchanges over `link`; closing the iterator cancels. The last chunk, and only it, has a
-        `finish_reason`. An iteration without text yields an empty chunk now and then, so that cancelling
-        works.
-
-        Raises RequestError or BusyError, whose sentence the requester sees; any other SlipError ends the request
-        with a sentence that names no cause. VerificationError also ends the link. Text must have been verified when
-        it is yielded.
-        """
-        ...
-
-    def model_name(self) -> str:
-        """The model's public name; edges see it."""
-        ...
-
-
-class _Known(NamedTuple):
-    """A connection whose device is known."""
-
-    sock: ssl.SSLSocket
-    fingerprint: str
-    role: Role
+    def __init__(self, sock: ssl.SSLSocket, fingerprint: str, role: Role) -> None:
+        self.sock, self.fingerprint, self.role = sock, fingerprint, role
+        self.reason: IdentityError | None = None
 
 
 class TrustedServer:
@@ -70,7 +63,9 @@ class TrustedServer:
 
     `digest` and `shapes` ((M, K) per group) are those of the bundle. Strangers, who have not shown an enrolled
     certificate yet, are counted apart from devices: they cannot lock them out. Binds at once; `serve_forever` does
-    the rest. Raises LinkError if the address cannot be used, and IdentityError if the authority is damaged.
+    the rest. `registry` is a URL as in `authority.open_registry`; `limits` hold for devices without their own; `rules`
+    are the owner's. Raises LinkError if the address cannot be used, IdentityError if the authority is damaged, and
+    RegistryError if the registry cannot be used.
     """
 
     def __init__(
@@ -82,13 +77,16 @@ class TrustedServer:
         host: str = "127.0.0.1",
         port: int = 0,
         *,
+        registry: str | None = None,
+        limits: Limits = DEFAULTS,
+        rules: Rules | None = None,
         keepalive: float = KEEPALIVE_SECONDS,
         exchange_timeout: float = EXCHANGE_SECONDS,
         worker_wait: float = WORKER_SECONDS,
         max_strangers: int = 64,
-        max_connections: int = 256,
-        max_per_device: int = 64,
-        max_requests: int = 8,
+        max_connections: int = 512,
+        max_per_device: int = 160,
+        max_requests: int = 128,
     ) -> None:
         self._engine = engine
         self._digest = digest
@@ -100,12 +98,13 @@ class TrustedServer:
         self._max_strangers = max_strangers
         self._max_connections = max_connections
         self._max_per_device = max_per_device
-        self._max_requests = max_requests  # of one device at a time
+        self._max_requests = max_requests  # of one device, those that wait included
 
         self._changed = threading.Condition()  # guards the three dicts below
         self._links: dict[str, list[RemoteLink]] = {}  # by device fingerprint, newest last
         self._strangers: dict[threading.Thread, tuple[ssl.SSLSocket, bytes]] = {}  # oldest first, with their network
         self._connections: dict[threading.Thread, _Known] = {}
+        self._drain_until: float | None = None
         self._stopping = threading.Event()
         self._stopped = threading.Event()
         self._serving: threading.Thread | None = None
@@ -113,17 +112,26 @@ class TrustedServer:
         self._context = tls.server_context(directory)
         self._renew_at = time.monotonic() + CONTEXT_SECONDS
         self._listener = _listen(host, port)
+        try:
+            self._registry = authority.open_registry(directory, registry)
+        except BaseException:
+            self._listener.close()
+            raise
+        self.service = Service(engine, self._registry, limits, rules)
+        self._watch = Watch(self._registry.devices, self._fingerprints, self._expel)
         bound = self._listener.getsockname()
         self.address: Address = (bound[0], bound[1])
 
     # --- running --------------------------------------------------------------------------------------------
 
     def serve_forever(self) -> None:
-        """Accept connections until `close`."""
+        """Accept connections until `close`, or until all requests are done after `drain`."""
         self._serving = threading.current_thread()
+        self.service.meter.start()
+        self._watch.start()
         _log.info("listening on %s:%d", *self.address)
         try:
-            while not self._stopping.is_set():
+            while not self._stopping.is_set() and self._drain_until is None:
                 self._renew()
                 try:
                     sock, address = self._listener.accept()
@@ -134,8 +142,15 @@ class TrustedServer:
                     self._stopping.wait(POLL_SECONDS)
                     continue
                 self._start(sock, address)
+            self._finish_requests()
         finally:
             self._shut_down()
+
+    def drain(self, seconds: float) -> None:
+        """Stop, but let the requests that generate already go on for so long; `serve_forever` returns when they are
+        done. Returns at once, and is safe in a signal handler."""
+        if self._drain_until is None:
+            self._drain_until = time.monotonic() + seconds
 
     def close(self) -> None:
         """Stop serving and end all connections; running requests get an ERROR. Safe in a signal handler,
@@ -146,16 +161,44 @@ class TrustedServer:
         elif self._serving is not threading.current_thread():
             self._stopped.wait(10)
 
+    @property
+    def draining(self) -> bool:
+        return self._drain_until is not None
+
+    @property
+    def ready(self) -> bool:
+        """Whether a request would be taken now, if its device has a worker."""
+        serving = self._serving is not None and not self._stopping.is_set() and self._drain_until is None
+        return serving and self._watch.healthy and self.service.meter.healthy
+
+    @property
+    def devices_connected(self) -> int:
+        return len(self._fingerprints())
+
     def links(self) -> list[RemoteLink]:
         """The live links of all devices, the newest of each device last."""
         with self._changed:
             return [link for group in self._links.values() for link in group if link.alive]
 
+    def _finish_requests(self) -> None:
+        """Wait for the running requests, while a drain has time left; those that wait for their turn are sent away."""
+        self._listener.close()
+        if self._drain_until is not None and not self._stopping.is_set():
+            _log.info("stopping when %d running requests are done", self.service.queue.running)
+        while self._drain_until is not None and time.monotonic() < self._drain_until:
+            self.service.queue.refuse(BusyError(SHUTTING_DOWN))
+            with self._changed:
+                busy = any(c.role == Role.REQUEST for c in self._connections.values())
+            if not busy or self._stopping.wait(POLL_SECONDS):
+                return
+
     def _shut_down(self) -> None:
         self._stopping.set()
         self._listener.close()
+        self.service.queue.refuse(BusyError(SHUTTING_DOWN))
         with self._changed:
-            connections = {t: c[0] for t, c in (self._strangers | self._connections).items()}
+            connections = {t: sock for t, (sock, _) in self._strangers.items()}
+            connections |= {t: known.sock for t, known in self._connections.items()}
             self._changed.notify_all()
         for link in self.links():  # this makes the generations that use it fail, and they say why
             link.close()
@@ -166,6 +209,9 @@ class TrustedServer:
             _cut(sock)
         for thread in connections:
             thread.join(0.5)
+        self._watch.close()
+        self.service.meter.close()
+        self._registry.close()
         _log.info("stopped")
         self._stopped.set()
 
@@ -216,10 +262,12 @@ class TrustedServer:
             channel = Channel(sock, "the edge", HANDSHAKE_SECONDS)
             device, role = self._greet(channel, sock)
             _log.info("%s: device %s connected (%s)", where, device.name, role.name)
+            with self._changed:
+                known = self._connections[threading.current_thread()]
             if role == Role.WORK:
                 self._work(channel, device)
             else:
-                self._request(channel, device)
+                self._request(channel, device, known)
             _log.info("%s: device %s done (%s)", where, device.name, role.name)
         except SlipError as error:
             _log.warning("%s: %s", where, error)
@@ -254,12 +302,12 @@ class TrustedServer:
             code = Code.VERSION
             version = frames.choose_version(hello)
             code = Code.IDENTITY
-            device = authority.admit(self._directory, channel.certificate())
+            device = self._watch.admit(authority.fingerprint(channel.certificate()))
             code = Code.BUNDLE
             check_digest(self._digest, hello.digest)
             code = Code.BUSY
             self._identify(_Known(sock, device.fingerprint, hello.role))
-        except authority.RegistryError:  # its text names a path, and the device may well be enrolled
+        except RegistryError:  # its text names a path, and the device may well be enrolled
             with contextlib.suppress(LinkError):
                 channel.send_error(Code.FAILED, "the trusted side cannot look this device up: try again later")
             raise
@@ -279,25 +327,43 @@ class TrustedServer:
             if len(mine) >= self._max_per_device:
                 raise LinkError(f"this device has {len(mine)} connections already: try again later")
             if known.role == Role.REQUEST and mine.count(Role.REQUEST) >= self._max_requests:
-                raise LinkError(f"this device has {self._max_requests} requests running already: try again later")
+                raise LinkError(f"this device has {self._max_requests} requests running or waiting: try again later")
             if len(self._connections) >= self._max_connections:
                 raise LinkError("the trusted side has too many connections: try again later")
             if self._strangers.pop(me, None) is None:
                 raise LinkError("the trusted side gave this connection up: try again later")
             self._connections[me] = known
 
+    # --- devices that may not stay ------------------------------------------------------------------------------
+
+    def _fingerprints(self) -> set[str]:
+        with self._changed:
+            return {known.fingerprint for known in self._connections.values()}
+
+    def _expel(self, fingerprint: str, reason: IdentityError) -> None:
+        """Cut a device off. At the first call its links end, so that its requests end and can say why; at the next, its
+        connections do."""
+        with self._changed:
+            mine = [known for known in self._connections.values() if known.fingerprint == fingerprint]
+            links = list(self._links.get(fingerprint, ()))
+        for known in mine:
+            if known.reason is not None:
+                _cut(known.sock)
+            known.reason = reason
+        for link in links:
+            link.close()
+        self.service.queue.refuse(reason, fingerprint)
+
     # --- WORK -----------------------------------------------------------------------------------------------
 
     def _work(self, channel: Channel, device: Device) -> None:
-        """Keep the link alive, and the device admitted, until either ends. The exchanges come from other
-        threads."""
+        """Keep the link alive until it ends. The exchanges come from other threads."""
         link = RemoteLink(channel, self._shapes, self._exchange_timeout)
         with self._changed:
             self._links.setdefault(device.fingerprint, []).append(link)
             self._changed.notify_all()
         try:
             while not link.wait_closed(self._keepalive) and not self._stopping.is_set():
-                authority.admit(self._directory, device.fingerprint)
                 if time.monotonic() - link.last_used > self._keepalive / 2:
                     link.ping()
         finally:
@@ -315,7 +381,7 @@ class TrustedServer:
                 while not (alive := [k for k in self._links.get(device.fingerprint, ()) if k.alive]):
                     left = deadline - time.monotonic()
                     if left <= 0 or self._stopping.is_set():
-                        raise LinkError("this device has no worker connected: start `slip edge` on it")
+                        raise _NoWorkerError("this device has no worker connected: start `slip edge` on it")
                     self._changed.wait(left)
             link = alive[-1]
             try:
@@ -327,62 +393,76 @@ class TrustedServer:
 
     # --- REQUEST --------------------------------------------------------------------------------------------
 
-    def _request(self, channel: Channel, device: Device) -> None:
+    def _request(self, channel: Channel, device: Device, known: _Known) -> None:
         header = channel.receive()
         if header.kind != Kind.GENERATE:
             raise ProtocolError("the edge did not follow HELLO with GENERATE")
         channel.set_timeout(self._exchange_timeout)
-        try:
-            request = decode_request(channel.read(header))
-        except RequestError as error:
-            channel.send_error(Code.REQUEST, str(error))
-            return
-        try:
+        link: RemoteLink | None = None
+
+        def claim() -> RemoteLink:
+            nonlocal link
             link = self._claim(device)
-        except LinkError as error:
-            channel.send_error(Code.NO_WORKER, str(error))
-            return
+            return link
+
         try:
-            self._generate(channel, request, link)
+            if self._drain_until is not None:
+                raise BusyError(SHUTTING_DOWN)
+            request = decode_request(channel.read(header))
+            self._send(channel, self.service.answer(request, device, claim))
         except _PeerGone:
             _log.info("device %s cancelled its request", device.name)
-        except RequestError as error:
-            channel.send_error(Code.REQUEST, str(error))
-        except BusyError as error:
-            channel.send_error(Code.BUSY, str(error))
-        except VerificationError as error:
-            link.close()
-            _log.error("device %s: %s", device.name, error)
-            channel.send_error(Code.UNVERIFIED, "an answer of this edge failed its check, so generation stopped")
-        except LinkError as error:
-            _log.warning("device %s: %s", device.name, error)
-            why = "the trusted side is shutting down" if self._stopping.is_set() else str(error)
-            channel.send_error(Code.FAILED, f"generation stopped: {why}")
         except Exception as error:
+            if isinstance(error, VerificationError):
+                self.service.metrics.verification_failures.inc()
+                if link is not None:
+                    link.close()
+                self._watch.suspend(device, "an answer of this device failed its check")
+            elif known.reason is not None:
+                error = known.reason
             # Layer names and the like are not for the edge, whatever the exception says.
-            _log.error("device %s: %s", device.name, error if isinstance(error, SlipError) else locate(error))
-            channel.send_error(Code.FAILED, "generation failed on the trusted side; its log says why")
+            expected = isinstance(error, SlipError)
+            _log.warning("device %s: %s", device.name, error if expected else f"internal error: {locate(error)}")
+            code, sentence = self._explain(error)
+            channel.send_error(code, sentence, getattr(error, "retry_after", None) or 0)
 
-    def _generate(self, channel: Channel, request: GenerateRequest, link: Link) -> None:
-        chunks = self._engine.generate(request, link)
-        try:
+    def _explain(self, error: Exception) -> tuple[Code, str]:
+        """What the edge is told."""
+        match error:
+            case _NoWorkerError():
+                return Code.NO_WORKER, str(error)
+            case RefusedError():
+                return Code.REFUSED, str(error)
+            case RequestError():
+                return Code.REQUEST, str(error)
+            case LimitError():
+                return Code.LIMITED, str(error)
+            case BusyError():
+                return Code.BUSY, str(error)
+            case VerificationError():
+                return Code.UNVERIFIED, "an answer of this edge failed its check, so generation stopped"
+            case LinkError():
+                return Code.FAILED, f"generation stopped: {SHUTTING_DOWN if self._stopping.is_set() else error}"
+            case IdentityError() if not isinstance(error, RegistryError):
+                return Code.IDENTITY, str(error)
+            case _:
+                return Code.FAILED, "generation failed on the trusted side; its log says why"
+
+    def _send(self, channel: Channel, chunks: Generator[Chunk, None, None]) -> None:
+        with contextlib.closing(chunks):
             for chunk in chunks:
                 if self._stopping.is_set():
-                    raise LinkError("the trusted side is shutting down")
-                last = chunk.finish_reason is not None
+                    raise LinkError(SHUTTING_DOWN)
                 try:
                     if channel.peer_left():
                         raise _PeerGone
-                    channel.send(Kind.DONE if last else Kind.TEXT, encode(chunk))
+                    channel.send(Kind.TEXT if chunk.finish_reason is None else Kind.DONE, encode(chunk))
                 except LinkError:
                     raise _PeerGone from None
-                if last:
-                    return
-            raise RuntimeError("the engine stopped without a finish reason")
-        finally:
-            close = getattr(chunks, "close", None)
-            if close is not None:
-                close()
+
+
+class _NoWorkerError(LinkError):
+    """The device has no WORK connection."""
 
 
 class _PeerGone(Exception):
@@ -420,9 +500,3 @@ def _network(host: str) -> bytes:
     if isinstance(address, ipaddress.IPv4Address):
         return address.packed
     return address.ipv4_mapped.packed if address.ipv4_mapped else address.packed[:8]
-
-
-def locate(error: BaseException) -> str:
-    """The kind and the place of an unexpected exception, without its text."""
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__} in {Path(frame.filename).name}, line {frame.lineno}"

@@ -1,0 +1,89 @@
+"""Who may ask: requests for this API's own names only, and with its key if it has one."""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+import re
+from pathlib import Path
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from sliplm.edge.api.errors import ApiError
+from sliplm.errors import IdentityError
+
+OPEN = ("/", "/healthz", "/readyz")
+"""Paths that need no key: the chat page, which asks for one, and what tells no more than "up" or "not up"."""
+
+MAX_KEY_BYTES = 4096
+
+
+class OwnNamesOnly:
+    """Refuses requests that were made for another name than this API's. Somebody's web page can let its own name
+    point to this machine (DNS rebinding); the browser then takes the API for a part of that page, but still says
+    in Host, and mostly in Origin, where it thinks it is. An address cannot be pointed elsewhere."""
+
+    def __init__(self, app: ASGIApp, host: str) -> None:
+        self._app = app
+        self._names = {host.lower(), "localhost", "127.0.0.1", "::1"}
+        address = _address(host)
+        self._any_address = address is not None and address.is_unspecified
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and (why := self._refusal(Headers(scope=scope))):
+            await ApiError(403, why, "forbidden").response()(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+    def _refusal(self, headers: Headers) -> str | None:
+        host = headers.get("host", "").lower()
+        name = re.sub(r":\d*$", "", host).removeprefix("[").removesuffix("]")
+        if name not in self._names and not (self._any_address and _address(name)):
+            return "this API does not go by the name in the Host header: use the address that it listens on"
+        if headers.get("origin", f"http://{host}").lower() != f"http://{host}":
+            return "this API does not serve other web pages"
+        return None
+
+
+class KeyOnly:
+    """Refuses requests without `Authorization: Bearer KEY`, except for the OPEN paths."""
+
+    def __init__(self, app: ASGIApp, key: str) -> None:
+        self._app = app
+        self._key = key.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in OPEN or self._has_key(Headers(scope=scope)):
+            await self._app(scope, receive, send)
+            return
+        error = ApiError(
+            401,
+            "this API needs its key: send it as Authorization: Bearer KEY",
+            "invalid_api_key",
+            headers={"www-authenticate": "Bearer"},
+        )
+        await error.response()(scope, receive, send)
+
+    def _has_key(self, headers: Headers) -> bool:
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        return scheme.lower() == "bearer" and hmac.compare_digest(key.strip().encode(), self._key)
+
+
+def read_key(path: Path) -> str:
+    """The API key in a file: one line of printable ASCII without spaces. Raises IdentityError."""
+    try:
+        with path.open("rb") as file:
+            key = file.read(MAX_KEY_BYTES + 1).strip().decode("ascii", "replace")
+    except OSError as error:
+        raise IdentityError(f"cannot read the API key in {path}: {error.strerror or error}.") from None
+    if not 1 <= len(key) <= MAX_KEY_BYTES or not all("!" <= c <= "~" for c in key):
+        raise IdentityError(f"{path} does not hold an API key: one line of printable characters without spaces.")
+    return key
+
+
+def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        return ipaddress.ip_address(host)
+    except ValueError:
+        return None

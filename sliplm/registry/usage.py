@@ -1,0 +1,127 @@
+"""Usage records: what every request used, written once, whatever happens to the server.
+
+A record is opened before a request may generate, its tokens are brought up to date while it runs, and it is closed at
+its end. What a killed server left open is closed as `interrupted`, with the tokens of its last update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from typing import NamedTuple
+
+import sqlalchemy as sa
+from sqlalchemy.sql.elements import ColumnElement
+
+from sliplm.registry import database
+from sliplm.registry.database import Database
+from sliplm.registry.devices import Device, _device, now
+
+INTERRUPTED = "interrupted"
+
+STALE_SECONDS = 10.0
+"""A record that nobody has updated for so long belongs to a server that is gone: servers update every second, and stop
+generating when they could not for five (`trusted/meter.py`)."""
+
+_table = database.usage
+_tokens = _table.c.prompt_tokens + _table.c.completion_tokens
+
+
+class Totals(NamedTuple):
+    """Sums over usage records."""
+
+    requests: int
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class Tokens(NamedTuple):
+    """The state of one request."""
+
+    request: str
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class Usage:
+    """The usage records in `db`."""
+
+    def __init__(self, db: Database) -> None:
+        self._db = db
+
+    def begin(self, request: str, device: Device) -> int:
+        """Open the record of `request`, an id that no other request has. Returns the tokens that the device's other
+        requests have used since midnight UTC.
+
+        Raises IdentityError if the device may not connect any more, RegistryError if nothing could be written: the
+        request must not run then.
+        """
+        start = now()
+        with self._db.write() as c:
+            row = c.execute(sa.select(database.devices).where(database.devices.c.id == device.id)).one()
+            _device(row).require_active()
+            used = c.execute(_sum(_table.c.device == device.id, _table.c.started >= midnight(start))).scalar_one()
+            c.execute(sa.insert(_table).values(request=request, device=device.id, started=start, updated=start))
+        return int(used)
+
+    def update(self, running: Sequence[Tokens]) -> None:
+        """Note the tokens of requests that are running, all in one transaction."""
+        if not running:
+            return
+        with self._db.write() as c:
+            c.execute(
+                sa.update(_table)
+                .where(_table.c.request == sa.bindparam("key"), _table.c.finished.is_(None))
+                .values(prompt_tokens=sa.bindparam("p"), completion_tokens=sa.bindparam("c"), updated=now()),
+                [{"key": r.request, "p": r.prompt_tokens, "c": r.completion_tokens} for r in running],
+            )
+
+    def finish(self, tokens: Tokens, outcome: str) -> None:
+        """Close a record. A second time changes nothing, so that it can be repeated when it may have failed; but the
+        request's own server knows better than whoever took it for interrupted."""
+        with self._db.write() as c:
+            c.execute(
+                sa.update(_table)
+                .where(
+                    _table.c.request == tokens.request,
+                    sa.or_(_table.c.finished.is_(None), _table.c.outcome == INTERRUPTED),
+                )
+                .values(
+                    prompt_tokens=tokens.prompt_tokens,
+                    completion_tokens=tokens.completion_tokens,
+                    finished=now(),
+                    updated=now(),
+                    outcome=outcome,
+                )
+            )
+
+    def sweep(self, stale: float = STALE_SECONDS) -> int:
+        """Close the records that a killed server left open; how many there were."""
+        with self._db.write() as c:
+            done = c.execute(
+                sa.update(_table)
+                .where(_table.c.finished.is_(None), _table.c.updated < now() - timedelta(seconds=stale))
+                .values(finished=_table.c.updated, outcome=INTERRUPTED)
+            )
+            return int(done.rowcount)
+
+    def totals(self, device: Device, since: datetime | None = None) -> Totals:
+        """What the device has used, since then or ever."""
+        where = [_table.c.device == device.id]
+        if since is not None:
+            where.append(_table.c.started >= since)
+        sums = [
+            sa.func.coalesce(sa.func.sum(column), 0) for column in (_table.c.prompt_tokens, _table.c.completion_tokens)
+        ]
+        with self._db.read() as c:
+            row = c.execute(sa.select(sa.func.count(), *sums).where(*where)).one()
+        return Totals(*map(int, row))
+
+
+def midnight(time: datetime) -> datetime:
+    """The last midnight UTC."""
+    return time.replace(hour=0, minute=0, second=0, microsecond=0)
+
+
+def _sum(*where: ColumnElement[bool]) -> sa.Select[tuple[int]]:
+    return sa.select(sa.func.coalesce(sa.func.sum(_tokens), 0)).where(*where)

@@ -1,0 +1,64 @@
+"""What the trusted side measures, in Prometheus' format: no prompt, no text, no device that made a request.
+
+Requests update counters when tokens come and when they end. Levels, and the exchanges that the engine counts, are read
+when somebody asks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
+
+OUTCOMES = ("stop", "length", "cancelled", "refused", "invalid", "limited", "busy", "unverified", "disconnected",
+            "failed")  # fmt: skip
+
+
+class Metrics:
+    """The metrics of one server. `gauges` and `counters` are read at every scrape: names to values or functions."""
+
+    def __init__(self) -> None:
+        own = self._registry = CollectorRegistry()
+        self.requests = Counter("slip_trusted_requests", "Requests that ended", ["outcome"], registry=own)
+        self.tokens = Counter("slip_trusted_tokens", "Tokens of finished requests", ["kind"], registry=own)
+        self.in_progress = Gauge("slip_trusted_requests_in_progress", "Requests waiting or running", registry=own)
+        self.seconds = Histogram(
+            "slip_trusted_request_seconds", "From request to last token", buckets=SECONDS, registry=own
+        )
+        self.stage = Histogram(
+            "slip_trusted_stage_seconds",
+            "From request to its slot (queue), and to its first token (first_token)",
+            ["stage"],
+            buckets=SECONDS,
+            registry=own,
+        )
+        self.verification_failures = Counter(
+            "slip_trusted_verification_failures", "Answers of edges that failed their check", registry=own
+        )
+        for outcome in OUTCOMES:  # a series that is not there cannot be told from one that is zero
+            self.requests.labels(outcome)
+        self._sampled: list[tuple[str, str, str, Callable[[], float]]] = []
+        own.register(self)  # type: ignore[arg-type]
+
+    def request(self, outcome: str, prompt_tokens: int, completion_tokens: int, seconds: float) -> None:
+        """Count a request that ended."""
+        self.requests.labels(outcome).inc()
+        self.tokens.labels("prompt").inc(prompt_tokens)
+        self.tokens.labels("completion").inc(completion_tokens)
+        self.seconds.observe(seconds)
+
+    def sample(self, kind: str, name: str, what: str, value: Callable[[], float]) -> None:
+        """Read `value` at every scrape, as a "gauge" or a "counter"."""
+        self._sampled.append((kind, name, what, value))
+
+    def collect(self) -> Iterable[Metric]:
+        for kind, name, what, value in self._sampled:
+            family = CounterMetricFamily if kind == "counter" else GaugeMetricFamily
+            yield family(name, what, value=float(value()))
+
+    def text(self) -> bytes:
+        """In the text format that Prometheus reads."""
+        return generate_latest(self._registry)

@@ -1,0 +1,93 @@
+"""Who may stay: looks at the registry a few times a second, and cuts off devices that may not be connected any more."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Collection
+
+from sliplm.errors import IdentityError
+from sliplm.registry import RegistryError
+from sliplm.registry.devices import Device, Devices
+
+POLL_SECONDS = 0.3
+
+_log = logging.getLogger(__name__)
+
+
+class Watch:
+    """Compares the devices that `connected` names (by fingerprint) with the registry, and calls `cut` with each that
+    may not stay, and why, until it is gone. `start` begins, `close` ends."""
+
+    def __init__(
+        self,
+        devices: Devices,
+        connected: Callable[[], Collection[str]],
+        cut: Callable[[str, IdentityError], None],
+    ) -> None:
+        self._devices = devices
+        self._connected = connected
+        self._cut = cut
+        self._known: dict[str, Device] = {}
+        self._version = -1
+        self._unsuspended: dict[str, tuple[Device, str]] = {}  # those whose suspension is not in the registry yet
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self.healthy = True
+        """Whether the registry answered last time."""
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        self._closed.set()
+        if self._thread.is_alive():
+            self._thread.join(5)
+
+    def admit(self, fingerprint: str) -> Device:
+        """The device with this certificate. Raises as `Devices.admit` does."""
+        if fingerprint in self._unsuspended:
+            raise IdentityError("this device is suspended: ask the owner of the model")
+        return self._devices.admit(fingerprint)
+
+    def suspend(self, device: Device, reason: str) -> None:
+        """Suspend `device` and cut it off, now; the registry is told as soon as it can be."""
+        with self._lock:
+            self._unsuspended[device.fingerprint] = device, reason
+        _log.error("device %s is suspended: %s", device.name, reason, extra={"device": device.name})
+        self._cut(device.fingerprint, IdentityError(f"the device {device.name!r} is suspended"))
+        try:
+            self._write()
+        except RegistryError as error:
+            _log.error("a suspension is not in the registry yet: %s", error)
+
+    def _run(self) -> None:
+        while not self._closed.wait(POLL_SECONDS):
+            try:
+                self._write()
+                if (version := self._devices.version()) != self._version:
+                    self._known = {d.fingerprint: d for d in self._devices.all()}
+                    self._version = version
+                if not self.healthy:
+                    _log.warning("the device registry answers again")
+                self.healthy = True
+            except RegistryError as error:
+                if self.healthy:
+                    _log.error("devices cannot be looked up: %s", error)
+                self.healthy = False
+            for fingerprint in self._connected():
+                try:
+                    # One that was enrolled since is not known if the registry does not answer, and was looked up then.
+                    if (device := self._known.get(fingerprint)) is not None:
+                        device.require_active()
+                    if fingerprint in self._unsuspended:
+                        raise IdentityError("this device is suspended: ask the owner of the model")
+                except IdentityError as error:
+                    self._cut(fingerprint, error)
+
+    def _write(self) -> None:
+        with self._lock:
+            for fingerprint, (device, reason) in list(self._unsuspended.items()):
+                self._devices.suspend(device, reason)
+                del self._unsuspended[fingerprint]
