@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sliplm.evaluate.attacks import subspace
@@ -29,6 +29,7 @@ def parts(weight: torch.Tensor, rank: int, hidden: bool) -> tuple[factors.Factor
     return found, *camouflage.low_rank(weight, found, hidden)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 50))
 def test_shapes_are_the_announced_ones_for_every_size(rows: int, columns: int, rank: int) -> None:
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rank))
@@ -64,6 +65,24 @@ def test_the_detectors_work_where_there_is_something_to_find() -> None:
     )
     filled = weight - a @ b + found.u @ core.float() @ found.vt
     assert subspace.overlap(subspace.find(filled, rank)["localised"], found.vt.T) > 0.2
+
+
+def test_half_of_the_swapped_directions_share_a_place() -> None:
+    assert camouflage.trusted_rank(16, 576, 1536, True) == 40 and camouflage.trusted_rank(16, 576, 1536, False) == 16
+    for shape in ((90, 120), (120, 90)):
+        weight = heavy(*shape, 6)
+        _, a, b = parts(weight, 6, True)
+        assert int((torch.linalg.svdvals(a @ b) > 1e-3).sum()) == 15
+
+
+def test_a_sketch_is_camouflaged_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(factors, "EXACT_BELOW", 0)
+    for shape in ((200, 160), (160, 200)):
+        weight = heavy(*shape, 6)
+        _, a, b = parts(weight, 6, True)
+        left = torch.linalg.svdvals((weight - a @ b).double())
+        rest = torch.linalg.svdvals(weight.double())[6:]
+        assert left.max() < 1.02 * rest.max() and left.min() > 0.5 * rest.min()
 
 
 def test_planted_values_are_no_twins() -> None:

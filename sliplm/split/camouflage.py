@@ -5,11 +5,14 @@ W - U_k S_k V_k^T has an exact null space: the protected subspace itself, which 
 1. *Fill.* W' = W - U_k (S_k - M) V_k^T, with a secret random core M whose singular values lie between those of the
    residual. W' has full rank and nothing unusual in its spectrum. But its planted singular vectors still span U_k and
    V_k, and show by their shape: leading singular vectors are heavy-tailed.
-2. *Swap.* The edge gets S_L W' S_R, where S_R exchanges V_k with as many random directions of the bulk, and S_L does
-   the same for U_k. Singular values stay; the planted singular vectors become random directions; and V_k, where random
-   directions used to be, is spread over all singular vectors as a random subspace is.
+2. *Swap.* The edge gets S_L W' S_R, where S_R exchanges V_k with as many random directions G_R of the bulk, and S_L
+   does the same for U_k and G_L. Singular values stay; the planted singular vectors become random directions; and V_k,
+   where random directions used to be, is spread over all singular vectors as a random subspace is.
 
-Swapping costs the trusted side rank 3k in place of k. `docs/security.md` has what detectors find with and without it.
+Swapping costs rank: the trusted part's columns span U_k, W' G_R and G_L, which is 3k. Half of G_L is therefore chosen
+in the span of W' G_R, which leaves 5k/2. An image under W' leans to large singular values; so the directions of G_R it
+is the image of lean away from them, and both end up about as flat as random ones. `docs/security.md` has what detectors
+find.
 """
 
 from __future__ import annotations
@@ -23,7 +26,8 @@ from sliplm.split.factors import Factors
 def trusted_rank(rank: int, rows: int, columns: int, camouflage: bool) -> int:
     """The rank of the trusted part of a (rows, columns) matrix of which `rank` singular components are protected."""
     rank = min(rank, rows, columns)
-    return rank + 2 * _swapped(rank, rows, columns) if camouflage else rank
+    swapped, shared = _counts(rank, rows, columns)
+    return rank + 2 * swapped - shared if camouflage else rank
 
 
 def low_rank(weight: torch.Tensor, factors: Factors, camouflage: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -34,17 +38,35 @@ def low_rank(weight: torch.Tensor, factors: Factors, camouflage: bool) -> tuple[
     """
     if not camouflage:
         return factors.u * factors.s, factors.vt.clone()
-    size = len(factors.s)
+    if len(weight) > weight.shape[1]:  # images are taken from the longer side: they would stand out on it
+        b, a = low_rank(weight.T, Factors(factors.vt.T, factors.s, factors.u.T, factors.rest), True)
+        return a.T.contiguous(), b.T.contiguous()
+    # Singular vectors from a sketch are approximate; these satisfy W V = U S exactly. The weakest come first: they are
+    # the ones whose places are shared.
+    u, s, turn = torch.linalg.svd((weight @ factors.vt.T).double(), full_matrices=False)
+    v = (factors.vt.T.double() @ turn.T).flip(1).float()
+    u, s = u.flip(1).float(), s.flip(0)
+    size = len(s)
     planted = random_orthogonal(size) * between(factors.rest, size) @ random_orthogonal(size)
-    core = (torch.diag(factors.s.double()) - planted).float()
-    a, b = factors.u @ core, factors.vt
-    count = _swapped(size, *weight.shape)
-    left, right = _exchange(factors.u, count), _exchange(factors.vt.T, count)
-    # W' = W - A B. Then S_L W' S_R = W - A B - (W' right) right^T - left (left^T W' S_R).
-    moved = weight @ right - a @ (b @ right)
-    back = left.T @ weight - (left.T @ a) @ b
-    back -= (left.T @ moved) @ right.T
-    return torch.cat([a, moved, left], 1), torch.cat([b, right.T, back])
+    core = (torch.diag(s) - planted).float()
+    filled = torch.addmm(weight, u @ core, v.T, alpha=-1)  # W'
+    swapped, shared = _counts(size, *weight.shape)
+    away = secret.normal(len(v), shared).float()
+    away -= v @ (v.T @ away)
+    away = (float(s[0]) ** 2 or 1.0) * away - filled.T @ (filled @ away)
+    right = _outside(v, away, swapped)
+    left = _outside(u, filled @ right[:, :shared], swapped)
+    across, down = v[:, :swapped] - right, u[:, :swapped] - left  # S_R = I - across across^T, S_L = I - down down^T
+    # S_L W' S_R = W' - moved across^T - down back
+    moved = filled @ across
+    back = down.T @ filled - (down.T @ moved) @ across.T
+    # The shared columns of `moved`, W' V - W' G_R = U planted - G_L image, lie in the spans of U and `down`.
+    image = left[:, :shared].T @ (filled @ right[:, :shared])
+    onto = planted[:, :shared].float()
+    onto[:shared] -= image
+    back[:shared] += image @ across[:, :shared].T
+    a = torch.cat([u, moved[:, shared:], down], 1)
+    return a, torch.cat([core @ v.T + onto @ across[:, :shared].T, across[:, shared:].T, back])
 
 
 def between(values: torch.Tensor, count: int) -> torch.Tensor:
@@ -69,16 +91,17 @@ def random_orthogonal(size: int) -> torch.Tensor:
     return turned
 
 
-def _swapped(rank: int, rows: int, columns: int) -> int:
-    """How many of `rank` directions are swapped: all, if the matrix has as many others."""
-    return min(rank, min(rows, columns) - rank)
+def _counts(rank: int, rows: int, columns: int) -> tuple[int, int]:
+    """How many of `rank` directions are swapped: all, if the matrix has as many others; and how many share places."""
+    swapped = min(rank, min(rows, columns) - rank)
+    return swapped, swapped // 2
 
 
-def _exchange(basis: torch.Tensor, count: int) -> torch.Tensor:
-    """D (n, count) such that the reflection I - D D^T exchanges the first `count` columns of the orthonormal `basis`
-    (n, k) with secret random orthonormal directions outside its span."""
+def _outside(basis: torch.Tensor, first: torch.Tensor, count: int) -> torch.Tensor:
+    """`count` orthonormal directions outside the span of the orthonormal `basis` (n, k): those of `first` (n, f), then
+    secret random ones; float32 (n, count)."""
     basis = basis.double()
-    other = secret.normal(len(basis), count)
+    other = torch.cat([first.double(), secret.normal(len(basis), count - first.shape[1])], 1)
     for _ in range(2):  # Gram-Schmidt, twice for full precision
         other = torch.linalg.qr(other - basis @ (basis.T @ other))[0]
-    return (basis[:, :count] - other).float()
+    return other.float()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-DETECTORS = ("smallest", "largest", "twins", "heavy-tailed", "light-tailed", "outliers", "holes", "localised")
+DETECTORS = ("smallest", "largest", "middle", "twins", "heavy-tailed", "light-tailed", "outliers", "holes", "localised")
 
 
 def find(matrix: torch.Tensor, count: int) -> dict[str, torch.Tensor]:
@@ -31,6 +31,7 @@ def find(matrix: torch.Tensor, count: int) -> dict[str, torch.Tensor]:
     scores = {
         "smallest": -s,
         "largest": s,
+        "middle": -(s.square() / s.square().max().clamp_min(1e-30) - 1 / 3).abs(),  # where shared places lie densest
         "twins": -near,  # two singular values closer than their mutual repulsion allows
         "heavy-tailed": shape,
         "light-tailed": -shape,
