@@ -7,7 +7,8 @@
     fuzz     1,000,000 malformed frames, to both sides: no crash, no hang, other sessions undisturbed
     kills    200 times kill -9 of either side: the other recovers within 5 s, no pad is used twice
 
-Without --bundle, SmolLM2 is split first. --quick takes a small fraction of everything. Exits with 1 if a promise is broken.
+Without --bundle, SmolLM2 is split first. --quick takes a small fraction of everything. Exits with 1 if a promise is
+broken.
 """
 
 from __future__ import annotations

@@ -1,10 +1,12 @@
-"""Malformed frames, sent to a running `slip trusted` by enrolled edges and to a running `slip edge` by its trusted side.
+"""Malformed frames, from enrolled edges to a running `slip trusted`, and from a trusted side to a running `slip edge`.
 
 A bad frame ends its connection, so each costs a connection of its own. Therefore one in a hundred goes over TLS, one in
 five to processes whose TLS is switched off (`plain`), and the others are read in this process by the code that both
-sides read with: a channel, and what decodes the payload. Every connection has to be closed by the side under attack within its time
-limit, that side has to stay up, with the threads, descriptors and memory that it had, and an honest edge that uses the
-same trusted side all the while has to get the true text every time.
+sides read with: a channel, and what decodes the payload.
+
+Every connection has to be closed by the side under attack within its time limit; that side has to stay up, with the
+threads and descriptors that it had; and an honest edge that uses the same trusted side all the while has to get the
+true text every time.
 """
 
 from __future__ import annotations
@@ -322,15 +324,15 @@ class HostileTrusted:
 # --- the experiment -------------------------------------------------------------------------------------------------
 
 
-def run(bundle: Path, size: int = 1_000_000, seed: int = 0) -> dict[str, Any]:
+def run(bundle: Path, size: int = 1_000_000, seed: int = 0, fresh: bool = True) -> dict[str, Any]:
     """Send `size` frames: to the trusted side and to the edge, with TLS and without."""
     encrypted = max(40, int(size * WITH_TLS))
     rest = max(40, int(size * TO_PROCESSES) - encrypted)
     parts: dict[str, Callable[[Site], dict[str, Any]]] = {
-        "to slip trusted, TLS": lambda here: _attack_trusted(here, encrypted * 3 // 4, True, seed),
-        "to slip edge, TLS": lambda here: _attack_edge(here, encrypted - encrypted * 3 // 4, True, seed),
-        "to slip trusted, plain": lambda here: _attack_trusted(here, rest // 2, False, seed),
-        "to slip edge, plain": lambda here: _attack_edge(here, rest - rest // 2, False, seed),
+        "to slip trusted, TLS": lambda here: _attack_trusted(here, encrypted * 3 // 4, True, seed, fresh),
+        "to slip edge, TLS": lambda here: _attack_edge(here, encrypted - encrypted * 3 // 4, True, seed, fresh),
+        "to slip trusted, plain": lambda here: _attack_trusted(here, rest // 2, False, seed, fresh),
+        "to slip edge, plain": lambda here: _attack_edge(here, rest - rest // 2, False, seed, fresh),
     }
     results: dict[str, Any] = {"in process": _attack_parsers(size - encrypted - rest, seed)}
     problems: list[str] = results["in process"].pop("problems")
@@ -390,9 +392,9 @@ _READERS: list[Callable[[random.Random], _Reader]] = [
 """A valid frame, the version agreed on, and what decodes its payload."""
 
 
-def _attack_trusted(here: Site, size: int, encrypted: bool, seed: int, hostile: int = 6) -> dict[str, Any]:
+def _attack_trusted(here: Site, size: int, encrypted: bool, seed: int, fresh: bool, hostile: int = 6) -> dict[str, Any]:
     bundle = EdgeBundle.open(here.bundle / "edge")
-    trusted, address = here.trusted(before=None if encrypted else plain.server, fresh=True)
+    trusted, address = here.trusted(before=None if encrypted else plain.server, fresh=fresh)
     honest = here.edge(address, here.enrol("honest"), before=None if encrypted else plain.client)
     api = honest.ready()["api"]
     truth = text(api, PROMPT, TOKENS)
@@ -417,13 +419,15 @@ def _attack_trusted(here: Site, size: int, encrypted: bool, seed: int, hostile: 
     return _summary(tally, trusted, before, started) | {"honest requests meanwhile": asked}
 
 
-def _attack_edge(here: Site, size: int, encrypted: bool, seed: int, edges: int = 3) -> dict[str, Any]:
+def _attack_edge(here: Site, size: int, encrypted: bool, seed: int, fresh: bool, edges: int = 3) -> dict[str, Any]:
     bundle = EdgeBundle.open(here.bundle / "edge")
     identities = [here.enrol(f"edge{i}") for i in range(edges)]
     context = tls.server_context(here.bundle / "trusted" / "authority") if encrypted else plain.Context()
     tally = _Tally(size)
     hostile = HostileTrusted(context, bundle.digest, bundle.shapes, tally, seed)
-    running = [here.edge(hostile.address, i, before=None if encrypted else plain.client, fresh=True) for i in identities]
+    running = [
+        here.edge(hostile.address, i, before=None if encrypted else plain.client, fresh=fresh) for i in identities
+    ]
     apis = [edge.ready()["api"] for edge in running]
     before, started = running[0].usage(), time.monotonic()
     clients = [threading.Thread(target=_annoy, args=(api, tally), daemon=True) for api in apis]

@@ -15,6 +15,7 @@ from sliplm.errors import LinkError
 from sliplm.field import P
 from sliplm.protocol.channel import Channel
 from sliplm.protocol.frames import Header, Kind
+from sliplm.protocol.messages import GenerateRequest
 
 Field = NDArray[np.uint32]
 Random = np.random.Generator
@@ -153,7 +154,7 @@ class Liar(EdgeWorker):
             self._lie = None if kind is None else (kind, after)
 
     def _exchange(self, channel: Channel, header: Header) -> None:
-        m, k = self._engine.shapes[header.group]
+        k = self._engine.shapes[header.group][1]
         x = np.empty((header.rows, k), np.uint32)
         channel.read_array(x)
         y = self._engine.product(header.group, x)
@@ -188,8 +189,6 @@ class Liar(EdgeWorker):
 
     def request(self, prompt: str, max_tokens: int) -> tuple[str, Exception | None]:
         """Ask the trusted side for text, greedy: what came, and how it ended if not well."""
-        from sliplm.protocol.messages import GenerateRequest
-
         text = ""
         try:
             with self.generate(GenerateRequest(prompt=prompt, max_tokens=max_tokens)) as chunks:

@@ -32,6 +32,9 @@ class _Socket(socket.socket):
             data += piece
         return data
 
+    def pending(self) -> int:
+        return 0
+
     def getpeercert(self, binary_form: bool = False) -> bytes:
         return self.theirs
 

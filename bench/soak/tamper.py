@@ -24,10 +24,10 @@ PROMPT = "The capital of France is"
 TOKENS = 2
 
 
-def run(bundle: Path, size: int = 10_000, liars: int = 4, seed: int = 0) -> dict[str, Any]:
+def run(bundle: Path, size: int = 10_000, liars: int = 4, seed: int = 0, fresh: bool = True) -> dict[str, Any]:
     """Let `liars` edges tell `size` lies in all, and say what came of them."""
     with site(bundle) as here:
-        trusted, address = here.trusted(fresh=True)
+        trusted, address = here.trusted(fresh=fresh)
         honest = here.edge(address, here.enrol("honest"))
         api = honest.ready()["api"]
         truth = text(api, PROMPT, TOKENS)
