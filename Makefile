@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check numbers attack clean
+.PHONY: demo test check numbers attack soak clean
 
 demo: $(STAMP)
 	$(BIN)/slip demo
@@ -19,6 +19,9 @@ check: $(STAMP)
 
 numbers: $(STAMP)
 	$(BIN)/python bench/acceptance.py
+
+soak: $(STAMP)
+	$(BIN)/python -m bench.soak $(if $(SECONDS),--seconds $(SECONDS)) $(if $(QUICK),--quick)
 
 attack: $(STAMP)
 	$(BIN)/python bench/attack.py $(BUDGET)

@@ -1,0 +1,155 @@
+"""kill -9 of either side at random moments, with requests under way.
+
+The killed side is started again, the other is left alone: within 5 s of the moment at which the restarted side is up,
+every edge has to answer a new request, with the right text. Texts that break off have to break off with an error. All
+pads, of all lives of the trusted side, are logged (`watch`), and none may come twice.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import random
+import statistics
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from bench.soak import watch
+from bench.soak.processes import Command, Site, ask, site
+
+PROMPT = "The capital of France is"
+TOKENS = 8
+RECOVERY_SECONDS = 5.0
+
+
+class Client(threading.Thread):
+    """Asks one edge again and again, and judges what it gets.
+
+    Attributes:
+        begun: how many requests have given their first text; `when` the last one began to.
+    """
+
+    def __init__(self, truth: str) -> None:
+        super().__init__(daemon=True)
+        self.api = ""
+        self.truth = truth
+        self.begun = self.finished = self.broken = 0
+        self.asked_at = 0.0
+        self.problems: list[str] = []
+        self.errors: dict[str, int] = {}
+        self._first = threading.Condition()
+        self._stopping = False
+
+    def run(self) -> None:
+        while not self._stopping:
+            text, asked_at = "", time.monotonic()
+            try:
+                for chunk in ask(self.api, PROMPT, TOKENS, timeout=60):
+                    if chunk.text and not text:
+                        with self._first:
+                            self.begun += 1
+                            self.asked_at = asked_at
+                            self._first.notify_all()
+                    text += chunk.text
+                if text != self.truth:
+                    self.problems.append(f"a text that passed for whole is wrong: {len(text)} characters")
+                self.finished += 1
+            except Exception as error:
+                self.broken += 1
+                sentence = str(error)
+                self.errors[sentence] = self.errors.get(sentence, 0) + 1
+                if not self.truth.startswith(text):
+                    self.problems.append("a text that broke off was wrong before")
+                time.sleep(0.05)
+
+    def wait_for_a_new_answer(self, since: float, seconds: float) -> bool:
+        """Whether a request made after `since` gives its first text within `seconds`."""
+        with self._first:
+            return self._first.wait_for(lambda: self.asked_at >= since, seconds)
+
+    def stop(self) -> None:
+        self._stopping = True
+        self.join(60)
+
+
+def run(bundle: Path, size: int = 200, edges: int = 2, seed: int = 0) -> dict[str, Any]:
+    """Kill one side or the other, `size` times in all."""
+    rng = random.Random(seed)
+    key = os.urandom(32)
+    with site(bundle) as here:
+        pads, rows = here.scratch / "pads.log", here.scratch / "rows.log"
+        watched = functools.partial(watch.pads, pads, key)
+        trusted, address = here.trusted(before=watched)
+        port = int(address.rsplit(":", 1)[1])
+        identities = [here.enrol(f"edge{i}") for i in range(edges)]
+        running = [_edge(here, address, identity, rows, key) for identity in identities]
+        apis = [edge.ready()["api"] for edge in running]
+        truth = "".join(c.text for c in ask(apis[0], PROMPT, TOKENS))
+        clients = [Client(truth) for _ in running]
+        for client, api in zip(clients, apis, strict=True):
+            client.api = api
+            client.start()
+        problems: list[str] = []
+        took: dict[str, list[float]] = {"trusted": [], "edge": []}
+        started = time.monotonic()
+        for number in range(size):
+            time.sleep(rng.expovariate(1.0))
+            victim = rng.randrange(2 * edges)  # the trusted side in half of the cases
+            broken = [client.broken for client in clients]
+            if victim >= edges:
+                trusted.kill()
+                trusted, _ = here.trusted(port, before=watched)
+                side, waiting = "trusted", clients
+            else:
+                running[victim].kill()
+                running[victim] = _edge(here, address, identities[victim], rows, key)
+                clients[victim].api = running[victim].ready()["api"]
+                side, waiting = "edge", [clients[victim]]
+            up = time.monotonic()
+            for client in waiting:
+                if not client.wait_for_a_new_answer(up, 60):
+                    problems.append(f"kill {number} ({side}): no new answer within 60 s")
+            seconds = time.monotonic() - up
+            took[side].append(seconds)
+            if seconds > RECOVERY_SECONDS:
+                problems.append(f"kill {number} ({side}): the first new answer took {seconds:.1f} s")
+            if side == "edge" and any(c.broken > b for c, b in zip(clients, broken, strict=True) if c not in waiting):
+                problems.append(f"kill {number} (edge): another edge was disturbed")
+            if len(problems) > 10:
+                break
+        for client in clients:
+            client.stop()
+        for client in clients:
+            problems += client.problems
+            if client.is_alive():
+                problems.append("a request hangs")
+        for command in here.commands:
+            if complaints := command.complaints():
+                problems.append(complaints)
+        used, twice = watch.count(pads)
+        seen, seen_twice = watch.count(rows)
+        if twice or seen_twice:
+            problems.append(f"{twice} pads were used twice; {seen_twice} rows were seen twice")
+        if seen > used:
+            problems.append(f"the edges saw {seen} rows and only {used} pads were logged")
+        return {
+            "kills": {side: len(times) for side, times in took.items()},
+            "recovery, seconds": {side: _summary(times) for side, times in took.items() if times},
+            "requests": {"whole": sum(c.finished for c in clients), "broken off": sum(c.broken for c in clients)},
+            "pads used": used,
+            "of them twice": twice,
+            "rows seen by edges": seen,
+            "rows seen twice": seen_twice,
+            "seconds": round(time.monotonic() - started, 1),
+            "problems": problems,
+        }
+
+
+def _edge(here: Site, address: str, identity: Path, rows: Path, key: bytes) -> Command:
+    return here.edge(address, identity, before=functools.partial(watch.rows, rows, key))
+
+
+def _summary(seconds: list[float]) -> dict[str, float]:
+    return {"median": round(statistics.median(seconds), 2), "worst": round(max(seconds), 2)}

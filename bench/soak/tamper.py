@@ -1,0 +1,133 @@
+"""Tampered answers: every one has to be caught, and none may become text.
+
+Edges of the real kind ask for text and answer rightly up to a random exchange, where they tell one lie of a random
+kind. A lie counts as caught if the request fails and all text that came before is the beginning of the true text.
+Meanwhile an honest edge asks all the time, and has to get the true text every time.
+"""
+
+from __future__ import annotations
+
+import collections
+import random
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from bench.soak.liar import LIES, NUMBERS, Liar
+from bench.soak.processes import eventually, site, text
+from sliplm.bundle import EdgeBundle
+from sliplm.edge.engine import EdgeEngine
+from sliplm.errors import VerificationError
+
+PROMPT = "The capital of France is"
+TOKENS = 2
+
+
+def run(bundle: Path, size: int = 10_000, liars: int = 4, seed: int = 0, fresh: bool = True) -> dict[str, Any]:
+    """Let `liars` edges tell `size` lies in all, and say what came of them."""
+    with site(bundle) as here:
+        trusted, address = here.trusted(fresh=fresh)
+        honest = here.edge(address, here.enrol("honest"))
+        api = honest.ready()["api"]
+        truth = text(api, PROMPT, TOKENS)
+        engine = EdgeEngine.from_bundle(EdgeBundle.open(here.bundle / "edge"))
+        workers = [Liar(engine, address, here.enrol(f"liar{i}"), seed + i) for i in range(liars)]
+        threads = [threading.Thread(target=w.run, daemon=True) for w in workers]
+        for thread in threads:
+            thread.start()
+        tally = _Tally(size)
+        before = trusted.usage()
+        started = time.monotonic()
+        clients = [
+            threading.Thread(target=_lie, args=(w, tally, truth, len(engine.shapes), seed + i))
+            for i, w in enumerate(workers)
+        ]
+        for client in clients:
+            client.start()
+        disturbed = asked = 0
+        while any(client.is_alive() for client in clients):
+            asked += 1
+            try:
+                disturbed += text(api, PROMPT, TOKENS) != truth
+            except Exception:
+                disturbed += 1
+        seconds = time.monotonic() - started
+        for worker in workers:
+            worker.stop()
+        after = trusted.usage()
+        problems = list(tally.problems)
+        if not trusted.alive:
+            problems.append("the trusted side ended")
+        if complaints := trusted.complaints():
+            problems.append(complaints)
+        if disturbed:
+            problems.append(f"the honest edge was disturbed {disturbed} times")
+        told = sum(w.told for w in workers)
+        if told != tally.caught.total():
+            problems.append(f"{told} lies were told, and {tally.caught.total()} caught")
+        return {
+            "told": told,
+            "caught": dict(sorted(tally.caught.items())),
+            "by the check": tally.by_check,
+            "honest requests": asked,
+            "seconds": round(seconds, 1),
+            "trusted before": before,
+            "trusted after": after,
+            "problems": problems,
+        }
+
+
+class _Tally:
+    def __init__(self, size: int) -> None:
+        self._lock = threading.Lock()
+        self._left = size
+        self.caught: collections.Counter[str] = collections.Counter()
+        self.by_check = 0
+        self.problems: list[str] = []
+
+    def next(self) -> bool:
+        """Whether one more lie is to be told."""
+        with self._lock:
+            self._left -= 1
+            return self._left >= 0 and len(self.problems) < 10
+
+    def record(self, kind: str, error: Exception | None, prefix: bool) -> None:
+        with self._lock:
+            if error is None or not prefix:
+                self.problems.append(f"a lie ({kind}) was answered: {error or 'no error'}")
+            elif (kind in NUMBERS) != isinstance(error, VerificationError):
+                self.problems.append(f"a lie ({kind}) ended a request for another reason: {error}")
+            else:
+                self.caught[kind] += 1
+                self.by_check += isinstance(error, VerificationError)
+
+
+def _lie(worker: Liar, tally: _Tally, truth: str, groups: int, seed: int) -> None:
+    rng = random.Random(seed)
+    while tally.next():
+        kind = rng.choice(LIES)
+        told = worker.told
+        for _ in range(20):  # until the lie finds an opportunity
+            if not worker.connected.wait(30):
+                tally.problems.append("a lying edge could not connect again")
+                return
+            after = rng.randrange(groups * TOKENS) if kind != "rows swapped" else rng.randrange(groups)
+            worker.lie(kind, after)
+            got, error = worker.request(PROMPT, TOKENS)
+            worker.lie(None)
+            if worker.told > told:
+                tally.record(kind, error, truth.startswith(got) and got != truth)
+                break
+            if error is None and got != truth:
+                tally.problems.append("a request without a lie got another text")
+                return
+        else:
+            tally.problems.append(f"there was no opportunity for a lie of the kind {kind!r}")
+            return
+        eventually(lambda: _reconnected(worker), 30, 0.01)
+
+
+def _reconnected(worker: Liar) -> None:
+    if not worker.connected.is_set():
+        raise RuntimeError("not connected yet")

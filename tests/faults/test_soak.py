@@ -1,0 +1,58 @@
+"""The experiments of `make soak`, small: a tiny model and a few of everything."""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bench.soak import fuzz, kills, streams, tamper, watch
+from bench.soak.liar import LIES
+from bench.soak.processes import Command
+
+
+def test_tampered_answers_are_caught(tiny_split: Path) -> None:
+    result = tamper.run(tiny_split, size=3 * len(LIES), fresh=False)
+    assert not result["problems"]
+    assert result["told"] == sum(result["caught"].values()) == 3 * len(LIES)
+    assert result["honest requests"] > 0
+
+
+def test_malformed_frames_disturb_nobody(tiny_split: Path) -> None:
+    result = fuzz.run(tiny_split, size=2_000, fresh=False)
+    assert not result["problems"]
+    assert result["frames"] >= 1_950  # a few are refused before they can be sent
+
+
+def test_either_side_survives_the_other_s_death(tiny_split: Path) -> None:
+    result = kills.run(tiny_split, size=4, seed=1)
+    assert not result["problems"]
+    assert min(result["kills"].values()) > 0
+    assert result["rows seen by edges"] > 0
+
+
+def test_streams_do_not_disturb_each_other(tiny_split: Path) -> None:
+    result = streams.run(tiny_split, seconds=4, streams=6, edges=2, flat=1.0, fresh=False)
+    assert not result["problems"]
+    assert result["tokens"] > 0
+
+
+def use_pads(twice: bool) -> None:
+    from sliplm.pads.pool import Pad
+
+    r = np.arange(12, dtype=np.uint32).reshape(3, 4)
+    Pad(r, r).mask()
+    Pad(r[:1] if twice else r[:1] + 1, r[:1]).mask()
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_the_log_of_pads_shows_one_that_is_used_twice(tmp_path: Path, twice: bool) -> None:
+    log, key = tmp_path / "pads.log", os.urandom(32)
+    command = Command(
+        tmp_path, "pads", before=functools.partial(watch.pads, log, key), main=functools.partial(use_pads, twice)
+    )
+    assert command.wait() == 0
+    assert watch.count(log) == (4, int(twice))
