@@ -179,7 +179,8 @@ def test_prepare_refuses_what_cannot_be_exact_or_is_no_matrix():
 
 
 def test_the_best_backend_that_was_built_is_chosen():
-    assert kernels.available_backends() == (["native", "torch"] if ISAS else ["torch"])
+    on_the_cpu = [name for name in kernels.available_backends() if name not in ("triton", "cuda")]
+    assert on_the_cpu == (["native", "torch"] if ISAS else ["torch"])
     assert kernels.describe().startswith(kernels.available_backends()[0])
     for name in kernels.available_backends():
         q, x = sample(20, 33, 2)
@@ -225,7 +226,7 @@ assert field.native is None and masking.native is None
 matrix = kernels.prepare(np.full((2, 3), -128, np.int8))
 print(matrix.product(np.full((1, 3), field.P - 1, np.uint32)).tolist())
 """
-    env = os.environ | {"SLIPLM_BACKEND": "torch" if how == "forced" else ""}
+    env = os.environ | {"SLIPLM_BACKEND": "torch" if how == "forced" else "", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [sys.executable, "-c", code, how], capture_output=True, text=True, check=True, timeout=120, env=env
     )

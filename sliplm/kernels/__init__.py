@@ -1,7 +1,7 @@
 """Exact products Q x mod p on the wire format, whatever the machine offers: one function, several backends.
 
 A backend is used only after it has proved itself, in this process, against exact integers; one that fails is
-passed over for the next. SLIPLM_BACKEND=native|torch forces one.
+passed over for the next. SLIPLM_BACKEND=triton|cuda|native|torch forces one.
 """
 
 import logging
@@ -15,12 +15,21 @@ from numpy.typing import NDArray
 from sliplm.errors import UnsupportedModelError
 from sliplm.field import P
 from sliplm.kernels.base import MAX_COLUMNS, IntMatrix
+from sliplm.kernels.cuda import CudaMatrix, TritonMatrix
 from sliplm.kernels.native import NativeMatrix
 from sliplm.kernels.portable import TorchMatrix
 
 __all__ = ["MAX_COLUMNS", "IntMatrix", "available_backends", "describe", "prepare", "self_proof"]
 
-BACKENDS: dict[str, type[IntMatrix]] = {"native": NativeMatrix, "torch": TorchMatrix}  # the fastest first
+BACKENDS: dict[str, type[IntMatrix]] = {  # the fastest first
+    "triton": TritonMatrix,
+    "cuda": CudaMatrix,
+    "native": NativeMatrix,
+    "torch": TorchMatrix,
+}
+# (rows, columns, tokens): every kernel of every backend, on whole tiles and on parts of them, and the widest sum
+_PROOF = [(1, 1, 1), (17, 65, 2), (33, 515, 5), (100, 1030, 1), (64, 4099, 7), (3, MAX_COLUMNS, 2)]
+_PROOF += [(256, 384, 33), (130, 260, 300)]
 
 _log = logging.getLogger(__name__)
 
@@ -58,13 +67,13 @@ def self_proof(backend: str) -> bool:
         return False
     rng = np.random.default_rng()
     try:
-        for rows, cols, tokens in [(1, 1, 1), (17, 65, 2), (33, 515, 5), (100, 1030, 1), (64, 4099, 7)]:
+        for rows, cols, tokens in _PROOF:
             q = rng.integers(-128, 128, (rows, cols)).astype(np.int8)
             x = rng.integers(0, P, (tokens, cols)).astype(np.uint32)
             q[0], q[-1], q[rows // 2, ::2] = -128, 127, -127
             x[0, ::3], x[-1, 1::3] = P - 1, 0
             x[tokens // 2, 2::3] = 0x00FFFFFF
-            exact = x.astype(object) @ q.T.astype(object) % P
+            exact = x.astype(np.int64) @ q.T.astype(np.int64) % P  # sums below 2^31 * 2^7 * 2^16
             if not (kind(q).product(x) == exact).all():
                 raise ArithmeticError("a product is wrong")
     except Exception as reason:
