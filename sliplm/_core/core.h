@@ -41,7 +41,8 @@ struct Isa {
     // Added to what `out` holds.
     void (*decode)(const uint32_t* answer, const uint32_t* image, const float* scales, size_t planes, size_t n,
                    double inv_c, const int32_t* perm, const float* sign, double* v, float* out);
-    // low (width) = x (n) bt (n, width); then out (n) += low (rank) at (rank, n). Weights are float32, or bfloat16.
+    // low (width) = x (n) bt (n, width); then out (n) += low (rank) at (rank, n). Weights are float32, or bfloat16; `width`
+    // is a multiple of 16.
     void (*shrink32)(const float* x, size_t n, const float* bt, size_t width, float* low);
     void (*expand32)(const float* low, size_t rank, const float* at, size_t n, float* out);
     void (*shrink16)(const float* x, size_t n, const uint16_t* bt, size_t width, float* low);

@@ -198,22 +198,23 @@ template <size_t T, class W>
 inline void shrink_strip(const float* x, size_t n, const W* bt, size_t width, float* low) {
     Sixteen sum[T] = {};
     for (size_t k = 0; k < n; k++)
-#pragma GCC unroll 9
+#pragma GCC unroll 8
         for (size_t i = 0; i < T; i++) sum[i] += x[k] * widen16(bt + k * width + 16 * i);
     for (size_t i = 0; i < T; i++) reinterpret_cast<Sixteen*>(low)[i] = sum[i];
 }
 
 template <class W>
 void shrink(const float* x, size_t n, const W* bt, size_t width, float* low) {
-    size_t w = 0;
-    for (; w + 144 <= width; w += 144) shrink_strip<9>(x, n, bt + w, width, low + w);
-    for (; w + 48 <= width; w += 48) shrink_strip<3>(x, n, bt + w, width, low + w);
-    for (; w + 16 <= width; w += 16) shrink_strip<1>(x, n, bt + w, width, low + w);
-    for (; w < width; w++) {
-        float sum = 0;
-        for (size_t k = 0; k < n; k++) sum += x[k] * widen(bt[k * width + w]);
-        low[w] = sum;
-    }
+    for (size_t w = 0; w < width; w += 128) switch ((width - w) / 16) {
+            case 1: shrink_strip<1>(x, n, bt + w, width, low + w); break;
+            case 2: shrink_strip<2>(x, n, bt + w, width, low + w); break;
+            case 3: shrink_strip<3>(x, n, bt + w, width, low + w); break;
+            case 4: shrink_strip<4>(x, n, bt + w, width, low + w); break;
+            case 5: shrink_strip<5>(x, n, bt + w, width, low + w); break;
+            case 6: shrink_strip<6>(x, n, bt + w, width, low + w); break;
+            case 7: shrink_strip<7>(x, n, bt + w, width, low + w); break;
+            default: shrink_strip<8>(x, n, bt + w, width, low + w);
+        }
 }
 
 template <class W>

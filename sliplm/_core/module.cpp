@@ -185,8 +185,8 @@ void expand(const Isa& isa, const float* low, size_t rank, const uint16_t* at, s
     isa.expand16(low, rank, at, n, out);
 }
 
-// The trusted part of a group, A (B x) + b for one token: bt (K, sum of the members' ranks), and each member's At
-// (rank, rows), in float32 or as the bits of bfloat16, and bias. It refers to the arrays that it is given.
+// The trusted part of a group, A (B x) + b for one token: bt (K, width), its columns the members' B one after the
+// other and then zeros up to a multiple of 16; each member's At (rank, rows), in float32 or as the bits of bfloat16; biases. It refers to the arrays that it is given.
 template <class W>
 class LowRank {
 public:
@@ -199,7 +199,7 @@ public:
             ranks += at_[i].shape(0);
             rows_ += at_[i].shape(1);
         }
-        require(ranks == bt_.shape(1), "the ranks do not add up");
+        require(ranks <= bt_.shape(1) && bt_.shape(1) % 16 == 0, "the ranks do not fit the width");
     }
 
     void apply(Vector<const float> x, Vector<float> out, const std::string& isa) const {

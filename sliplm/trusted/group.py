@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn import functional
 
 from sliplm._core import native
 from sliplm.errors import NumericsError
@@ -58,7 +59,8 @@ class Group:
         self._rotations = rotations
         self._runtime = runtime
         # Transposed, as both the products of torch and those of the native core want them; B of all members as one.
-        self._bt = torch.cat([m.b for m in members]).T.contiguous()
+        b = torch.cat([m.b for m in members])
+        self._bt = functional.pad(b, (0, 0, 0, -len(b) % 16)).T.contiguous()  # the native product wants whole vectors
         self._at = [m.a.T.contiguous() for m in members]
         self._bias = [m.bias for m in members]
         self._one: Any = None  # the native product for one token
@@ -114,7 +116,8 @@ class Group:
         return out
 
     def _own_many(self, x: torch.Tensor) -> NDArray[np.float32]:
-        low = (x @ self._bt.float()).split([len(a) for a in self._at], dim=1)
+        ranks = [len(a) for a in self._at]
+        low = (x @ self._bt.float())[:, : sum(ranks)].split(ranks, dim=1)
         parts = zip(low, (a.float() for a in self._at), self._bias, strict=True)
         return torch.cat([y @ a if b is None else torch.addmm(b, y, a) for y, a, b in parts], dim=1).numpy()
 

@@ -125,16 +125,16 @@ def _summary(
         for name, t in prefilled.items()
         if t
     }
-    cpu = {name: [median(c) for c in zip(*(run["cpu"] for run in decoded[name]), strict=True)] for name in decoded}
+    cpu = {name: median(run["spent"]["cpu"] for run in runs) for name, runs in decoded.items()}
     size = sum(f.stat().st_size for f in (directory / "edge").iterdir())
     return {
         "decode": decode,
         "prefill": prompts,
         "per_token": {
-            "cpu_ms_unprotected": 1e3 * cpu["bf16"][0],
-            "cpu_ms_trusted": 1e3 * cpu["tls"][0],
-            "cpu_ms_edge": 1e3 * cpu["tls"][1],
-            "trusted_share_of_cpu": cpu["tls"][0] / cpu["bf16"][0],
+            "cpu_ms_unprotected": 1e3 * cpu["bf16"],
+            "cpu_ms_trusted": 1e3 * cpu["tls"],
+            "cpu_ms_edge": 1e3 * median(run["spent"]["edge_cpu"] for run in decoded["tls"]),
+            "trusted_share_of_cpu": cpu["tls"] / cpu["bf16"],
             **_traffic(directory, decoded["tls"]),
         },
         "exchange_us": {"tls": _stages(decoded["tls"]), "in process": _stages(decoded["in process"])},
@@ -153,14 +153,14 @@ def _traffic(directory: Path, runs: list[dict[str, Any]]) -> dict[str, float]:
     """Round trips of one decoded token, counted, and the bytes each way with frame headers, by the groups' shapes."""
     shapes = EdgeBundle.open(directory / "edge").shapes
     return {
-        "round_trips": median(run["spent"]["exchanges"] / (len(run["seconds"]) + 1) for run in runs),
+        "round_trips": median(run["spent"]["exchanges"] for run in runs),
         "bytes_sent": sum(4 * k + HEADER.size for _, k in shapes),
         "bytes_received": sum(4 * m + HEADER.size for m, _ in shapes),
     }
 
 
 def _stages(runs: list[dict[str, Any]]) -> dict[str, float]:
-    """Mean microseconds of an exchange by stage, on the trusted side, prompts included."""
+    """Mean microseconds of a decoded token's exchange by stage, on the trusted side."""
     total = {key: sum(run["spent"][key] for run in runs) for key in runs[0]["spent"]}
     per = {key: total[key] / total["exchanges"] / 1e3 for key in total}
     stages = {

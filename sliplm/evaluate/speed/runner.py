@@ -2,7 +2,7 @@
 
 Commands come as lines of JSON on stdin, answers leave on stdout:
 
-    {"do": "decode", "tokens": n, ...} -> {"seconds": [per token], "cpu": s, ...}
+    {"do": "decode", "tokens": n, ...} -> {"seconds": [per token], "spent": {"cpu": seconds per token, ...}}
     {"do": "prefill", "tokens": n, ...} -> {"seconds": s, ...}
     {"do": "memory"} -> {"peak": bytes, ...}
 
@@ -19,6 +19,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -38,23 +39,20 @@ PROMPT = 16
 
 
 class _Clock(BaseStreamer):
-    """Notes when each token comes, and the CPU time of this process and of `others` then."""
+    """Notes when each token comes (the first call brings the prompt), and what `sample` gives at the first and last."""
 
-    def __init__(self, others: list[int]) -> None:
-        self._others = others
+    def __init__(self, sample: Callable[[], dict[str, Any]]) -> None:
+        self._sample = sample
         self.times: list[float] = []
-        self.cpu: list[list[float]] = []
+        self.samples: list[dict[str, Any]] = []
 
     def put(self, value: torch.Tensor) -> None:
         self.times.append(time.perf_counter())
-        if len(self.times) <= 2:
-            self.cpu.append(self._cpu())
+        if len(self.times) == 2:
+            self.samples.append(self._sample())
 
     def end(self) -> None:
-        self.cpu.append(self._cpu())
-
-    def _cpu(self) -> list[float]:
-        return [time.process_time(), *map(cpu_seconds, self._others)]
+        self.samples.append(self._sample())
 
 
 def cpu_seconds(pid: int) -> float:
@@ -84,7 +82,7 @@ class Plain:
 
     def decode(self, tokens: int, **_: Any) -> dict[str, Any]:
         ids = torch.arange(PROMPT)[None] + 3
-        clock = _Clock(self.others)
+        clock = _Clock(self._sample)
         with torch.inference_mode():
             self.model.generate(
                 input_ids=ids,
@@ -95,8 +93,11 @@ class Plain:
                 streamer=clock,
             )
         steps = [b - a for a, b in zip(clock.times[1:], clock.times[2:], strict=False)]
-        cpu = [(b - a) / len(steps) for a, b in zip(clock.cpu[1], clock.cpu[2], strict=True)]
-        return {"seconds": steps, "cpu": cpu}
+        first, last = clock.samples
+        return {"seconds": steps, "spent": {key: (last[key] - first[key]) / len(steps) for key in last}}
+
+    def _sample(self) -> dict[str, float]:
+        return {"cpu": time.process_time()}
 
     def prefill(self, tokens: int, **_: Any) -> dict[str, Any]:
         ids = (torch.arange(tokens)[None] * 7919) % self.model.config.vocab_size
@@ -112,6 +113,8 @@ class Plain:
 
 class _NoText:
     """The server's engine: edges connect, and no one asks for text."""
+
+    capacity = 1
 
     def generate(self, request: Any, link: Any) -> Any:
         raise NotImplementedError
@@ -145,26 +148,19 @@ class Protected(Plain):
         self._fill(PROMPT + tokens)
         if pads == "ready":
             pool.resize(0)
-        counters = self._slip.counters
-        before = _snapshot(counters), self._spent()
         begin = time.perf_counter()
         with self._slip.using(self._link if link == "tls" else self._slip.default_link):
             result = super().decode(tokens)
         if pads == "made":  # on the same cores, meanwhile and afterwards, until all that were used are replaced
             pool.wait(PROMPT + tokens)
             result["with_pads"] = (time.perf_counter() - begin) / (PROMPT + tokens)
-        spent = {k: v - before[0][k] for k, v in _snapshot(counters).items()}
-        spent |= {k: v - before[1][k] for k, v in self._spent().items()}
-        return result | {"spent": spent}
+        return result
 
     def prefill(self, tokens: int, link: str = "tls", **_: Any) -> dict[str, Any]:
         self._fill(tokens)
         self._slip.pool.resize(0)
-        before = _snapshot(self._slip.counters), self._spent()
         with self._slip.using(self._link if link == "tls" else self._slip.default_link):
-            result = super().prefill(tokens)
-        spent = {k: v - before[0][k] for k, v in _snapshot(self._slip.counters).items()}
-        return result | {"spent": spent | {k: v - before[1][k] for k, v in self._spent().items()}}
+            return super().prefill(tokens)
 
     def _fill(self, tokens: int) -> None:
         pool = self._slip.pool
@@ -172,12 +168,14 @@ class Protected(Plain):
         pool.start()
         pool.wait(tokens)
 
-    def _spent(self) -> dict[str, int]:
-        return {k: getattr(self._link, k) for k in ("sending", "waiting", "receiving")}
-
-
-def _snapshot(counters: Any) -> dict[str, int]:
-    return {name: getattr(counters, name) for name in counters.__slots__}
+    def _sample(self) -> dict[str, float]:
+        counters = self._slip.counters
+        return (
+            super()._sample()
+            | {"edge_cpu": cpu_seconds(self.others[0])}
+            | {name: getattr(counters, name) for name in counters.__slots__}
+            | {name: getattr(self._link, name) for name in ("sending", "waiting", "receiving")}
+        )
 
 
 def main() -> None:
