@@ -194,6 +194,7 @@ class QFile:
             header = json.loads(self._map[8 : 8 + length])
             size = len(self._map) - 8 - length
             self._views = []
+            self._starts = []
             for group, shape in enumerate(shapes):
                 entry = header[str(group)]
                 begin, end = entry["data_offsets"]
@@ -203,6 +204,7 @@ class QFile:
                     raise ValueError("offsets")
                 view = np.frombuffer(self._map, np.int8, shape[0] * shape[1], 8 + length + begin)
                 self._views.append(view.reshape(shape))
+                self._starts.append(8 + length + begin)
         except OSError as error:
             raise BundleError(f"cannot read {path}: {error.strerror}.") from error
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
@@ -210,6 +212,12 @@ class QFile:
 
     def matrix(self, group: int) -> NDArray[np.int8]:
         return self._views[group]
+
+    def forget(self, group: int) -> None:
+        """Let go of the memory that reading this matrix took; reading it again takes it again."""
+        if hasattr(self._map, "madvise"):  # Linux and macOS
+            first = self._starts[group] // mmap.PAGESIZE * mmap.PAGESIZE
+            self._map.madvise(mmap.MADV_DONTNEED, first, self._starts[group] + self._views[group].nbytes - first)
 
 
 class EdgeBundle:
@@ -236,6 +244,10 @@ class EdgeBundle:
     def matrix(self, group: int) -> NDArray[np.int8]:
         """Q of `group`: int8, (M, K), memory-mapped, read-only."""
         return self._q.matrix(group)
+
+    def forget(self, group: int) -> None:
+        """See QFile."""
+        self._q.forget(group)
 
 
 def open_trusted(path: Path | str) -> TrustedManifest:

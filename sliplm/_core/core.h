@@ -45,6 +45,12 @@ struct Isa {
     // is a multiple of 16.
     void (*shrink32)(const float* x, size_t n, const float* bt, size_t width, float* low);
     void (*expand32)(const float* low, size_t rank, const float* at, size_t n, float* out);
+    // out (n) = x / rms(x) * weight. In place: heads x size values turned by cos and sin (size). One query head against
+    // `count` keys and values (size each): out (size); `scores` is scratch of `count`.
+    void (*rms_norm)(const float* x, const float* weight, size_t n, double eps, float* out);
+    void (*rotate)(float* x, size_t heads, size_t size, const float* cos, const float* sin);
+    void (*attend)(const float* q, const float* keys, const float* values, size_t count, size_t size, float scale,
+                   float* scores, float* out);
     void (*shrink16)(const float* x, size_t n, const uint16_t* bt, size_t width, float* low);
     void (*expand16)(const float* low, size_t rank, const uint16_t* at, size_t n, float* out);
 };

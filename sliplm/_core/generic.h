@@ -233,9 +233,57 @@ void expand(const float* low, size_t rank, const W* at, size_t n, float* out) {
         for (size_t i = 0; i < n; i++) out[i] += low[r] * widen(at[r * n + i]);
 }
 
+void rms_norm(const float* x, const float* weight, size_t n, double eps, float* out) {
+    double part[8] = {};
+    const size_t even = n & ~size_t(7);
+    for (size_t i = 0; i < even; i += 8)
+        for (int k = 0; k < 8; k++) part[k] += double(x[i + k]) * x[i + k];
+    for (size_t i = even; i < n; i++) part[0] += double(x[i]) * x[i];
+    double square = 0;
+    for (double s : part) square += s;
+    const float scale = float(1 / std::sqrt(square / n + eps));
+    for (size_t i = 0; i < n; i++) out[i] = weight[i] * (x[i] * scale);
+}
+
+// Rotary embedding, the halves of a head being the pairs (Su et al., arXiv 2104.09864, as Transformers lays it out).
+void rotate(float* x, size_t heads, size_t size, const float* cos, const float* sin) {
+    const size_t half = size / 2;
+    for (size_t h = 0; h < heads; h++, x += size)
+        for (size_t i = 0; i < half; i++) {
+            const float a = x[i], b = x[half + i];
+            x[i] = a * cos[i] - b * sin[i];
+            x[half + i] = b * cos[half + i] + a * sin[half + i];
+        }
+}
+
+// softmax(scale q K^T) V for one query head.
+void attend(const float* q, const float* keys, const float* values, size_t count, size_t size, float scale, float* scores,
+            float* out) {
+    const size_t whole = size & ~size_t(15);
+    float top = -INFINITY;
+    for (size_t s = 0; s < count; s++) {
+        const float* k = keys + s * size;
+        Sixteen part = {};
+        for (size_t i = 0; i < whole; i += 16)
+            part += *reinterpret_cast<const Sixteen*>(q + i) * *reinterpret_cast<const Sixteen*>(k + i);
+        float sum = 0;
+        for (int i = 0; i < 16; i++) sum += part[i];
+        for (size_t i = whole; i < size; i++) sum += q[i] * k[i];
+        scores[s] = sum * scale;
+        top = scores[s] > top ? scores[s] : top;
+    }
+    float total = 0;
+    for (size_t s = 0; s < count; s++) total += scores[s] = std::exp(scores[s] - top);
+    for (size_t i = 0; i < size; i++) out[i] = 0;
+    for (size_t s = 0; s < count; s++) {
+        const float weight = scores[s] / total;
+        for (size_t i = 0; i < size; i++) out[i] += weight * values[s * size + i];
+    }
+}
+
 constexpr Isa make(const char* name, bool (*supported)()) {
     return {name,      supported, Ops::kDigits, Ops::kShift, split,  multiply, combine,
-            canonical, dot,       project,      encode,      decode, shrink<float>, expand<float>, shrink<uint16_t>, expand<uint16_t>};
+            canonical, dot,       project,      encode,      decode, shrink<float>, expand<float>, rms_norm, rotate, attend, shrink<uint16_t>, expand<uint16_t>};
 }
 
 }  // namespace

@@ -35,6 +35,8 @@ namespace {
 template <class T>
 using Vector = nb::ndarray<T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 template <class T>
+using Cube = nb::ndarray<T, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
+template <class T>
 using Matrix = nb::ndarray<T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
 void require(bool condition, const char* sentence) {
@@ -236,6 +238,36 @@ private:
     size_t rows_ = 0;
 };
 
+void rms_norm(Matrix<const float> x, Vector<const float> weight, double eps, Matrix<float> out, const std::string& isa) {
+    const size_t n = x.shape(1);
+    require(weight.shape(0) == n && out.shape(0) == x.shape(0) && out.shape(1) == n, "shapes do not match");
+    for (size_t t = 0; t < x.shape(0); t++)
+        named(isa).rms_norm(x.data() + t * n, weight.data(), n, eps, out.data() + t * n);
+}
+
+void rotate(Matrix<float> heads, Vector<const float> cos, Vector<const float> sin, const std::string& isa) {
+    const size_t size = heads.shape(1);
+    require(cos.shape(0) == size && sin.shape(0) == size && size % 2 == 0, "shapes do not match");
+    named(isa).rotate(heads.data(), heads.shape(0), size, cos.data(), sin.data());
+}
+
+// queries (H, D) against keys and values (G, S, D), H / G query heads to each of the G: out (H, D).
+void attend(Matrix<const float> queries, Cube<const float> keys, Cube<const float> values, float scale, Matrix<float> out,
+            const std::string& isa) {
+    const size_t heads = queries.shape(0), size = queries.shape(1), groups = keys.shape(0), count = keys.shape(1);
+    require(groups && heads % groups == 0 && count && keys.shape(2) == size && values.shape(0) == groups &&
+                values.shape(1) == count && values.shape(2) == size && out.shape(0) == heads && out.shape(1) == size,
+            "shapes do not match");
+    const Isa& use = named(isa);
+    nb::gil_scoped_release release;
+    parallel(heads, threads_for(heads * count * size, 1 << 19), [&](size_t h) {
+        const size_t from = h / (heads / groups) * count * size;
+        std::unique_ptr<float[]> scores(new float[count]);
+        use.attend(queries.data() + h * size, keys.data() + from, values.data() + from, count, size, scale, scores.get(),
+                   out.data() + h * size);
+    });
+}
+
 // out (C, K) = u (C, M) q (M, K) mod p; |u q| < 2^38, so 2^24 rows fit 64-bit sums.
 void project(Matrix<const uint32_t> u, Matrix<const int8_t> q, Matrix<uint32_t> out, const std::string& isa) {
     const size_t checks = u.shape(0), rows = q.shape(0), cols = q.shape(1);
@@ -354,6 +386,10 @@ NB_MODULE(_native, m) {
         .def_prop_ro("isa", &PackedMatrix::isa);
     LowRank<float>::bind(m, "LowRank32");
     LowRank<uint16_t>::bind(m, "LowRank16");
+    m.def("rms_norm", &rms_norm, "x"_a.noconvert(), "weight"_a.noconvert(), "eps"_a, "out"_a.noconvert(), "isa"_a = "");
+    m.def("rotate", &rotate, "heads"_a.noconvert(), "cos"_a.noconvert(), "sin"_a.noconvert(), "isa"_a = "");
+    m.def("attend", &attend, "queries"_a.noconvert(), "keys"_a.noconvert(), "values"_a.noconvert(), "scale"_a,
+          "out"_a.noconvert(), "isa"_a = "");
     m.def("wait_readable", &wait_readable, "fd"_a, "microseconds"_a);
     m.def("is_canonical", &is_canonical, "x"_a.noconvert());
     m.def("project", &project, "u"_a.noconvert(), "q"_a.noconvert(), "out"_a.noconvert(), "isa"_a = "");

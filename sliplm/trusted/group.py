@@ -96,28 +96,26 @@ class Group:
         return y
 
     def _run(self, x: torch.Tensor) -> dict[int, torch.Tensor]:
-        stacked = self.stacked(x.detach().reshape(-1, x.shape[-1]).to("cpu", torch.float32).contiguous())
-        parts = stacked.split([a.shape[1] for a in self._at], dim=1)
+        rows = x.detach().reshape(-1, x.shape[-1]).to("cpu", torch.float32).contiguous().numpy()
+        parts = torch.from_numpy(self.stacked(rows)).split([a.shape[1] for a in self._at], dim=1)
         return {i: y.reshape(*x.shape[:-1], y.shape[1]).to(x.device, x.dtype) for i, y in enumerate(parts)}
 
-    def stacked(self, x: torch.Tensor) -> torch.Tensor:
-        """The outputs (T, sum N) of all members side by side for the input x (T, K), float32, on the CPU."""
-        rows = x.numpy()
-        own = partial(self._own, rows) if len(x) == 1 and self._one is not None else partial(self._own_many, x)
+    def stacked(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The outputs (T, sum N) of all members side by side for the input x (T, K)."""
+        own = partial(self._own if len(x) == 1 and self._one is not None else self._own_many, x)
         try:
-            y = self._runtime.product(self.number, rows, self._row_norm, self._scales, self._rotations, own)
+            return self._runtime.product(self.number, x, self._row_norm, self._scales, self._rotations, own)
         except NumericsError as error:
             raise NumericsError(f"the input of {self._names[0]} cannot be protected: {error}.") from None
-        return torch.from_numpy(y)
 
     def _own(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         out = np.empty((1, self._scales.shape[1]), np.float32)
         self._one.apply(x[0], out[0])
         return out
 
-    def _own_many(self, x: torch.Tensor) -> NDArray[np.float32]:
+    def _own_many(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         ranks = [len(a) for a in self._at]
-        low = (x @ self._bt.float())[:, : sum(ranks)].split(ranks, dim=1)
+        low = (torch.from_numpy(x) @ self._bt.float())[:, : sum(ranks)].split(ranks, dim=1)
         parts = zip(low, (a.float() for a in self._at), self._bias, strict=True)
         return torch.cat([y @ a if b is None else torch.addmm(b, y, a) for y, a, b in parts], dim=1).numpy()
 

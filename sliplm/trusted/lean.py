@@ -3,17 +3,21 @@
 A Transformers layer spends far longer in Python than in arithmetic when it has one token to work on. This module
 gives layers of the Llama layout (RMS norm, rotary attention, gated MLP, two residuals) a second forward that does the
 same in some twenty calls, each group's members taken from one array. The model around it stays Transformers' own, and
-whatever the short way is not made for (several tokens, a batch, a mask, gradients, hooks inside) goes the long way.
+whatever the short way is not made for (several tokens, a batch, a mask, gradients) goes the long way. Attention is
+done here rather than by torch because torch's second thread, waiting for more, would take the core that an edge on the
+same machine computes on.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
-from torch.nn import functional
 
+from sliplm._core import native
 from sliplm.trusted.group import Group
 from sliplm.trusted.linear import ProtectedLinear
 
@@ -23,6 +27,8 @@ LAYOUTS = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwe
 def shorten(model: nn.Module) -> int:
     """Give every layer of `model` that has the common layout, its linear maps bound, the short way; how many."""
     count = 0
+    if native is None:
+        return count
     for layer in model.modules():
         if type(layer).__name__ in LAYOUTS and type(layer).__module__.startswith("transformers.models."):
             short = _Short.of(layer)
@@ -54,7 +60,6 @@ class _Short:
         self._scale = attention.scaling
         self._queries = attention.q_proj.out_features // self._head
         self._rotated = self._queries + attention.k_proj.out_features // self._head
-        self._shared = attention.k_proj.out_features != attention.q_proj.out_features
         self._norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
 
     @classmethod
@@ -96,26 +101,26 @@ class _Short:
                 position_embeddings=position_embeddings,
                 **kwargs,
             )
-        x = hidden_states.view(1, -1)
-        layer = self._layer
-        heads = self._qkv.stacked(_norm(x, layer.input_layernorm)).view(1, -1, 1, self._head)
-        rotated = heads[:, : self._rotated]
-        if self._norms[0] is not None:
-            parts = rotated[:, : self._queries], rotated[:, self._queries :]
-            rotated = torch.cat([_norm(p, n) for p, n in zip(parts, self._norms, strict=True)], dim=1)
+        x = hidden_states.reshape(1, -1).numpy()
+        layer, size = self._layer, self._head
+        heads = self._qkv.stacked(_norm(x, layer.input_layernorm)).reshape(-1, size)
+        for norm, part in zip(self._norms, (heads[: self._queries], heads[self._queries : self._rotated]), strict=True):
+            if norm is not None:
+                part[:] = _norm(part, norm)
         cos, sin = position_embeddings
-        half = self._head // 2
-        swapped = torch.cat((-rotated[..., half:], rotated[..., :half]), dim=-1)
-        rotated = rotated * cos + swapped * sin
-        keys, values = past_key_values.update(rotated[:, self._queries :], heads[:, self._rotated :], self._index)
-        seen = functional.scaled_dot_product_attention(
-            rotated[:, : self._queries], keys, values, scale=self._scale, enable_gqa=self._shared
-        )
+        native.rotate(heads[: self._rotated], cos.numpy().reshape(-1), sin.numpy().reshape(-1))
+        fresh = torch.from_numpy(heads).view(1, -1, 1, size)
+        new = fresh[:, self._queries : self._rotated], fresh[:, self._rotated :]
+        keys, values = (t[0].contiguous().numpy() for t in past_key_values.update(*new, self._index))
+        seen = np.empty((self._queries, size), np.float32)
+        native.attend(heads[: self._queries], keys, values, self._scale, seen)
         x = x + self._o.stacked(seen.reshape(1, -1))
-        gate, up = self._gate_up.stacked(_norm(x, layer.post_attention_layernorm)).chunk(2, dim=1)
-        x = x + self._down.stacked(layer.mlp.act_fn(gate) * up)
-        return x.view(1, 1, -1)
+        gate, up = torch.from_numpy(self._gate_up.stacked(_norm(x, layer.post_attention_layernorm))).chunk(2, dim=1)
+        x += self._down.stacked((layer.mlp.act_fn(gate) * up).numpy())
+        return torch.from_numpy(x).view(1, 1, -1)
 
 
-def _norm(x: torch.Tensor, norm: Any) -> torch.Tensor:
-    return functional.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
+def _norm(x: NDArray[np.float32], norm: Any) -> NDArray[np.float32]:
+    out = np.empty_like(x)
+    native.rms_norm(x, norm.weight.detach().numpy(), norm.variance_epsilon, out)
+    return out

@@ -107,6 +107,8 @@ class SlipQuantizer(HfQuantizer):  # type: ignore[misc]
         matrices = [kernels.prepare(array) for array in raw]
         digest = bytes.fromhex(self._manifest.edge_digest)
         runtime = Runtime(matrices, raw, digest, InProcessLink(EdgeEngine(matrices, digest)))
+        for group in range(len(shapes)):
+            q.forget(group)
         bind(model, self._groups, runtime)
         model.slip = runtime  # type: ignore[assignment]
         return model
