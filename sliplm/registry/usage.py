@@ -2,6 +2,10 @@
 
 A record is opened before a request may generate, its tokens are brought up to date while it runs, and it is closed at
 its end. What a killed server left open is closed as `interrupted`, with the tokens of its last update.
+
+Outcomes: `stop` and `length` as the customer sees them; `cancelled` by the customer; `interrupted` by the end of either
+side's process or connection; `unverified` answers; `refused` by the owner's rules; `invalid` requests; `limited` and
+`busy`: not now; `failed`: a fault of the trusted side.
 """
 
 from __future__ import annotations

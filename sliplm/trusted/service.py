@@ -161,6 +161,6 @@ def _outcome(error: BaseException) -> str:
         case VerificationError():
             return "unverified"
         case LinkError():
-            return "disconnected"
+            return "interrupted"
         case _:
             return "failed"
