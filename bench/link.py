@@ -43,6 +43,8 @@ class Mirror:
 
 
 class Silent:
+    capacity = 1
+
     def generate(self, request, link):
         yield from ()
 

@@ -8,6 +8,9 @@ import logging
 
 from sliplm.errors import locate
 
+FIELDS = ("device", "request", "outcome", "prompt_tokens", "completion_tokens", "seconds")
+"""What a record may carry besides its message: logging's `extra`."""
+
 
 class JsonFormatter(logging.Formatter):
     """time (RFC 3339, UTC), level, logger, message; and `error`, the kind and place of an exception without its
@@ -21,6 +24,7 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
+        entry |= {name: value for name in FIELDS if (value := getattr(record, name, None)) is not None}
         if record.exc_info and record.exc_info[1] is not None:
             entry["error"] = locate(record.exc_info[1])
         return json.dumps(entry)

@@ -81,6 +81,16 @@ class Pool:
         """Tokens for which every group has a pad ready."""
         return min(self._levels, default=0)
 
+    @property
+    def mean_level(self) -> float:
+        """The same, averaged over groups."""
+        return sum(self._levels) / max(1, len(self._levels))
+
+    @property
+    def depth(self) -> int:
+        """The level that the filler aims at."""
+        return self._depth
+
     def resize(self, depth: int) -> None:
         """Keep `depth` pads per group ready from now on."""
         with self._state:

@@ -2,6 +2,10 @@
 
 A record is opened before a request may generate, its tokens are brought up to date while it runs, and it is closed at
 its end. What a killed server left open is closed as `interrupted`, with the tokens of its last update.
+
+Outcomes: `stop` and `length` as the customer sees them; `cancelled` by the customer; `interrupted` by the end of either
+side's process or connection; `unverified` answers; `refused` by the owner's rules; `invalid` requests; `limited` and
+`busy`: not now; `failed`: a fault of the trusted side.
 """
 
 from __future__ import annotations
@@ -11,7 +15,6 @@ from datetime import datetime, timedelta
 from typing import NamedTuple
 
 import sqlalchemy as sa
-from sqlalchemy.sql.elements import ColumnElement
 
 from sliplm.registry import database
 from sliplm.registry.database import Database
@@ -60,9 +63,10 @@ class Usage:
         with self._db.write() as c:
             row = c.execute(sa.select(database.devices).where(database.devices.c.id == device.id)).one()
             _device(row).require_active()
-            used = c.execute(_sum(_table.c.device == device.id, _table.c.started >= midnight(start))).scalar_one()
+            today = (_table.c.device == device.id, _table.c.started >= midnight(start))
+            used: int | None = c.execute(sa.select(sa.func.sum(_tokens)).where(*today)).scalar()
             c.execute(sa.insert(_table).values(request=request, device=device.id, started=start, updated=start))
-        return int(used)
+        return int(used or 0)
 
     def update(self, running: Sequence[Tokens]) -> None:
         """Note the tokens of requests that are running, all in one transaction."""
@@ -121,7 +125,3 @@ class Usage:
 def midnight(time: datetime) -> datetime:
     """The last midnight UTC."""
     return time.replace(hour=0, minute=0, second=0, microsecond=0)
-
-
-def _sum(*where: ColumnElement[bool]) -> sa.Select[tuple[int]]:
-    return sa.select(sa.func.coalesce(sa.func.sum(_tokens), 0)).where(*where)

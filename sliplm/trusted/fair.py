@@ -7,7 +7,7 @@ longest ago. So a device with a hundred waiting requests holds up another one's 
 from __future__ import annotations
 
 import threading
-from collections import Counter, OrderedDict, deque
+from collections import Counter, deque
 
 from sliplm.errors import SlipError
 from sliplm.protocol.messages import BusyError
@@ -58,7 +58,9 @@ class FairQueue:
         self._lock = threading.Lock()
         self._running: Counter[str] = Counter()
         self._granted: set[Ticket] = set()
-        self._waiting: OrderedDict[str, deque[Ticket]] = OrderedDict()  # longest without a turn first
+        self._waiting: dict[str, deque[Ticket]] = {}
+        self._turns = 0
+        self._last_turn: dict[str, int] = {}
 
     @property
     def running(self) -> int:
@@ -107,12 +109,12 @@ class FairQueue:
             able = [d for d, q in self._waiting.items() if not q[0].concurrent or self._running[d] < q[0].concurrent]
             if not able:
                 return
-            device = min(able, key=lambda d: self._running[d])
+            device = min(able, key=lambda d: (self._running[d], self._last_turn.get(d, 0)))
             ticket = self._waiting[device].popleft()
-            if self._waiting[device]:
-                self._waiting.move_to_end(device)
-            else:
+            if not self._waiting[device]:
                 del self._waiting[device]
+            self._turns += 1
+            self._last_turn[device] = self._turns
             self._running[device] += 1
             self._granted.add(ticket)
             ticket._decide()

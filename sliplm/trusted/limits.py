@@ -52,7 +52,7 @@ class Limiter:
         with self._lock:
             account = self._account(device, limits)
             if (rate := limits.tokens_per_minute) and account.level <= 0:
-                wait = math.ceil((1 - account.level) / rate * 60)
+                wait = math.ceil((1 - account.level) * 60 / rate)
                 raise LimitError(f"this device may use {rate} tokens a minute, and has: try again in {wait} s", wait)
             if limits.daily_tokens and account.used >= limits.daily_tokens:
                 wait = math.ceil((account.day + timedelta(days=1) - self._calendar()).total_seconds())

@@ -6,19 +6,22 @@ when somebody asks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 
-OUTCOMES = ("stop", "length", "cancelled", "refused", "invalid", "limited", "busy", "unverified", "disconnected",
+OUTCOMES = ("stop", "length", "cancelled", "refused", "invalid", "limited", "busy", "unverified", "interrupted",
             "failed")  # fmt: skip
 
 
+Levels = float | Mapping[str, float]
+
+
 class Metrics:
-    """The metrics of one server. `gauges` and `counters` are read at every scrape: names to values or functions."""
+    """The metrics of one server."""
 
     def __init__(self) -> None:
         own = self._registry = CollectorRegistry()
@@ -28,10 +31,10 @@ class Metrics:
         self.seconds = Histogram(
             "slip_trusted_request_seconds", "From request to last token", buckets=SECONDS, registry=own
         )
-        self.stage = Histogram(
-            "slip_trusted_stage_seconds",
-            "From request to its slot (queue), and to its first token (first_token)",
-            ["stage"],
+        self.wait = Histogram(
+            "slip_trusted_wait_seconds",
+            "From request to its slot, and to its first token",
+            ["until"],
             buckets=SECONDS,
             registry=own,
         )
@@ -40,7 +43,7 @@ class Metrics:
         )
         for outcome in OUTCOMES:  # a series that is not there cannot be told from one that is zero
             self.requests.labels(outcome)
-        self._sampled: list[tuple[str, str, str, Callable[[], float]]] = []
+        self._sampled: list[tuple[str, str, str, Callable[[], Levels]]] = []
         own.register(self)  # type: ignore[arg-type]
 
     def request(self, outcome: str, prompt_tokens: int, completion_tokens: int, seconds: float) -> None:
@@ -50,14 +53,21 @@ class Metrics:
         self.tokens.labels("completion").inc(completion_tokens)
         self.seconds.observe(seconds)
 
-    def sample(self, kind: str, name: str, what: str, value: Callable[[], float]) -> None:
-        """Read `value` at every scrape, as a "gauge" or a "counter"."""
+    def sample(self, kind: str, name: str, what: str, value: Callable[[], Levels]) -> None:
+        """Read `value` at every scrape, as a "gauge" or a "counter"; a label `kind` tells several values apart."""
         self._sampled.append((kind, name, what, value))
 
     def collect(self) -> Iterable[Metric]:
         for kind, name, what, value in self._sampled:
             family = CounterMetricFamily if kind == "counter" else GaugeMetricFamily
-            yield family(name, what, value=float(value()))
+            values = value()
+            if isinstance(values, Mapping):
+                labelled = family(name, what, labels=["kind"])
+                for label, each in values.items():
+                    labelled.add_metric([label], float(each))
+                yield labelled
+            else:
+                yield family(name, what, value=float(values))
 
     def text(self) -> bytes:
         """In the text format that Prometheus reads."""

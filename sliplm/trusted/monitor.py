@@ -69,13 +69,28 @@ class Monitor:
 
 def sample(server: TrustedServer, engine: Engine) -> None:
     """Let the server's metrics show what it and `engine` know at any time."""
-    metrics, service, pool = server.service.metrics, server.service, engine.model.slip.pool
+    service, pool, counters = server.service, engine.model.slip.pool, engine.model.slip.counters
     for name, what, value in (
         ("requests_waiting", "Requests waiting for their turn", lambda: service.queue.waiting),
         ("requests_generating", "Requests that have a slot of the engine", lambda: service.queue.running),
         ("edges_connected", "Live WORK connections", lambda: len(server.links())),
         ("devices_connected", "Devices with any connection", lambda: server.devices_connected),
         ("pads_ready", "Tokens for which every group has a one-time pad ready", lambda: pool.level),
+        ("pads_ready_mean", "The same, averaged over groups", lambda: pool.mean_level),
+        ("pads_target", "Tokens for which to keep them", lambda: pool.depth),
         ("ready", "Whether /readyz says yes", lambda: server.ready),
     ):
-        metrics.sample("gauge", f"slip_trusted_{name}", what, value)
+        service.metrics.sample("gauge", f"slip_trusted_{name}", what, value)
+    stages = ("pads", "encode", "exchange", "own", "verify", "decode")
+    for name, what, read in (
+        ("exchanges", "Exchanges with edges", lambda: counters.exchanges),
+        ("exchange_rows", "Tokens in them", lambda: counters.rows),
+        ("exchange_bytes", "Their payloads", lambda: {"sent": counters.sent, "received": counters.received}),
+        ("exchange_seconds", "From question to answer", lambda: counters.exchange / 1e9),
+        (
+            "stage_seconds",
+            "Time in the stages of exchanges; own work lies within exchange",
+            lambda: {stage: getattr(counters, stage) / 1e9 for stage in stages},
+        ),
+    ):
+        service.metrics.sample("counter", f"slip_trusted_{name}", what, read)

@@ -44,17 +44,19 @@ EXCHANGE_SECONDS = 30.0
 WORKER_SECONDS = 5.0
 CONTEXT_SECONDS = 86400.0
 POLL_SECONDS = 0.2
+CUT_SECONDS = 0.4
 SHUTTING_DOWN = "the trusted side is shutting down"
 
 _log = logging.getLogger(__name__)
 
 
 class _Known:
-    """A connection whose device is known; `reason` says why it is being cut off."""
+    """A connection whose device is known; `reason` and `expelled` say why and since when it is being cut off."""
 
     def __init__(self, sock: ssl.SSLSocket, fingerprint: str, role: Role) -> None:
         self.sock, self.fingerprint, self.role = sock, fingerprint, role
         self.reason: IdentityError | None = None
+        self.expelled = 0.0
 
 
 class TrustedServer:
@@ -341,15 +343,16 @@ class TrustedServer:
             return {known.fingerprint for known in self._connections.values()}
 
     def _expel(self, fingerprint: str, reason: IdentityError) -> None:
-        """Cut a device off. At the first call its links end, so that its requests end and can say why; at the next, its
-        connections do."""
+        """Cut a device off: its links end, so that its requests end and can say why. Those that did not within
+        CUT_SECONDS, because their peer does not read, are cut by the next call."""
         with self._changed:
             mine = [known for known in self._connections.values() if known.fingerprint == fingerprint]
             links = list(self._links.get(fingerprint, ()))
         for known in mine:
-            if known.reason is not None:
+            if known.reason is None:
+                known.reason, known.expelled = reason, time.monotonic()
+            elif time.monotonic() - known.expelled > CUT_SECONDS:
                 _cut(known.sock)
-            known.reason = reason
         for link in links:
             link.close()
         self.service.queue.refuse(reason, fingerprint)
@@ -452,7 +455,7 @@ class TrustedServer:
         with contextlib.closing(chunks):
             for chunk in chunks:
                 if self._stopping.is_set():
-                    raise LinkError(SHUTTING_DOWN)
+                    chunks.throw(LinkError(SHUTTING_DOWN))
                 try:
                     if channel.peer_left():
                         raise _PeerGone

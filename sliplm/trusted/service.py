@@ -117,14 +117,14 @@ class Service:
                 if time.monotonic() > deadline:
                     raise BusyError("the trusted side is busy with other requests: try again later", RETRY_SECONDS)
                 yield Chunk("")
-            self.metrics.stage.labels("queue").observe(time.monotonic() - started)
+            self.metrics.wait.labels("slot").observe(time.monotonic() - started)
             chunks = self._engine.generate(request, claim())
             try:
                 for chunk in chunks:
                     self.meter.check()
                     fresh = chunk.prompt_tokens + chunk.completion_tokens - sum(record.tokens[1:])
                     if chunk.completion_tokens and not record.completion_tokens:
-                        self.metrics.stage.labels("first_token").observe(time.monotonic() - started)
+                        self.metrics.wait.labels("first_token").observe(time.monotonic() - started)
                     record.prompt_tokens, record.completion_tokens = chunk.prompt_tokens, chunk.completion_tokens
                     if fresh and not self._limiter.charge(device, fresh) and chunk.finish_reason is None:
                         yield Chunk(chunk.text, "length", chunk.prompt_tokens, chunk.completion_tokens)
@@ -161,6 +161,6 @@ def _outcome(error: BaseException) -> str:
         case VerificationError():
             return "unverified"
         case LinkError():
-            return "disconnected"
+            return "interrupted"
         case _:
             return "failed"

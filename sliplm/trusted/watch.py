@@ -10,7 +10,7 @@ from sliplm.errors import IdentityError
 from sliplm.registry import RegistryError
 from sliplm.registry.devices import Device, Devices
 
-POLL_SECONDS = 0.3
+POLL_SECONDS = 0.2
 
 _log = logging.getLogger(__name__)
 
