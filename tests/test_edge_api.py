@@ -12,11 +12,12 @@ from collections.abc import Iterator
 import httpx
 import pytest
 import uvicorn
-from link_fakes import FakeEngine, enrol, running, serving, wait_until, working
+from link_fakes import FakeEngine, WrongMatrix, enrol, make_engine, running, serving, wait_until, working
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
 from sliplm.edge.api import create_app, generations, guard
+from sliplm.edge.worker import EdgeWorker
 from sliplm.errors import BundleError, IdentityError, LinkError, VerificationError
 from sliplm.protocol.messages import BusyError, Chunk, GenerateRequest, Message, RequestError, TokenLogprob
 
@@ -617,14 +618,17 @@ def test_hanging_up_while_connecting_closes_what_comes_of_it():
         assert closed.wait(10)
 
 
-def test_a_cheating_edge_gets_no_text(tmp_path):
-    from link_fakes import WrongMatrix, make_engine
-
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_cheating_edge_gets_no_text(tmp_path, stream):
     home = tmp_path / "authority"
     identity = enrol(home)
-    with serving(home) as server, working(server, identity, make_engine(WrongMatrix)) as worker:
+    with serving(home) as server:
+        worker = EdgeWorker(make_engine(WrongMatrix), server.address, identity)
         client = local(create_app(worker.generate))
-        for stream in (False, True):
-            wait_until(worker.connected.is_set)
+        with running(worker.run, worker.stop) as raised:
+            assert worker.connected.wait(10)
             error = error_of(client.post(PLAIN, json={"prompt": "x", "stream": stream}), 502)
             assert error["code"] == "verification_failed"
+            wait_until(lambda: raised)  # the trusted side suspends the device
+        error = error_of(client.post(PLAIN, json={"prompt": "x", "stream": stream}), 503)
+        assert error["code"] == "refused" and "suspended" in error["message"]

@@ -12,7 +12,7 @@ import typer
 
 os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' progress bars; read when tqdm is first imported
 
-from sliplm.cli import ask, bench, demo, device, edge, evaluate, split, trusted
+from sliplm.cli import ask, bench, chat, demo, device, edge, evaluate, split, top, trusted
 from sliplm.cli.common import fail
 from sliplm.errors import SlipError
 
@@ -27,6 +27,8 @@ for command in (
     trusted.trusted,
     edge.edge,
     ask.generate,
+    chat.chat,
+    top.top,
     evaluate.evaluate,
     evaluate.attack,
     bench.bench,

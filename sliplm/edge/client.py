@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +20,7 @@ def stream(
     raw: bool = False,
     key: str | None = None,
     timeout: float = 300.0,
-) -> Iterator[Chunk]:
+) -> Generator[Chunk, None, None]:
     """Stream the answer to `prompt` from the API at `api` (http://HOST:PORT). Closing the iterator cancels.
 
     Args:

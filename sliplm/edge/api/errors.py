@@ -49,7 +49,7 @@ def translate(error: Exception) -> ApiError:
         case RequestError():
             return ApiError(400, str(error), "invalid_request")
         case BusyError():
-            return busy(str(error), getattr(error, "retry_after", None) or RETRY_SECONDS)
+            return busy(str(error), error.retry_after or RETRY_SECONDS)
         case VerificationError():
             return ApiError(502, str(error), "verification_failed")
         case LinkError():

@@ -1,0 +1,109 @@
+"""`slip top`: a live view of edges and trusted sides in the terminal."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from sliplm.cli.common import ApiKey, Json, read_api_key
+from sliplm.errors import LinkError
+
+_HEADINGS = ("address", "side", "link", "requests", "running", "tokens/s", "exchanges/s", "an exchange", "pads",
+             "failed checks")  # fmt: skip
+
+
+def top(
+    urls: Annotated[list[str], typer.Argument(help="HOST:PORT of an edge's API or of a trusted side's --metrics.")],
+    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 2.0,
+    once: Annotated[bool, typer.Option("--once", help="Look twice, print, and end; fails if an address does.")] = False,
+    api_key: ApiKey = None,
+    as_json: Json = False,
+) -> None:
+    """Watch edges and trusted sides: how fast they are, and what goes wrong. --json prints a line per look."""
+    from sliplm import top as data
+
+    key = read_api_key(api_key)
+    addresses = [data.address(url) for url in urls]
+    before: dict[str, data.Sample] = {}
+
+    def look() -> list[dict[str, Any]]:
+        rows = []
+        for url in addresses:
+            try:
+                now = data.fetch(url, key)
+                rows.append(data.row(url, now, before.get(url)))
+                before[url] = now
+            except LinkError as error:
+                before.pop(url, None)
+                rows.append({"url": url, "error": str(error)})
+        return rows
+
+    rows = look()
+    if once:
+        time.sleep(interval)
+        rows = look()
+        _print(rows, as_json)
+        if any(row["error"] for row in rows):
+            sys.exit(1)
+        return
+    try:
+        if as_json or not sys.stdout.isatty():
+            while True:
+                time.sleep(interval)
+                _print(look(), as_json)
+        with Live(_table(rows), auto_refresh=False, screen=False) as live:
+            while True:
+                time.sleep(interval)
+                live.update(_table(look()), refresh=True)
+    except KeyboardInterrupt:
+        return
+
+
+def _print(rows: list[dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"endpoints": rows}), flush=True)
+    else:
+        Console(width=None if sys.stdout.isatty() else 160).print(_table(rows))
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for i, heading in enumerate(_HEADINGS):
+        table.add_column(heading, justify="left" if i < 3 else "right", overflow="fold")
+    for row in rows:
+        where = row["url"].removeprefix("http://").removesuffix("/metrics").replace("[", "\\[")
+        if row["error"]:
+            table.add_row(where, "[red]away[/red]")
+            continue
+        link = f"{row['connected']} edges" if row["side"] == "trusted" else "connected" if row["connected"] else "away"
+        bad = not row["connected"]
+        table.add_row(
+            where,
+            row["side"],
+            f"[red]{link}[/red]" if bad else link,
+            _number(row["requests"]),
+            _number(row["requests_in_progress"]),
+            _number(row["tokens_per_second"], 1),
+            _number(row["exchanges_per_second"], 1),
+            "-" if row["exchange_seconds"] is None else f"{1e3 * row['exchange_seconds']:.2f} ms",
+            _pads(row),
+            f"[red]{row['verification_failures']:.0f}[/red]" if row["verification_failures"] else "0",
+        )
+    return table
+
+
+def _number(value: float | None, digits: int = 0) -> str:
+    return "-" if value is None else f"{value:,.{digits}f}"
+
+
+def _pads(row: dict[str, Any]) -> str:
+    if row["pads_ready"] is None:
+        return "-"
+    return _number(row["pads_ready"]) + (f" of {row['pads_target']:.0f}" if row["pads_target"] else "")

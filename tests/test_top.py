@@ -1,0 +1,115 @@
+"""`slip top`: what it makes of metrics, and what it prints."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from test_edge_api import listening
+
+from sliplm import top
+from sliplm.edge.api import create_app
+from sliplm.edge.worker import WorkCounters
+from sliplm.errors import LinkError
+from sliplm.protocol.messages import Chunk, GenerateRequest
+
+TRUSTED = """\
+# TYPE slip_trusted_requests counter
+slip_trusted_requests_total{outcome="stop"} 3.0
+slip_trusted_requests_total{outcome="failed"} 1.0
+# TYPE slip_trusted_requests_in_progress gauge
+slip_trusted_requests_in_progress 2.0
+# TYPE slip_trusted_tokens counter
+slip_trusted_tokens_total{kind="prompt"} 50.0
+slip_trusted_tokens_total{kind="completion"} %d
+# TYPE slip_trusted_exchanges counter
+slip_trusted_exchanges_total{device="a"} %d
+slip_trusted_exchanges_total{device="b"} 0
+# TYPE slip_trusted_exchange_seconds counter
+slip_trusted_exchange_seconds_total %f
+# TYPE slip_trusted_pads_ready gauge
+slip_trusted_pads_ready 40.0
+# TYPE slip_trusted_verification_failures counter
+slip_trusted_verification_failures_total 1.0
+# TYPE slip_trusted_edges_connected gauge
+slip_trusted_edges_connected 2.0
+"""
+
+
+def sample(monkeypatch: pytest.MonkeyPatch, text: str, when: float) -> top.Sample:
+    monkeypatch.setattr(httpx.Client, "get", lambda *_: httpx.Response(200, text=text))
+    return top.fetch("http://x/metrics")._replace(when=when)
+
+
+def test_rates_are_those_since_the_last_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = sample(monkeypatch, TRUSTED % (100, 1000, 5.0), 10.0)
+    now = sample(monkeypatch, TRUSTED % (120, 3000, 5.5), 12.0)
+    row = top.row("u", now, before)
+    assert row["side"] == "trusted" and row["connected"] == 2
+    assert row["requests"] == 4 and row["requests_in_progress"] == 2 and row["completion_tokens"] == 120
+    assert row["tokens_per_second"] == 10 and row["exchanges_per_second"] == 1000
+    assert row["exchange_seconds"] == pytest.approx(0.00025)
+    assert row["pads_ready"] == 40 and row["pads_target"] is None and row["verification_failures"] == 1
+    assert top.row("u", now)["tokens_per_second"] is None
+    assert top.row("u", before, now)["tokens_per_second"] == 0  # it was started anew
+    assert top.row("u", now, now)["exchange_seconds"] is None
+
+
+def test_addresses() -> None:
+    assert top.address("127.0.0.1:8411") == "http://127.0.0.1:8411/metrics"
+    assert top.address("http://h:1/other") == "http://h:1/other"
+    for wrong in ("", "ftp://h", "http://", "http://h:x"):
+        with pytest.raises(LinkError, match="not an address"):
+            top.address(wrong)
+
+
+@pytest.fixture
+def edge() -> Iterator[str]:
+    work = WorkCounters()
+    stop = threading.Event()
+
+    def count() -> None:
+        while not stop.wait(0.01):
+            work.exchanges += 10
+            work.compute_ns += 10_000_000
+
+    def generate(_: GenerateRequest) -> Iterator[Chunk]:
+        yield Chunk("x", "stop", 3, 2)
+
+    thread = threading.Thread(target=count, daemon=True)
+    thread.start()
+    with listening(create_app(generate, host="127.0.0.1", work=work)) as url:
+        assert httpx.post(f"{url}/v1/completions", json={"prompt": "x"}).status_code == 200
+        yield url
+    stop.set()
+    thread.join()
+
+
+def slip_top(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from sliplm.cli import main; main()", "top", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=90)
+
+
+def test_once(edge: str) -> None:
+    done = slip_top(edge, "--once", "--json", "--interval", "0.3")
+    assert done.returncode == 0, done.stderr
+    row: dict[str, Any]
+    (row,) = json.loads(done.stdout)["endpoints"]
+    assert row["side"] == "edge" and row["connected"] == 1 and row["completion_tokens"] == 2
+    assert row["exchanges_per_second"] > 0 and row["exchange_seconds"] == pytest.approx(0.001)
+    shown = slip_top(edge.removeprefix("http://"), "127.0.0.1:1", "--once", "--interval", "0.3")
+    assert shown.returncode == 1 and "connected" in shown.stdout and "away" in shown.stdout
+    assert "1.00 ms" in shown.stdout and "Traceback" not in shown.stderr
+
+
+def test_what_is_no_edge(edge: str) -> None:
+    done = slip_top(edge + "/healthz", "--once", "--json", "--interval", "0.1")
+    assert done.returncode == 1 and "neither" in json.loads(done.stdout)["endpoints"][0]["error"]
+    done = slip_top("nonsense://", "--once")
+    assert done.returncode == 1 and done.stderr.count("slip: ") == 1 and "Traceback" not in done.stderr
