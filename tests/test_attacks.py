@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import save_tiny
@@ -13,7 +14,7 @@ from typer.testing import CliRunner
 
 from sliplm.cli import app
 from sliplm.errors import BundleError, SlipError
-from sliplm.evaluate.attacks import arrow, blinding, subspace, suite
+from sliplm.evaluate.attacks import arrow, blinding, gram, subspace, suite
 from sliplm.evaluate.attacks.null_space import smallest
 from sliplm.evaluate.attacks.stolen import ALL, NONE, Oracles, Stolen, guess_scales
 from sliplm.split import planes
@@ -84,18 +85,39 @@ def test_columns_marked_by_their_statistics_are_aligned() -> None:
     second = first[torch.randperm(400, generator=generator)] + 1e-4 * torch.randn(400, 64, generator=generator)
     share, chance = blinding.recovered(first, second, (None, None))
     assert share > 0.9 > 10 * chance
-    turned = [Rotation.random(64), Rotation.random(64)]
-    share, _ = blinding.recovered(turned[0].apply(first), turned[1].apply(second), (turned[0], turned[1]))
-    assert share > 0.9  # known scales and no camouflage: the Hadamard part alone hides nothing
+    for rounds, least, most in ((1, 0.9, 1.01), (2, 0.0, 0.2)):
+        turned = [rotation(64, rounds, seed) for seed in (1, 2)]
+        share, _ = blinding.recovered(turned[0].apply(first), turned[1].apply(second), (turned[0], turned[1]))
+        assert least <= share < most  # known scales and no camouflage: one round hides nothing
+
+
+def rotation(n: int, rounds: int, seed: int) -> Rotation:
+    whole = Rotation.random(n, np.random.default_rng(seed))
+    return Rotation(whole.perm[:rounds], whole.sign[:rounds])
 
 
 def test_a_public_base_undoes_signed_permutations() -> None:
     base = torch.randn(50, 40, generator=torch.Generator().manual_seed(0))
-    inner, outer = Rotation.random(40), Rotation.random(50)
-    stolen = outer.apply(inner.apply(base).T).T
-    assert arrow.identified(stolen, base, outer) == 1
+    for rounds, least, most in ((1, 0.999, 1.01), (2, 0.0, 0.2)):
+        inner, outer = rotation(40, rounds, 1), rotation(50, rounds, 2)
+        stolen = outer.apply(inner.apply(base).T).T
+        assert least < arrow.identified(stolen, base, outer) < most
     assert arrow.identified(base, base, None) == 1
-    assert arrow.identified(torch.randn(50, 40), base, outer) < 0.3
+    assert arrow.identified(torch.randn(50, 40), base, rotation(50, 1, 2)) < 0.3
+
+
+def test_gram_matrices_undo_one_round_and_not_two() -> None:
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(200, 64, generator=generator) @ torch.randn(64, 64, generator=generator)  # unequal columns
+    close = base + 0.01 * base.std() * torch.randn(200, 64, generator=generator)
+    for rounds, least, most in ((1, 0.95, 1.01), (2, 0.0, 0.2)):
+        inner, outer = rotation(64, rounds, 1), rotation(200, rounds, 2)
+        stolen = outer.apply(inner.apply(close).T).T
+        assert least < gram.columns(stolen, base, inner) < most
+        assert gram.spectrum(stolen, base, inner) > 0.3  # no orthogonal blinding hides it
+    assert gram.columns(close, base, None) > 0.95
+    cut = torch.linalg.svdvals(gram.without_leading(base, 8))
+    assert cut[0] < 1.01 * torch.linalg.svdvals(base)[8]
 
 
 def test_oracles_add_up_to_the_best_case(bundles: tuple[Path, Path], tiny: Path) -> None:

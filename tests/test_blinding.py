@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sliplm import _core
-from sliplm.split.blinding import Rotation, block_sizes, hadamard
+from sliplm.split.blinding import ROUNDS, Rotation, block_sizes, hadamard
 
 SIZES = [1, 2, 3, 4, 7, 64, 65, 511, 512, 513, 576, 577, 960, 1536, 2048]
 
@@ -49,7 +49,9 @@ def test_apply_is_orthogonal_and_invert_undoes_it(n, kind, dtype, tolerance):
     assert type(y) is type(given_x) and y.dtype == given_x.dtype and y.shape == given_x.shape
     assert np.allclose(np.linalg.norm(np.asarray(y), axis=-1), np.linalg.norm(x, axis=-1), rtol=10 * tolerance)
     assert np.allclose(np.asarray(rotation.invert(y)), x, atol=10 * tolerance)
-    by_definition = hadamard(rotation.sign.astype(np.float64) * x.astype(np.float64)[..., rotation.perm])
+    by_definition = x.astype(np.float64)
+    for perm, sign in zip(rotation.perm, rotation.sign, strict=True):
+        by_definition = hadamard(sign.astype(np.float64) * by_definition[..., perm])
     assert np.allclose(np.asarray(y), by_definition, atol=10 * tolerance)
 
 
@@ -69,7 +71,7 @@ def test_the_native_transform_is_the_same(n):
     rotation = Rotation.random(n, rng)
     y = rng.integers(-1000, 1000, n)
     for isa in _core.native.isas():
-        out = np.empty((1, n), np.float32)
+        out = np.zeros((1, n), np.float32)  # decode adds to it
         answer, image = np.mod(y, 2**31 - 1).astype(np.uint32)[None], np.zeros((1, n), np.uint32)
         ones = np.ones((1, n), np.float32)
         _core.native.decode(answer, image, ones, np.ones(1), rotation.perm, rotation.sign, out, isa)
@@ -78,9 +80,10 @@ def test_the_native_transform_is_the_same(n):
 
 def test_random_rotations_differ_and_are_permutations():
     a, b = Rotation.random(577), Rotation.random(577)
-    assert (np.sort(a.perm) == np.arange(577)).all() and set(a.sign.tolist()) == {-1.0, 1.0}
-    assert (a.perm != b.perm).any() and (a.sign != b.sign).any()
-    assert a.perm.dtype == np.int32 and a.sign.dtype == np.float32 and len(a) == 577
+    assert (np.sort(a.perm) == np.arange(577)).all() and set(a.sign.flatten().tolist()) == {-1.0, 1.0}
+    assert (a.perm != b.perm).any() and (a.sign != b.sign).any() and (a.perm[0] != a.perm[1]).any()
+    assert a.perm.shape == a.sign.shape == (ROUNDS, 577) and len(a) == 577
+    assert a.perm.dtype == np.int32 and a.sign.dtype == np.float32
 
 
 def test_every_permutation_and_sign_is_as_likely_as_another():
@@ -88,7 +91,7 @@ def test_every_permutation_and_sign_is_as_likely_as_another():
     counts: dict = {}
     for _ in range(4800):
         rotation = Rotation.random(3, rng)
-        key = (*rotation.perm.tolist(), *rotation.sign.tolist())
+        key = (*rotation.perm[0].tolist(), *rotation.sign[0].tolist())
         counts[key] = counts.get(key, 0) + 1
     assert len(counts) == 48 and min(counts.values()) > 50 and max(counts.values()) < 160  # 100 each, +-10
 

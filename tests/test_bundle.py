@@ -89,7 +89,7 @@ def test_every_flipped_bit_is_found(side: str, copy: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "null", '{"format": 1}', '{"format": 1, "shapes": "x", "q_sha256": ""}']
+    "text", ["", "{", "[]", "null", '{"format": 2}', '{"format": 2, "shapes": "x", "q_sha256": ""}']
 )
 def test_malformed_manifests(text: str, copy: Path) -> None:
     for side in ("edge", "trusted"):
@@ -180,7 +180,7 @@ def test_any_header_opens_or_is_refused_in_a_sentence(
 
 
 @pytest.mark.parametrize(
-    "raw", [b"\xff\xfe{", b"[" * 100_000, b'{"format": 1, "shapes": [[1' + b"0" * 5000 + b", 1]]}"]
+    "raw", [b"\xff\xfe{", b"[" * 100_000, b'{"format": 2, "shapes": [[1' + b"0" * 5000 + b", 1]]}"]
 )
 def test_manifests_of_garbage(raw: bytes, copy: Path) -> None:
     for reader, side in ((bundle.EdgeBundle.open, "edge"), (bundle.open_trusted, "trusted")):

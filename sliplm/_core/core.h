@@ -35,7 +35,7 @@ struct Isa {
     uint32_t (*dot)(const uint32_t* u, const uint32_t* y, size_t n);
     // acc[k] += u * q[k] for n columns.
     void (*project)(uint32_t u, const int8_t* q, size_t n, int64_t* acc);
-    // One token; `v` is scratch of n doubles. encode returns false if x is not finite.
+    // One token; `v` is scratch of 2 n doubles. encode returns false if x is not finite.
     bool (*encode)(const float* x, const uint32_t* r, size_t n, double length, const int32_t* perm, const float* sign,
                    double* v, uint32_t* masked, double* inv_c);
     // Added to what `out` holds.

@@ -137,10 +137,14 @@ inline void hadamard(double* v, size_t n) {
         for (; n >= size; n -= size, v += size) transform(v, size);
 }
 
+// A rotation is two rounds of a signed permutation (n values each of `perm` and `sign`) and a Hadamard transform.
 bool encode(const float* x, const uint32_t* r, size_t n, double length, const int32_t* perm, const float* sign, double* v,
             uint32_t* masked, double* inv_c) {
     if (perm) {
-        for (size_t i = 0; i < n; i++) v[i] = double(sign[i]) * x[perm[i]];
+        double* w = v + n;
+        for (size_t i = 0; i < n; i++) w[i] = double(sign[i]) * x[perm[i]];
+        hadamard(w, n);
+        for (size_t i = 0; i < n; i++) v[i] = sign[n + i] * w[perm[n + i]];
         hadamard(v, n);
     } else {
         for (size_t i = 0; i < n; i++) v[i] = x[i];
@@ -178,8 +182,11 @@ void decode(const uint32_t* answer, const uint32_t* image, const float* scales, 
         for (size_t i = 0; i < n; i++) out[i] += float(v[i]);
         return;
     }
+    double* w = v + n;
     hadamard(v, n);
-    for (size_t i = 0; i < n; i++) out[perm[i]] += float(sign[i] * v[i]);
+    for (size_t i = 0; i < n; i++) w[perm[n + i]] = sign[n + i] * v[i];
+    hadamard(w, n);
+    for (size_t i = 0; i < n; i++) out[perm[i]] += float(sign[i] * w[i]);
 }
 
 typedef float Sixteen __attribute__((vector_size(64), aligned(4), may_alias));

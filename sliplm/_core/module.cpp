@@ -295,14 +295,15 @@ struct Turn {  // a rotation's arrays, or two null pointers
     const float* sign = nullptr;
 };
 
-Turn turn(const std::optional<Vector<const int32_t>>& perm, const std::optional<Vector<const float>>& sign, size_t n) {
+Turn turn(const std::optional<Matrix<const int32_t>>& perm, const std::optional<Matrix<const float>>& sign, size_t n) {
     if (!perm || !sign) return {};
-    require(perm->shape(0) == n && sign->shape(0) == n, "the rotation has the wrong size");
+    require(perm->shape(0) == 2 && sign->shape(0) == 2 && perm->shape(1) == n && sign->shape(1) == n,
+            "the rotation has the wrong size");
     return {perm->data(), sign->data()};
 }
 
 bool encode(Matrix<const float> x, Matrix<const uint32_t> r, double length,
-            const std::optional<Vector<const int32_t>>& perm, const std::optional<Vector<const float>>& sign,
+            const std::optional<Matrix<const int32_t>>& perm, const std::optional<Matrix<const float>>& sign,
             Matrix<uint32_t> masked, Vector<double> inv_c, const std::string& isa) {
     const size_t tokens = x.shape(0), n = x.shape(1);
     require(r.shape(0) == tokens && r.shape(1) == n && masked.shape(0) == tokens && masked.shape(1) == n &&
@@ -313,7 +314,7 @@ bool encode(Matrix<const float> x, Matrix<const uint32_t> r, double length,
     nb::gil_scoped_release release;
     std::atomic<bool> finite{true};
     parallel(tokens, threads_for(tokens * n, 1 << 14), [&](size_t t) {
-        std::unique_ptr<double[]> v(new double[n]);
+        std::unique_ptr<double[]> v(new double[2 * n]);
         if (!use.encode(x.data() + t * n, r.data() + t * n, n, length, by.perm, by.sign, v.get(), masked.data() + t * n,
                         inv_c.data() + t))
             finite = false;
@@ -340,8 +341,8 @@ bool verify(Matrix<const uint32_t> u, Matrix<const uint32_t> uq, Matrix<const ui
 }
 
 void decode(Matrix<const uint32_t> answer, Matrix<const uint32_t> image, Matrix<const float> scales,
-            Vector<const double> inv_c, const std::optional<Vector<const int32_t>>& perm,
-            const std::optional<Vector<const float>>& sign, Matrix<float> out, const std::string& isa) {
+            Vector<const double> inv_c, const std::optional<Matrix<const int32_t>>& perm,
+            const std::optional<Matrix<const float>>& sign, Matrix<float> out, const std::string& isa) {
     const size_t tokens = answer.shape(0), rows = answer.shape(1), planes = scales.shape(0), n = scales.shape(1);
     require(rows == planes * n && image.shape(0) == tokens && image.shape(1) == rows && inv_c.shape(0) == tokens &&
                 out.shape(0) == tokens && out.shape(1) == n,
@@ -350,7 +351,7 @@ void decode(Matrix<const uint32_t> answer, Matrix<const uint32_t> image, Matrix<
     const Isa& use = named(isa);
     nb::gil_scoped_release release;
     parallel(tokens, threads_for(tokens * rows, 1 << 15), [&](size_t t) {
-        std::unique_ptr<double[]> v(new double[n]);
+        std::unique_ptr<double[]> v(new double[2 * n]);
         use.decode(answer.data() + t * rows, image.data() + t * rows, scales.data(), planes, n, inv_c.data()[t], by.perm,
                    by.sign, v.get(), out.data() + t * n);
     });

@@ -1,7 +1,9 @@
-"""A secret change of basis for one side of a group: a signed permutation, then a block Hadamard transform.
+"""A secret change of basis for one side of a group: a signed permutation, then a block Hadamard transform, twice.
 
 The edge's matrix is stored in blinded coordinates, so that matrices of neighbouring layers share no basis,
-and outliers spread before quantisation; moving a vector costs the trusted side O(n log n). (DESIGN, 5.)
+and outliers spread before quantisation; moving a vector costs the trusted side O(n log n). (DESIGN, 5.) One round is
+not enough: the Hadamard transform is public, so a thief undoes it and is left with a signed permutation, which can be
+found by who knows a similar matrix (`evaluate.attacks.gram`).
 """
 
 import secrets
@@ -14,51 +16,54 @@ import torch
 from numpy.typing import NDArray
 
 MAX_BLOCK = 512
+ROUNDS = 2
 
 Array = TypeVar("Array", torch.Tensor, NDArray[np.floating])
 
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Rotation:
-    """x -> H(sign * x[perm]), with H orthonormal and block diagonal. Secret: its repr shows the size only."""
+    """x -> H(sign * x[perm]) in each round, with H orthonormal and block diagonal. Its repr shows the size only."""
 
     perm: NDArray[np.int32]
-    """(n,): a permutation of 0..n-1."""
+    """(ROUNDS, n): permutations of 0..n-1."""
     sign: NDArray[np.float32]
-    """(n,): +1 or -1."""
+    """(ROUNDS, n): +1 or -1."""
 
     @classmethod
     def random(cls, n: int, rng: np.random.Generator | None = None) -> "Rotation":
-        """A uniformly random rotation of n values, from the system's entropy unless a test passes `rng`."""
+        """A random rotation of n values, from the system's entropy unless a test passes `rng`."""
         draw = secrets.token_bytes if rng is None else rng.bytes
-        keys = np.frombuffer(draw(8 * n), np.uint64)
-        bits = np.unpackbits(np.frombuffer(draw((n + 7) // 8), np.uint8))[:n]
-        return cls(np.argsort(keys, kind="stable").astype(np.int32), bits.astype(np.float32) * 2 - 1)
+        keys = np.frombuffer(draw(8 * ROUNDS * n), np.uint64).reshape(ROUNDS, n)
+        bits = np.unpackbits(np.frombuffer(draw((ROUNDS * n + 7) // 8), np.uint8))[: ROUNDS * n].reshape(ROUNDS, n)
+        return cls(np.argsort(keys, axis=1, kind="stable").astype(np.int32), bits.astype(np.float32) * 2 - 1)
 
     def __len__(self) -> int:
-        return len(self.perm)
+        return int(self.perm.shape[1])
 
     def __repr__(self) -> str:
         return f"Rotation(n={len(self)})"
 
     def apply(self, x: Array) -> Array:
-        """H(sign * x[perm]) along the last axis of `x` (..., n), in the floating type of `x`."""
-        if isinstance(x, torch.Tensor):
-            return hadamard(x[..., torch.from_numpy(self.perm).to(x.device)] * self._sign_like(x))
-        return hadamard(x[..., self.perm] * self.sign.astype(x.dtype))
+        """The rotated `x` (..., n), along its last axis, in its floating type."""
+        for perm, sign in zip(self.perm, self.sign, strict=True):
+            if isinstance(x, torch.Tensor):
+                x = hadamard(x[..., torch.from_numpy(perm).to(x.device)] * torch.from_numpy(sign).to(x.device, x.dtype))
+            else:
+                x = hadamard(x[..., perm] * sign.astype(x.dtype))
+        return x
 
     def invert(self, y: Array) -> Array:
         """The x (..., n) with apply(x) = y."""
-        if isinstance(y, torch.Tensor):
-            x = torch.empty_like(y)
-            x[..., torch.from_numpy(self.perm).to(y.device)] = hadamard(y) * self._sign_like(y)
-            return x
-        out = np.empty_like(y)
-        out[..., self.perm] = hadamard(y) * self.sign.astype(y.dtype)
-        return out
-
-    def _sign_like(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(self.sign).to(x.device, x.dtype)
+        for perm, sign in zip(self.perm[::-1], self.sign[::-1], strict=True):
+            if isinstance(y, torch.Tensor):
+                x = torch.empty_like(y)
+                x[..., torch.from_numpy(perm).to(y.device)] = hadamard(y) * torch.from_numpy(sign).to(y.device, y.dtype)
+            else:
+                x = np.empty_like(y)
+                x[..., perm] = hadamard(y) * sign.astype(y.dtype)
+            y = x
+        return y
 
 
 def block_sizes(n: int) -> list[int]:

@@ -16,7 +16,7 @@ import transformers
 from sliplm import bundle
 from sliplm.errors import SlipError, UnsupportedModelError
 from sliplm.split.base import FineTuned, divide, divide_anywhere
-from sliplm.split.blinding import Rotation
+from sliplm.split.blinding import ROUNDS, Rotation
 from sliplm.split.camouflage import trusted_rank
 from sliplm.split.groups import Group, Sum, blocks, find_groups, left_out, protected_tensors, size
 from sliplm.split.layers import is_experts
@@ -219,8 +219,8 @@ def group_layout(group: Group, options: Options) -> Layout:
     layout[f"{leader}.row_norm"] = (torch.float32, ())
     if options.blinding:
         for side, length in (("in", columns), ("out", rows)):
-            layout[f"{leader}.{side}_perm"] = (torch.int32, (length,))
-            layout[f"{leader}.{side}_sign"] = (torch.float32, (length,))
+            layout[f"{leader}.{side}_perm"] = (torch.int32, (ROUNDS, length))
+            layout[f"{leader}.{side}_sign"] = (torch.float32, (ROUNDS, length))
     return layout
 
 

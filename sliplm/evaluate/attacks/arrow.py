@@ -11,22 +11,22 @@ from __future__ import annotations
 
 import torch
 
+from sliplm.evaluate.attacks.gram import frame
 from sliplm.split.blinding import Rotation, hadamard
 
 
 def identified(stolen: torch.Tensor, base: torch.Tensor, outer: Rotation | None) -> float:
-    """The share of rows of `stolen` (N, K) that are matched to the right row of `base` (N, K); chance is 1/N.
+    """How well rows of `stolen` (N, K) are matched to rows of `base` (N, K): the mean squared cosine between what a
+    stolen row is, in the original's coordinates, and what it is taken for; chance is 1/N.
 
     `outer`: the secret rotation of the rows, which scores the matches; None means that there is no blinding.
     """
     a, b = stolen.float(), base.float()
-    truth = torch.arange(len(b))
     if outer is not None:
-        a = hadamard(hadamard(a).T).T  # the Hadamard part is public
-        truth = torch.from_numpy(outer.perm).long()
+        a = hadamard(hadamard(a).T).T  # the last round's Hadamard transform is public
         a, b = (m.abs().sort(1).values / m.square().mean().sqrt() for m in (a, b))
         match = torch.cdist(a, b).argmin(1)
     else:
         a, b = (m / m.norm(dim=1, keepdim=True).clamp_min(1e-30) for m in (a, b))
         match = (a @ b.T).argmax(1)
-    return float((match == truth).float().mean())
+    return float(frame(outer, len(b))[torch.arange(len(b)), match].square().mean())

@@ -1,10 +1,10 @@
 """Undo the blinding: align matrices that read the same residual stream.
 
 Threat model: q, k, v, gate and up of all layers read one stream, so their column Gram matrices W^T W share a basis,
-which outlier coordinates mark. Blinding gives every group its own signed permutation and block Hadamard transform.
-The thief compares two groups by their columns' statistics (length, kurtosis, largest entry, before and after undoing
-the public Hadamard part) and assigns columns to columns by the Hungarian method. Source: statistics and assignment as
-in Ainsworth et al., Git Re-Basin, arXiv 2209.04836. Oracles: none; the secret permutations score the result.
+which outlier coordinates mark. Blinding gives every group a basis of its own. The thief undoes the last round's public
+Hadamard transform, compares two groups by their columns' statistics (length, kurtosis, largest entry), and assigns
+columns to columns by the Hungarian method. Source: statistics and assignment as in Ainsworth et al., Git Re-Basin,
+arXiv 2209.04836. Oracles: none; the secret rotations score the result.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from sliplm.evaluate.attacks.gram import frame
 from sliplm.split.blinding import Rotation, hadamard
 
 
@@ -26,24 +27,19 @@ def features(matrix: torch.Tensor) -> NDArray[np.float64]:
     return ((table - table.mean(0)) / table.std(0).clamp_min(1e-12)).numpy()
 
 
-def unmix(matrix: torch.Tensor) -> torch.Tensor:
-    """`matrix` (N, K) with its columns' public Hadamard transform undone: signed, permuted columns are left."""
-    return hadamard(matrix.float())
-
-
 def recovered(
     first: torch.Tensor, second: torch.Tensor, secrets: tuple[Rotation | None, Rotation | None]
 ) -> tuple[float, float]:
-    """The share of columns of `first` matched to the same original coordinate of `second`, and what chance gives.
+    """How well columns of `first` (N, K) are matched to columns of `second` (N', K) that mean the same, and what chance
+    gives: the mean squared cosine between what the two are in the original's coordinates.
 
-    `first` and `second`: the thief's matrices (N, K), (N', K); `secrets`: their input rotations, None for no
-    blinding.
+    `secrets`: the input rotations of both, None for no blinding; they score the result.
     """
     from scipy.optimize import linear_sum_assignment
 
-    a, b = (unmix(m) if r is not None else m for m, r in zip((first, second), secrets, strict=True))
+    a, b = (hadamard(m.float()) if r is not None else m for m, r in zip((first, second), secrets, strict=True))
     width = a.shape[1]
     cost = np.square(features(a)[:, None] - features(b)[None]).sum(-1)
     _, match = linear_sum_assignment(cost)
-    here, there = (np.arange(width) if r is None else r.perm for r in secrets)
-    return float((here == there[match]).mean()), 1 / width
+    here, there = (frame(r, width) for r in secrets)
+    return float((here * there[match]).sum(1).square().mean()), 1 / width
