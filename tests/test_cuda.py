@@ -88,6 +88,7 @@ def test_every_kernel_on_whole_tiles_and_on_parts(make, rows, cols, tokens):
 
 
 EXTREMES = [
+    -2 * pow(127 * 65535, -1, P) % P,  # with a row of 127, nearly the lowest sum there is, and p - 2 modulo p
     -0x00808080 % P,  # three digits are -128
     0x3F7F7F7F,  # four are as large as can be
     *(P - 1, P, 0, 1, HALF, HALF + 1, 0x00FFFFFF, 0x7F7F7F7F, 2**31, 2**32 - 1),

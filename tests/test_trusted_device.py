@@ -1,7 +1,7 @@
 """The trusted side's model on an accelerator: everything but the protected layers runs there, and they are reached.
 
-No accelerator is needed: one is simulated, strictly. Tensors on it compute on the CPU, but meet other tensors only after
-a copy, as on a real device. What it cannot show is whether a real device's kernels work.
+No accelerator is needed: one is simulated, strictly. Tensors on it compute on the CPU, but meet others only after a
+copy, as on a real device. What it cannot show is whether a real device's kernels work.
 """
 
 from __future__ import annotations
