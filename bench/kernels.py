@@ -3,7 +3,8 @@
     python bench/kernels.py [--rows 11264] [--cols 2048] [--tokens 512] [--rounds 41] [--json]
 
 Contenders are interleaved, each walks through its own set of matrices, larger together than a cache, and the
-median of all rounds counts. GB/s is the matrix (int8: 1 byte a weight, bfloat16: 2) over the time.
+median of all rounds counts. GB/s is the matrix (int8: 1 byte a weight, bfloat16: 2) over the time. Where there is a
+GPU, its backends follow, on 1, 32 and 512 tokens.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import torch
 
 from sliplm import field, kernels
 from sliplm.field import P
+from sliplm.kernels.cuda import TILE
 from sliplm.protocol import masking
 from sliplm.split.blinding import Rotation
 
@@ -47,7 +49,8 @@ def medians(contenders: dict[str, Contender], rounds: int) -> dict[str, float]:
 def products(rows: int, cols: int, tokens: int, rounds: int) -> list[dict[str, object]]:
     rng = np.random.default_rng(0)
     count = max(2, WORKING_SET // (rows * cols))
-    exact = [kernels.prepare(rng.integers(-128, 128, (rows, cols), np.int8)) for _ in range(min(count, 32))]
+    cpu = next(name for name in kernels.available_backends() if name in ("native", "torch"))
+    exact = [kernels.prepare(rng.integers(-128, 128, (rows, cols), np.int8), cpu) for _ in range(min(count, 32))]
     plain = [torch.randn(rows, cols).bfloat16() for _ in range(max(2, len(exact) // 2))]
     # from numpy, which asks for large pages, as the kernel does
     memory = [torch.from_numpy(rng.integers(0, 100, rows * cols // 4, np.int32)) for _ in exact]
@@ -80,6 +83,47 @@ def products(rows: int, cols: int, tokens: int, rounds: int) -> list[dict[str, o
                         "GMAC/s": rows * cols * t / seconds / 1e9 if not name.startswith("read") else None,
                     }
                 )
+    return results
+
+
+def gpu(rows: int, cols: int, rounds: int) -> list[dict[str, object]]:
+    """The GPU's backends, where there are any, beside a copy within its memory (bytes read and written).
+
+    "alone" are the kernels, on vectors that are there already, many products in a row; "whole" is what a caller
+    waits for.
+    """
+    rng = np.random.default_rng(2)
+    results: list[dict[str, object]] = []
+    backends = [name for name in kernels.available_backends() if name in ("triton", "cuda")]
+    if backends:
+        one, other = torch.zeros((2, 1 << 28), dtype=torch.int8, device="cuda")
+
+        def copy(_: int) -> None:
+            one.copy_(other)
+            torch.cuda.synchronize()
+
+        seconds = medians({"copy": copy}, rounds)["copy"]
+        results.append({"what": "copy", "tokens": 0, "ms": seconds * 1e3, "GB/s": 2 * one.nbytes / seconds / 1e9})
+    for name in backends:
+        count = max(2, WORKING_SET // (rows * cols))
+        matrices = [kernels.prepare(rng.integers(-128, 128, (rows, cols), np.int8), name) for _ in range(count)]
+        for t in (1, 32, 512):
+            x = rng.integers(0, P, (t, cols)).astype(np.uint32)
+            there = torch.from_numpy(rng.integers(0, P, (t, cols + -cols % TILE), np.int32)).to(matrices[0]._q.device)
+
+            def alone(_: int, there: torch.Tensor = there, matrices: list = matrices) -> None:
+                for matrix in matrices:
+                    matrix._multiply(there)
+                torch.cuda.synchronize()
+
+            def whole(_: int, x: np.ndarray = x, matrices: list = matrices) -> None:
+                for matrix in matrices:
+                    matrix.product(x)
+
+            for what, seconds in medians({f"{name}, alone": alone, f"{name}, whole": whole}, rounds).items():
+                seconds /= count
+                speed = {"GB/s": rows * cols / seconds / 1e9, "GMAC/s": rows * cols * t / seconds / 1e9}
+                results.append({"what": what, "tokens": t, "ms": seconds * 1e3, **speed})
     return results
 
 
@@ -125,6 +169,7 @@ def main() -> None:
         **args,
         "excludes": EXCLUDES,
         "products": products(**args),
+        "gpu": gpu(args["rows"], args["cols"], args["rounds"]),
         "trusted": trusted(**args),
     }
     if as_json:
@@ -136,6 +181,8 @@ def main() -> None:
     for row in report["products"]:
         numbers = "".join(f"{row[key]:8.1f}" if row[key] else f"{'':8}" for key in ("GB/s", "GMAC/s"))
         print(f"{row['what']:12}{row['threads']:8}{row['tokens']:8}{row['ms']:10.3f}{numbers}")
+    for row in report["gpu"]:
+        print(f"{row['what']:20}{row['tokens']:8}{row['ms']:10.3f}{row['GB/s']:8.0f}{row.get('GMAC/s', 0):10.0f}")
     print()
     for row in report["trusted"]:
         if "ms" in row:

@@ -70,8 +70,8 @@ def bind(model: nn.Module, groups: list[Members], runtime: Runtime) -> None:
 
 
 def _copies(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """In memory of their own: the loader's are views of a mapped file."""
-    return {name: (t.float() if t.is_floating_point() else t).detach().clone() for name, t in tensors.items()}
+    """In memory of their own, the CPU's: the loader's are views of a mapped file, or already on a GPU."""
+    return {name: (t.float() if t.is_floating_point() else t).detach().cpu().clone() for name, t in tensors.items()}
 
 
 def _rotation(tensors: dict[str, torch.Tensor], side: str) -> Rotation | None:
