@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 from typing import Annotated, Any
@@ -48,6 +49,8 @@ def trusted(
     The first SIGTERM or interrupt lets running requests finish, the second ends them.
     """
     set_up_logging(True, log_format)
+    # Threads of torch that wait for more work would take a core from an edge on the same machine. Read as torch loads.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
 
     from sliplm.protocol.channel import parse_address

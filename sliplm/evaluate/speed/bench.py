@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import subprocess
 import sys
 import tempfile
@@ -206,7 +207,11 @@ def _quantile(values: list[float], which: int) -> float:
 def _runner(kind: str, source: str) -> Iterator[Ask]:
     """Start a process of `speed.runner`; gives what sends it a command and returns its answer."""
     line = [sys.executable, "-m", "sliplm.evaluate.speed.runner", kind, source]
-    child = subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    environment = dict(os.environ)
+    if kind == "protected":
+        environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as `slip trusted` does
+    pipe = subprocess.PIPE
+    child = subprocess.Popen(line, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=environment)
     assert child.stdin is not None and child.stdout is not None and child.stderr is not None
     stdin, stdout, stderr = child.stdin, child.stdout, child.stderr
     log: deque[str] = deque(maxlen=20)
