@@ -19,7 +19,7 @@ from starlette.testclient import TestClient
 from sliplm.edge.api import create_app, generations, guard
 from sliplm.edge.worker import EdgeWorker
 from sliplm.errors import BundleError, IdentityError, LinkError, VerificationError
-from sliplm.protocol.messages import BusyError, Chunk, GenerateRequest, Message, RequestError, TokenLogprob
+from sliplm.protocol.messages import BusyError, Chunk, GenerateRequest, LimitError, Message, RequestError, TokenLogprob
 
 CHAT = "/v1/chat/completions"
 PLAIN = "/v1/completions"
@@ -532,6 +532,19 @@ def test_metrics_count_and_tell_nothing(url):
     assert 2 * found["slip_edge_exchanges_total"] == found["slip_edge_exchange_rows_total"] == 12
     assert found["slip_edge_received_bytes_total"] > 0 < found["slip_edge_sent_bytes_total"]
     assert found["slip_edge_compute_seconds_total"] > 0
+
+
+@pytest.mark.parametrize("error", [LimitError("this device has used up its tokens", 7), BusyError("too many", 7)])
+def test_limits_say_when_to_come_back(url, engine, monkeypatch, error):
+    def limited(request: GenerateRequest, link) -> Iterator[Chunk]:
+        raise error
+
+    monkeypatch.setattr(engine, "generate", limited)
+    for stream in (False, True):
+        response = httpx.post(url + CHAT, json=HELLO | {"stream": stream}, timeout=20)
+        shown = error_of(response, 429)
+        assert shown["code"] == "rate_limit_exceeded" and str(error) in shown["message"]
+        assert response.headers["retry-after"] == "7"
 
 
 def test_requests_run_side_by_side(url, engine):
