@@ -114,10 +114,17 @@ class Group:
         return out
 
     def _own_many(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
-        ranks = [len(a) for a in self._at]
-        low = (torch.from_numpy(x) @ self._bt.float())[:, : sum(ranks)].split(ranks, dim=1)
-        parts = zip(low, (a.float() for a in self._at), self._bias, strict=True)
-        return torch.cat([y @ a if b is None else torch.addmm(b, y, a) for y, a, b in parts], dim=1).numpy()
+        low = torch.from_numpy(x) @ self._bt.float()
+        out = torch.empty(len(x), self._scales.shape[1])
+        column = row = 0
+        for a, bias in zip(self._at, self._bias, strict=True):
+            rank, rows = a.shape
+            part = out[:, row : row + rows]
+            torch.mm(low[:, column : column + rank], a.float(), out=part)
+            if bias is not None:
+                part += bias
+            column, row = column + rank, row + rows
+        return out.numpy()
 
 
 def _equal(kept: torch.Tensor | None, x: torch.Tensor) -> bool:

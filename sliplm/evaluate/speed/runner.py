@@ -102,9 +102,11 @@ class Plain:
     def prefill(self, tokens: int, **_: Any) -> dict[str, Any]:
         ids = (torch.arange(tokens)[None] * 7919) % self.model.config.vocab_size
         with torch.inference_mode():
+            before = self._sample()
             begin = time.perf_counter()
             self.model(input_ids=ids, use_cache=True, logits_to_keep=1)
-            return {"seconds": time.perf_counter() - begin}
+            seconds = time.perf_counter() - begin
+            return {"seconds": seconds, "spent": {key: value - before[key] for key, value in self._sample().items()}}
 
     def memory(self, **_: Any) -> dict[str, Any]:
         own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
