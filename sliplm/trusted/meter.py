@@ -11,6 +11,7 @@ import secrets
 import threading
 import time
 
+from sliplm.errors import locate
 from sliplm.protocol.messages import BusyError
 from sliplm.registry import RegistryError
 from sliplm.registry.devices import Device
@@ -109,8 +110,9 @@ class Meter:
                         _log.warning("%d requests were interrupted by the end of a server", count)
                     sweep_at = time.monotonic() + SWEEP_SECONDS
                 self._write()
-            except RegistryError as error:
-                _log.error("usage cannot be recorded: %s", error)
+            except Exception as error:  # whatever it is: while this thread fails, nothing is generated for long
+                why = error if isinstance(error, RegistryError) else locate(error)
+                _log.error("usage cannot be recorded: %s", why)
             if self._closed.wait(UPDATE_SECONDS):
                 return
 

@@ -6,7 +6,7 @@ import logging
 import threading
 from collections.abc import Callable, Collection
 
-from sliplm.errors import IdentityError
+from sliplm.errors import IdentityError, locate
 from sliplm.registry import RegistryError
 from sliplm.registry.devices import Device, Devices
 
@@ -65,26 +65,33 @@ class Watch:
     def _run(self) -> None:
         while not self._closed.wait(POLL_SECONDS):
             try:
-                self._write()
-                if (version := self._devices.version()) != self._version:
-                    self._known = {d.fingerprint: d for d in self._devices.all()}
-                    self._version = version
-                if not self.healthy:
-                    _log.warning("the device registry answers again")
-                self.healthy = True
-            except RegistryError as error:
-                if self.healthy:
-                    _log.error("devices cannot be looked up: %s", error)
+                self._look()
+            except Exception as error:  # whatever it is, nobody else would notice that revocations do nothing any more
                 self.healthy = False
-            for fingerprint in self._connected():
-                try:
-                    # One that was enrolled since is not known if the registry does not answer, and was looked up then.
-                    if (device := self._known.get(fingerprint)) is not None:
-                        device.require_active()
-                    if fingerprint in self._unsuspended:
-                        raise IdentityError("this device is suspended: ask the owner of the model")
-                except IdentityError as error:
-                    self._cut(fingerprint, error)
+                _log.error("devices cannot be looked up: %s", locate(error))
+
+    def _look(self) -> None:
+        try:
+            self._write()
+            if (version := self._devices.version()) != self._version:
+                self._known = {d.fingerprint: d for d in self._devices.all()}
+                self._version = version
+            if not self.healthy:
+                _log.warning("the device registry answers again")
+            self.healthy = True
+        except RegistryError as error:
+            if self.healthy:
+                _log.error("devices cannot be looked up: %s", error)
+            self.healthy = False
+        for fingerprint in self._connected():
+            try:
+                # One that was enrolled since is not known if the registry does not answer, and was looked up then.
+                if (device := self._known.get(fingerprint)) is not None:
+                    device.require_active()
+                if fingerprint in self._unsuspended:
+                    raise IdentityError("this device is suspended: ask the owner of the model")
+            except IdentityError as error:
+                self._cut(fingerprint, error)
 
     def _write(self) -> None:
         with self._lock:
