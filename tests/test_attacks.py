@@ -16,7 +16,8 @@ from sliplm.cli import app
 from sliplm.errors import BundleError, SlipError
 from sliplm.evaluate.attacks import arrow, blinding, gram, subspace, suite
 from sliplm.evaluate.attacks.null_space import smallest
-from sliplm.evaluate.attacks.stolen import ALL, NONE, Oracles, Stolen, guess_scales
+from sliplm.evaluate.attacks.stolen import ALL, NONE, Oracles, Stolen, guess_scales, trim
+from sliplm.evaluate.attacks.verdict import verdict
 from sliplm.split import planes
 from sliplm.split.blinding import Rotation
 from sliplm.split.split import Options, split
@@ -67,16 +68,22 @@ def test_every_attack_has_a_curve_and_a_sentence(result: dict[str, Any], bundles
     for directory in map(str, bundles):
         for method in ("direct", "full", "lora", "null-space", "distill"):
             for oracles in ("none", "all"):
-                curve = result["bundles"][directory][method][oracles]
-                assert curve["best"] <= curve["ppl"][0] and len(curve["ppl"]) == len(curve["tokens"])
-                assert any(line.startswith(f"{method}, oracles {oracles}") for line in result["verdict"][directory])
+                line = result["bundles"][directory][method][oracles]
+                assert line["reached"] == pytest.approx(line["ppl"][-1]) and len(line["ppl"]) == len(line["tokens"])
+                assert line["low"] <= line["reached"] * (1 + 1e-9) <= line["high"] * (1 + 2e-9)
+                said = any(x.startswith(f"{method}, oracles {oracles}") for x in result["verdict"][directory])
+                assert said is (method != "direct")
+    for objective in ("text", "answers"):
+        for line in result["without"][objective].values():
+            assert line["seeds"] == 3 and line["reached"] < line["ppl"][0]
 
 
 def test_blinding_hides_the_shared_basis(result: dict[str, Any], bundles: tuple[Path, Path]) -> None:
     default = result["bundles"][str(bundles[1])]
     assert default["blinding"]["columns_matched"] < 0.2
+    assert default["public-base"]["columns"] < 0.1 and default["public-base"]["rows"] < 0.1
     plain = result["bundles"][str(bundles[0])]
-    assert plain["arrow"]["rows_identified"] > 0.9
+    assert plain["public-base"]["rows"] > 0.9 and plain["public-base"]["columns"] > 0.5
 
 
 def test_columns_marked_by_their_statistics_are_aligned() -> None:
@@ -173,6 +180,39 @@ def test_bad_requests_are_one_sentence(tiny: Path, bundles: tuple[Path, Path], t
         suite.attack([bundles[0]], str(other), ["direct"])
 
 
+def test_success_is_five_percent_and_more_than_the_seeds_differ() -> None:
+    def line(reached: float, low: float, high: float, valid: float = 1.0) -> dict[str, Any]:
+        return {"reached": reached, "low": low, "high": high, "valid": valid, "tokens": [0, 1]}
+
+    def said(attack: dict[str, Any]) -> str:
+        without = {"text": {"stock": line(90, 90, 90, 2.0), "placebo": line(100, 97, 103)}}
+        return verdict({"without": without, "bundles": {"b": {"full": {"none": attack}}}})["b"][0]
+
+    assert "worth something" in said(line(90, 89, 91)) and "10% better" in said(line(90, 89, 91))
+    assert "seeds give" in said(line(94, 90, 98)) and "No success" in said(line(96, 96, 96))
+    assert "(100, seeds 97 to 103)" in said(line(96, 96, 96))  # the better on validation, not on the held-out text
+
+
+def test_finished_runs_are_not_run_again(tiny: Path, bundles: tuple[Path, Path], tmp_path: Path) -> None:
+    first, again = (
+        suite.attack([bundles[0]], str(tiny), ["lora"], budget=512, finished=tmp_path / "runs.jsonl") for _ in range(2)
+    )
+    assert first["bundles"] == again["bundles"] and first["without"] == again["without"]
+    count = len((tmp_path / "runs.jsonl").read_text().splitlines())
+    assert count == 2 * (2 + 2) + 2 * 2  # two starts: two rates, two more seeds; LoRA: two rates, two oracles
+
+
+def test_a_trimmed_model_answers_as_the_whole_one(tiny: Path) -> None:
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny)
+    kept = torch.arange(10, 60)
+    with torch.no_grad():
+        want = model(torch.arange(20, 40)[None]).logits[..., kept]
+        got = trim(model, kept)(torch.arange(10, 30)[None]).logits
+    assert torch.allclose(want, got, atol=1e-5)
+
+
 def test_own_samples_are_text_of_the_model(tiny: Path, bundles: tuple[Path, Path]) -> None:
-    done = suite.attack([bundles[0]], str(tiny), ["direct"], budget=256, own_samples=True)
-    assert done["text"] == "samples" and done["bundles"][str(bundles[0])]["direct"]["all"]["best"] > 1
+    done = suite.attack([bundles[0]], str(tiny), ["direct"], budget=512, own_samples=True)
+    assert done["text"] == "samples" and done["bundles"][str(bundles[0])]["direct"]["all"]["reached"] > 1

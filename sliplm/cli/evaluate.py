@@ -54,7 +54,7 @@ def attack(
     directories: Annotated[list[Path], typer.Argument(help="DIR, as `slip split` wrote it; or several, to compare.")],
     reference: Reference,
     method: Annotated[list[str] | None, typer.Option(help="Only this attack; may be given more than once.")] = None,
-    budget: Annotated[int, typer.Option(min=256, help="Tokens of text that the thief trains on.")] = 2048,
+    budget: Annotated[int, typer.Option(min=512, help="Tokens of text that the thief has.")] = 2048,
     text: Annotated[Path | None, typer.Option(help="UTF-8 text; the Python documentation if absent.")] = None,
     own_samples: Annotated[bool, typer.Option(help="Train on text that the original generates.")] = False,
     report: Annotated[Path | None, typer.Option(help="Write an HTML report here.")] = None,

@@ -10,13 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from sliplm.errors import SlipError
+from sliplm.evaluate.attacks.verdict import SUCCESS
 
 LIMITS = (
     "These are the attacks that we know, at the budget stated. A thief with more text, more time or a better idea may "
     "do better, and no experiment proves the opposite. Anyone who may query a model can distill its answers; that is "
     "measured here only for what the edge part adds to it."
 )
-_WITHOUT = {"scratch": "k-", "placebo": "b-", "distill_scratch": "k--", "distill_placebo": "b--"}  # reference lines
+_YARDSTICK = (
+    "A thief without any bundle starts from the architecture's own initialisation (stock) or from random integers in "
+    f"place of the stolen ones (placebo). An attack succeeds if it is more than {1 - SUCCESS:.0%} better than the "
+    "better of the two."
+)
 _STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}"
     "table{border-collapse:collapse;margin:1rem 0}"
@@ -35,16 +40,16 @@ def write(result: dict[str, Any], spectra: dict[str, dict[str, list[float]]], pa
     """Write `path`. `result`: of `attacks.suite.attack`; `spectra`: by bundle, singular values by label."""
     parts = [
         f"<!doctype html><html lang=en><meta charset=utf-8><title>slip attack</title><style>{_STYLE}</style>",
-        f"<h1>What the stolen part is worth</h1><p>Training text: {html.escape(result['text'])}; "
-        f"budget {result['budget']:,} tokens; the original's perplexity "
-        f"{result.get('original', float('nan')):.4g}.</p>",
+        f"<h1>What the stolen part is worth</h1><p>Training text: {html.escape(result['text'])}; budget "
+        f"{result['budget']:,} tokens, an eighth of which (at most 2048) chooses the learning rate; the original's "
+        f"perplexity {result.get('original', float('nan')):.4g}. {_YARDSTICK}</p>",
         "<h2>Verdict</h2>",
     ]
     for name, lines in result["verdict"].items():
         items = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
         parts.append(f"<h3>{html.escape(name)}</h3><ul>{items}</ul>")
     parts.append(f"<p><b>Limits.</b> {LIMITS}</p>")
-    if "scratch" in result or "distill_scratch" in result:
+    if any(result.get("without", {}).values()):
         parts += ["<h2>Learning curves</h2>", _image(_curves(result))]
     if spectra:
         parts += ["<h2>Singular values of one matrix, original and on the edge</h2>", _image(_spectra(spectra))]
@@ -55,31 +60,47 @@ def write(result: dict[str, Any], spectra: dict[str, dict[str, list[float]]], pa
 def _tables(result: dict[str, Any]) -> list[str]:
     rows: list[tuple[str, ...]] = []
     for name, found in result["bundles"].items():
-        for method, curves in found.items():
-            if method in ("direct", "full", "lora", "null-space", "distill"):
-                rows += [(name, method, o, *_cells(curve)) for o, curve in curves.items() if o != "seconds"]
-    for key in _WITHOUT:
-        if key in result:
-            rows.append(("no bundle", key.replace("_", " "), "", *_cells(result[key])))
+        for method in ("direct", "full", "lora", "null-space", "distill"):
+            rows += [(Path(name).name, method, o, *_cells(line)) for o, line in found.get(method, {}).items()]
+    for objective, lines in result.get("without", {}).items():
+        for start, line in lines.items():
+            rows.append(("no bundle", f"{start}, trained on {objective}", "", *_cells(line)))
     parts = []
     if rows:
-        parts = ["<h2>Attacks</h2>", _table(("bundle", "attack", "oracles", "at start", "best", "learning rate"), rows)]
+        head = ("bundle", "attack", "oracles", "at start", "at the end", "seeds", "learning rate")
+        parts = ["<h2>Attacks</h2>", _table(head, rows)]
     rows = [
-        (name, secrets, side, detector, f"{v['overlap']:.4f}", f"{v['times_chance']:.2f}", f"{v['worst']:.1f}")
+        (
+            Path(name).name,
+            secrets,
+            side,
+            detector,
+            f"{v['overlap']:.4f}",
+            f"{v['times_chance']:.2f}",
+            f"{v['worst']:.1f}",
+        )
         for name, found in result["bundles"].items()
         for secrets, sides in found.get("subspace", {}).items()
-        if secrets != "seconds"
         for side, detectors in sides.items()
         for detector, v in detectors.items()
     ]
     if rows:
         head = ("bundle", "thief", "side", "detector", "overlap", "times chance", "worst")
         parts += ["<h2>Detectors of the protected subspaces</h2>", _table(head, rows)]
+    rows = [
+        (Path(name).name, method, what, f"{value:.4f}")
+        for name, found in result["bundles"].items()
+        for method in ("blinding", "public-base")
+        for what, value in found.get(method, {}).items()
+    ]
+    if rows:
+        parts += ["<h2>Blinding</h2>", _table(("bundle", "attack", "what", "share"), rows)]
     return parts
 
 
-def _cells(curve: dict[str, Any]) -> tuple[str, ...]:
-    return f"{curve['ppl'][0]:.4g}", f"{curve['best']:.4g}", f"{curve['rate']:g}"
+def _cells(line: dict[str, Any]) -> tuple[str, ...]:
+    spread = f"{line['low']:.4g} to {line['high']:.4g}" if line["high"] > line["low"] else ""
+    return f"{line['ppl'][0]:.4g}", f"{line['reached']:.4g}", spread, f"{line['rate']:g}"
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
@@ -92,19 +113,16 @@ def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 def _curves(result: dict[str, Any]) -> Any:
     axes, figure = _axes(len(result["bundles"]))
     for ax, (name, found) in zip(axes, result["bundles"].items(), strict=True):
-        for method in ("full", "lora", "null-space", "distill"):
-            for oracles, curve in found.get(method, {}).items():
-                if oracles != "seconds":
-                    ax.plot(
-                        curve["tokens"],
-                        curve["ppl"],
-                        "-" if oracles == "none" else ":",
-                        marker=".",
-                        label=f"{method}, {oracles}",
-                    )
-        for key, style in _WITHOUT.items():
-            if key in result:
-                ax.plot(result[key]["tokens"], result[key]["ppl"], style, lw=2, label=key.replace("_", " "))
+        for colour, method in enumerate(("full", "lora", "null-space", "distill")):
+            for oracles, line in found.get(method, {}).items():
+                style = "-" if oracles == "none" else ":"
+                ax.plot(
+                    line["tokens"], line["ppl"], style, color=f"C{colour}", marker=".", label=f"{method}, {oracles}"
+                )
+        for dark, (objective, lines) in zip("kb", result["without"].items(), strict=False):
+            for style, (start, line) in zip(("-", "--"), lines.items(), strict=True):
+                label = f"no bundle: {start}, {objective}"
+                ax.plot(line["tokens"], line["ppl"], style, color=dark, lw=2, label=label)
         ax.axhline(result["original"], color="grey", label="original")
         ax.set(yscale="log", xlabel="training tokens", ylabel="perplexity on held-out text", title=Path(name).name)
         ax.legend(fontsize=7)

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from sliplm.evaluate.attacks.training import Curve, Data, learn
+from sliplm.evaluate.attacks.training import Loss
 
 
-def attack(start: Any, data: Data, teacher: Any) -> Curve:
-    """Train `start`, a stolen model or one made without a bundle, on the answers of `teacher`."""
+def answers_of(teacher: Any) -> Loss:
+    """Mean cross entropy against the distributions of `teacher`, which has the student's vocabulary."""
 
     def loss(student: Any, ids: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
@@ -24,4 +24,4 @@ def attack(start: Any, data: Data, teacher: Any) -> Curve:
         answer = student(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
         return -(target * answer).sum(-1).mean()
 
-    return learn(start, lambda model: list(model.parameters()), data, loss)
+    return loss

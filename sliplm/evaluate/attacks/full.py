@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
 from sliplm.evaluate.attacks.stolen import Oracles, Stolen
-from sliplm.evaluate.attacks.training import Curve, Data, learn
+
+RATES = (2e-3, 5e-3)
+RATES_IF_KNOWN = (3e-4, 1e-3)  # true scales make for large gradients
 
 
-def attack(stolen: Stolen, oracles: Oracles, data: Data) -> Curve:
-    return learn(stolen.model(oracles), lambda model: list(model.parameters()), data)
-
-
-def without(start: Any, data: Data) -> Curve:
-    """A thief without any bundle, from `Stolen.scratch()` or `Stolen.placebo()`."""
-    return learn(start, lambda model: list(model.parameters()), data)
+def prepare(model: Any, stolen: Stolen, oracles: Oracles) -> list[nn.Parameter]:
+    """What is trained: every parameter."""
+    return list(model.parameters())

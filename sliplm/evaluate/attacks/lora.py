@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from sliplm.evaluate.attacks.stolen import Oracles, Stolen
-from sliplm.evaluate.attacks.training import Curve, Data, learn
+
+RATES = RATES_IF_KNOWN = (2e-3, 5e-3)
 
 
 class Correction(nn.Module):
@@ -30,14 +31,14 @@ class Correction(nn.Module):
         return self.inner(x) + (low if self.core is None else low @ self.core.T) @ self.a.T
 
 
-def attack(stolen: Stolen, oracles: Oracles, data: Data) -> Curve:
-    model = stolen.model(oracles)
+def prepare(model: Any, stolen: Stolen, oracles: Oracles) -> list[nn.Parameter]:
+    """Add the corrections to `model`; what is trained are they and what the thief had to make up."""
     rank = stolen.settings["rank"]
     for group in stolen.groups(model):
         for m in group:
             a, b = torch.zeros(m.rows, rank), torch.randn(rank, m.columns) / m.columns**0.5
             model.set_submodule(m.name, Correction(model.get_submodule(m.name), a, b))
-    return learn(model, lambda trained: trainable(trained, oracles, ("a", "b")), data)
+    return trainable(model, oracles, ("a", "b"))
 
 
 def trainable(model: Any, oracles: Oracles, keys: tuple[str, ...]) -> list[nn.Parameter]:

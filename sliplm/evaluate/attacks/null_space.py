@@ -8,22 +8,26 @@ in blinded coordinates the hole is as easy to see.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import nn
 
 from sliplm.evaluate.attacks.lora import Correction, trainable
 from sliplm.evaluate.attacks.stolen import Oracles, Stolen
-from sliplm.evaluate.attacks.training import Curve, Data, learn
+
+RATES = RATES_IF_KNOWN = (3e-2, 3e-1)
 
 
-def attack(stolen: Stolen, oracles: Oracles, data: Data) -> Curve:
-    model = stolen.model(oracles)
+def prepare(model: Any, stolen: Stolen, oracles: Oracles) -> list[nn.Parameter]:
+    """Add the cores to `model`; what is trained are they and what the thief had to make up."""
     rank = stolen.settings["rank"]
     for group in stolen.groups(model):
         for m in group:
             weight = model.get_parameter(m.weight).detach()
             left, right = smallest(weight.T if m.transposed else weight, rank)
             model.set_submodule(m.name, Correction(model.get_submodule(m.name), left, right, torch.zeros(rank, rank)))
-    return learn(model, lambda trained: trainable(trained, oracles, ("core",)), data, rates=(3e-2, 3e-1))
+    return trainable(model, oracles, ("core",))
 
 
 def smallest(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -52,29 +52,30 @@ class Stolen:
         self.trusted = directory / "trusted"
         self.edge = bundle.EdgeBundle.open(directory / "edge")
         bundle.open_trusted(self.trusted)
+        self.digest = self.edge.digest.hex()[:16]
         self.config = transformers.AutoConfig.from_pretrained(self.trusted)
         self.settings: dict[str, Any] = self.config.quantization_config
         del self.config.quantization_config
 
-    def scratch(self) -> Any:
+    def scratch(self, seed: int = 0) -> Any:
         """The same architecture, freshly initialised: a thief without any bundle."""
-        torch.manual_seed(20407)  # one seed for all thieves, so that they differ in what they know only
+        torch.manual_seed(20407 + seed)  # the same for all thieves, so that they differ in what they know only
         return getattr(transformers, self.config.architectures[0])(self.config)
 
-    def placebo(self) -> Any:
+    def placebo(self, seed: int = 0) -> Any:
         """A model made as `model(NONE)` makes it, but from random integers: another thief without any bundle.
 
         It differs from `scratch` as the stolen one does, in equal rows and an untied head, which is worth something."""
-        real, generator = self.edge, torch.Generator().manual_seed(20407)
+        real, generator = self.edge, torch.Generator().manual_seed(20407 + seed)
         try:
             self.edge = _Noise(real, generator)  # type: ignore[assignment]
-            return self.model(NONE)
+            return self.model(NONE, seed)
         finally:
             self.edge = real
 
-    def model(self, oracles: Oracles) -> Any:
+    def model(self, oracles: Oracles, seed: int = 0) -> Any:
         """The architecture with the edge's part in place of every protected matrix, the rest fresh unless given."""
-        model = self.scratch()
+        model = self.scratch(seed)
         groups = self.groups(model)
         with safe_open(self.trusted / "model.safetensors", "pt") as file:
             if oracles.plain:
@@ -142,3 +143,19 @@ def guess_scales(q: torch.Tensor, planes: int, size: float) -> torch.Tensor:
 def fresh_size(model: Any, group: Group) -> float:
     """The root mean square of a fresh weight of this group: all that a thief without scales has to go by."""
     return float(model.get_parameter(group[0].weight).detach().square().mean().sqrt())
+
+
+def trim(model: Any, vocabulary: torch.Tensor) -> Any:
+    """`model` with the rows `vocabulary` of its embedding and its head only; a tied head stays tied.
+
+    A thief trains on the tokens that occur in its text. Where the head's rows are in a secret order, it takes as many.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = embedding.weight is head.weight
+    embedding.weight = torch.nn.Parameter(embedding.weight.detach()[vocabulary])
+    embedding.padding_idx = None
+    head.weight = embedding.weight if tied else torch.nn.Parameter(head.weight.detach()[vocabulary])
+    if head.bias is not None:
+        head.bias = torch.nn.Parameter(head.bias.detach()[vocabulary])
+    embedding.num_embeddings = head.out_features = len(vocabulary)
+    return model

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,34 +11,33 @@ import torch
 from torch import nn
 
 LENGTH = 256  # tokens per window
-POINTS = 4  # of a learning curve, after the start
-RATES = (3e-4, 2e-3)
+POINTS = 2  # of a learning curve, after the start
 Loss = Callable[[Any, torch.Tensor], torch.Tensor]
 
 
 @dataclass
 class Data:
-    """Token windows, disjoint: `train` (n, LENGTH) for the thief, `held` (m, LENGTH) to score it."""
+    """Token windows, disjoint: `train` (n, LENGTH) and `valid` (v, LENGTH) are the thief's budget, which chooses its
+    learning rate on the latter; `held` (m, LENGTH) scores it.
+
+    Ids count within `vocabulary`, the tokenizer's ids (V,) that occur in any of them: `stolen.trim` cuts models to it.
+    """
 
     train: torch.Tensor
+    valid: torch.Tensor
     held: torch.Tensor
-
-    @property
-    def tokens(self) -> int:
-        return self.train.numel()
+    vocabulary: torch.Tensor
 
 
 @dataclass
 class Curve:
-    """Perplexity on the held-out text after so many training tokens, at the best learning rate tried."""
+    """One run: perplexity on the held-out text after so many training tokens, and on the validation text at the end."""
 
+    rate: float = 0.0
+    seed: int = 0
     tokens: list[int] = field(default_factory=list)
     ppl: list[float] = field(default_factory=list)
-    rate: float = 0.0
-
-    @property
-    def best(self) -> float:
-        return min(self.ppl)
+    valid: float = math.inf
 
 
 def language_loss(model: Any, ids: torch.Tensor) -> torch.Tensor:
@@ -49,48 +47,36 @@ def language_loss(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def perplexity(model: Any, held: torch.Tensor) -> float:
+def perplexity(model: Any, windows: torch.Tensor) -> float:
+    """Of all of `windows` (m, LENGTH); a model that has diverged gets e^700."""
     model.eval()
     with _autocast():
-        loss = sum(float(language_loss(model, ids[None])) for ids in held) / len(held)
-    return math.exp(min(loss, 700.0))
+        loss = sum(float(language_loss(model, ids)) * len(ids) for ids in windows.split(4)) / len(windows)
+    return math.exp(min(loss, 700.0)) if math.isfinite(loss) else math.exp(700.0)
 
 
 def learn(
-    start: Any,
-    select: Callable[[Any], Sequence[nn.Parameter]],
-    data: Data,
-    loss: Loss = language_loss,
-    rates: Sequence[float] = RATES,
+    model: Any, chosen: Sequence[nn.Parameter], data: Data, rate: float, seed: int, loss: Loss = language_loss
 ) -> Curve:
-    """Train the parameters that `select` picks, one pass over `data.train` per learning rate; keep the best curve.
+    """Train the parameters `chosen` of `model` in one pass over `data.train`, in an order that `seed` decides.
 
-    AdamW, linear warm-up over a tenth and decay to zero; bfloat16 products. Every thief gets the same search.
+    AdamW, linear warm-up over a tenth and decay to zero; bfloat16 products.
     """
-    curves = []
-    first = perplexity(start, data.held)
-    for rate in rates:
-        model = copy.deepcopy(start) if len(rates) > 1 else start
-        for p in model.parameters():
-            p.requires_grad_(False)
-        chosen = list(select(model))
-        for p in chosen:
-            p.requires_grad_(True)
-        curves.append(_run(model, chosen, data, loss, rate, Curve([0], [first], rate)))
-    return min(curves, key=lambda c: c.best)
-
-
-def _run(model: Any, chosen: Sequence[nn.Parameter], data: Data, loss: Loss, rate: float, curve: Curve) -> Curve:
-    batch = max(1, min(4, len(data.train) // 16))
-    steps = math.ceil(len(data.train) / batch)
-    optimizer = torch.optim.AdamW(chosen, lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
-    warm = max(1, steps // 10)
+    for p in model.parameters():
+        p.requires_grad_(False)
+    for p in chosen:
+        p.requires_grad_(True)
+    train = data.train[torch.randperm(len(data.train), generator=torch.Generator().manual_seed(seed))]
+    batches = train.split(2 if len(train) >= 32 else 1)
+    optimizer = torch.optim.AdamW(chosen, lr=rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    warm = max(1, len(batches) // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: min((i + 1) / warm, max(0.0, (steps - i) / max(1, steps - warm)))
+        optimizer, lambda i: min((i + 1) / warm, max(0.0, (len(batches) - i) / max(1, len(batches) - warm)))
     )
-    marks = {max(1, round(steps * (i + 1) / POINTS)) for i in range(POINTS)}
-    for step in range(steps):
-        ids = data.train[step * batch : (step + 1) * batch]
+    marks = {max(1, round(len(batches) * (i + 1) / POINTS)) for i in range(POINTS)}
+    curve = Curve(rate, seed, [0], [perplexity(model, data.held)])
+    seen = 0
+    for step, ids in enumerate(batches, 1):
         model.train()
         with _autocast():
             value = loss(model, ids)
@@ -99,10 +85,11 @@ def _run(model: Any, chosen: Sequence[nn.Parameter], data: Data, loss: Loss, rat
         nn.utils.clip_grad_norm_(chosen, 1.0)
         optimizer.step()
         schedule.step()
-        if step + 1 in marks:
-            curve.tokens.append(min((step + 1) * batch, len(data.train)) * data.train.shape[1])
-            ppl = perplexity(model, data.held)
-            curve.ppl.append(ppl if math.isfinite(ppl) else math.exp(700.0))
+        seen += ids.numel()
+        if step in marks:
+            curve.tokens.append(seen)
+            curve.ppl.append(perplexity(model, data.held))
+    curve.valid = perplexity(model, data.valid)
     return curve
 
 
