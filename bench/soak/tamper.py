@@ -48,6 +48,7 @@ def run(bundle: Path, size: int = 10_000, liars: int = 4, seed: int = 0, fresh: 
         disturbed = asked = 0
         while any(client.is_alive() for client in clients):
             asked += 1
+            time.sleep(0.2)
             try:
                 disturbed += text(api, PROMPT, TOKENS) != truth
             except Exception:
