@@ -21,7 +21,7 @@ numbers: $(STAMP)
 	$(BIN)/python bench/acceptance.py
 
 soak: $(STAMP)
-	$(BIN)/python -m bench.soak $(if $(SECONDS),--seconds $(SECONDS)) $(if $(QUICK),--quick)
+	$(BIN)/python -m bench.soak $(EXPERIMENT) $(if $(SIZE),--size $(SIZE)) $(if $(QUICK),--quick)
 
 attack: $(STAMP)
 	$(BIN)/python bench/attack.py $(BUDGET)

@@ -1,14 +1,14 @@
 """Long experiments with real processes, each of which breaks something and checks that the promises hold.
 
-    python -m bench.soak [streams tamper fuzz kills] [--bundle DIR] [--seconds 600] [--quick] [--json]
+    python -m bench.soak [streams tamper fuzz kills] [--bundle DIR] [--size N] [--quick] [--json]
 
     streams  16 streams through 4 edges at once: every text right, nobody starved, memory flat
     tamper   10,000 wrong answers of edges: all caught, none becomes text
     fuzz     1,000,000 malformed frames, to both sides: no crash, no hang, other sessions undisturbed
     kills    200 times kill -9 of either side: the other recovers within 5 s, no pad is used twice
 
-Without --bundle, SmolLM2 is split first. --quick takes a small fraction of everything. Exits with 1 if a promise is
-broken.
+Without --bundle, SmolLM2 is split first. --quick takes a small fraction of everything, --size as many lies, frames,
+kills or seconds of one experiment. Exits with 1 if a promise is broken.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from rich.table import Table
 
 from bench.soak import fuzz, kills, streams, tamper
 
-EXPERIMENTS = {
-    "tamper": lambda bundle, quick, _: tamper.run(bundle, 100 if quick else 10_000),
-    "fuzz": lambda bundle, quick, _: fuzz.run(bundle, 10_000 if quick else 1_000_000),
-    "kills": lambda bundle, quick, _: kills.run(bundle, 6 if quick else 200),
-    "streams": lambda bundle, quick, seconds: streams.run(bundle, 30.0 if quick else seconds),
+EXPERIMENTS = {  # the sizes: of the real thing, and with --quick
+    "tamper": (tamper.run, 10_000, 100),
+    "fuzz": (fuzz.run, 1_000_000, 10_000),
+    "kills": (kills.run, 200, 6),
+    "streams": (streams.run, 600, 30),
 }
 
 
@@ -41,12 +41,14 @@ def main() -> int:
     )
     parser.add_argument("experiments", nargs="*", help="which; all if none is named")
     parser.add_argument("--bundle", type=Path, help="DIR, as `slip split` wrote it")
-    parser.add_argument("--seconds", type=float, default=600.0, help="how long `streams` runs")
+    parser.add_argument("--size", type=int, help="how many; for one experiment")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     if unknown := set(args.experiments) - EXPERIMENTS.keys():
         parser.error(f"there is no experiment {min(unknown)!r}, only {', '.join(EXPERIMENTS)}")
+    if args.size is not None and (len(args.experiments) != 1 or args.size < 1):
+        parser.error("--size is a positive number, and for one experiment")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the processes under test are ended too
     logging.getLogger("sliplm").setLevel(logging.CRITICAL)  # the hostile parts' own: they fail on purpose
     console = Console(stderr=args.json, soft_wrap=True, highlight=False)
@@ -55,7 +57,8 @@ def main() -> int:
         bundle = args.bundle or _split(Path(scratch) / "bundle", console)
         for name in args.experiments or EXPERIMENTS:
             console.print(f"{name} ...", style="bold")
-            results[name] = EXPERIMENTS[name](bundle, args.quick, args.seconds)
+            run, size, small = EXPERIMENTS[name]
+            results[name] = run(bundle, args.size or (small if args.quick else size))
             console.print(_table(results[name]))
     broken = [f"{name}: {problem}" for name, result in results.items() for problem in result["problems"]]
     if args.json:

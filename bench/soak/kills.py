@@ -2,40 +2,47 @@
 
 The killed side is started again, the other is left alone: within 5 s of the moment at which the restarted side is up,
 every edge has to answer a new request, with the right text. Texts that break off have to break off with an error. All
-pads, of all lives of the trusted side, are logged (`watch`), and none may come twice.
+pads, of all lives of the trusted side, are logged (`watch`), and none may come twice. In the end, every request that
+gave text has one usage record, closed, with the tokens of the whole text if the request came to its end.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import random
+import sqlite3
 import statistics
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from bench.soak import watch
 from bench.soak.processes import Command, Site, ask, site
+from sliplm.protocol.messages import Chunk
 
 PROMPT = "The capital of France is"
 TOKENS = 8
 RECOVERY_SECONDS = 5.0
+SWEEP_SECONDS = 40.0
+"""Within this time a trusted side has closed what its predecessor left open."""
 
 
 class Client(threading.Thread):
     """Asks one edge again and again, and judges what it gets.
 
     Attributes:
-        begun: how many requests have given their first text; `when` the last one began to.
+        asked, begun, finished, broken: how many requests were made, gave text, gave all of it, ended with an error.
     """
 
     def __init__(self, truth: str) -> None:
         super().__init__(daemon=True)
         self.api = ""
         self.truth = truth
-        self.begun = self.finished = self.broken = 0
+        self.asked = self.begun = self.finished = self.broken = 0
         self.asked_at = 0.0
         self.problems: list[str] = []
         self.errors: dict[str, int] = {}
@@ -45,6 +52,7 @@ class Client(threading.Thread):
     def run(self) -> None:
         while not self._stopping:
             text, asked_at = "", time.monotonic()
+            self.asked += 1
             try:
                 for chunk in ask(self.api, PROMPT, TOKENS, timeout=60):
                     if chunk.text and not text:
@@ -86,7 +94,8 @@ def run(bundle: Path, size: int = 200, edges: int = 2, seed: int = 0) -> dict[st
         identities = [here.enrol(f"edge{i}") for i in range(edges)]
         running = [_edge(here, address, identity, rows, key) for identity in identities]
         apis = [edge.ready()["api"] for edge in running]
-        truth = "".join(c.text for c in ask(apis[0], PROMPT, TOKENS))
+        first = list(ask(apis[0], PROMPT, TOKENS))
+        truth = "".join(c.text for c in first)
         clients = [Client(truth) for _ in running]
         for client, api in zip(clients, apis, strict=True):
             client.api = api
@@ -128,6 +137,8 @@ def run(bundle: Path, size: int = 200, edges: int = 2, seed: int = 0) -> dict[st
         for command in here.commands:
             if complaints := command.complaints():
                 problems.append(complaints)
+        usage, wrong = _usage(here, first[-1], clients, edges * len(took["trusted"]))
+        problems += wrong
         used, twice = watch.count(pads)
         seen, seen_twice = watch.count(rows)
         if twice or seen_twice:
@@ -138,6 +149,7 @@ def run(bundle: Path, size: int = 200, edges: int = 2, seed: int = 0) -> dict[st
             "kills": {side: len(times) for side, times in took.items()},
             "recovery, seconds": {side: _summary(times) for side, times in took.items() if times},
             "requests": {"whole": sum(c.finished for c in clients), "broken off": sum(c.broken for c in clients)},
+            "usage records": usage,
             "pads used": used,
             "of them twice": twice,
             "rows seen by edges": seen,
@@ -145,6 +157,35 @@ def run(bundle: Path, size: int = 200, edges: int = 2, seed: int = 0) -> dict[st
             "seconds": round(time.monotonic() - started, 1),
             "problems": problems,
         }
+
+
+def _usage(here: Site, whole: Chunk, clients: list[Client], torn: int) -> tuple[dict[str, int], list[str]]:
+    """The usage records by outcome, and what is wrong with them. `torn` requests, at most, may have been answered whole
+    by a trusted side that was killed before it closed the record: the next one closes it as interrupted."""
+    path = here.bundle / "trusted" / "authority" / "registry.db"
+    problems: list[str] = []
+    tokens = (whole.prompt_tokens, whole.completion_tokens)
+    with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as db:
+        deadline = time.monotonic() + SWEEP_SECONDS
+        while open_ := db.execute("SELECT count(*) FROM usage WHERE finished IS NULL").fetchone()[0]:
+            if time.monotonic() > deadline:
+                problems.append(f"{open_} usage records were never closed")
+                break
+            time.sleep(0.2)
+        records = db.execute("SELECT request, outcome, prompt_tokens, completion_tokens FROM usage").fetchall()
+    outcomes = Counter(str(outcome) for _, outcome, *_ in records)
+    closed = sum(outcome in ("length", "stop") for _, outcome, *_ in records)
+    if len({request for request, *_ in records}) < len(records):
+        problems.append("usage records were doubled")
+    for _, outcome, *used in records:
+        if tuple(used) != tokens if outcome in ("length", "stop") else used[1] > tokens[1]:
+            problems.append(f"a usage record ({outcome}) has {used[0]} and {used[1]} tokens")
+    begun, asked, finished = (1 + sum(getattr(c, name) for c in clients) for name in ("begun", "asked", "finished"))
+    if not begun <= len(records) <= asked:
+        problems.append(f"{asked} requests were made, {begun} gave text, and there are {len(records)} usage records")
+    if finished > closed + torn:
+        problems.append(f"{finished} texts came whole, and {closed} usage records say so")
+    return dict(sorted(outcomes.items())), problems
 
 
 def _edge(here: Site, address: str, identity: Path, rows: Path, key: bytes) -> Command:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from sliplm.edge.engine import EdgeEngine
 from sliplm.edge.worker import EdgeWorker
-from sliplm.errors import LinkError
+from sliplm.errors import IdentityError, SlipError
 from sliplm.field import P
 from sliplm.protocol.channel import Channel
 from sliplm.protocol.frames import Header, Kind
@@ -148,6 +148,14 @@ class Liar(EdgeWorker):
         self._last: dict[tuple[int, tuple[int, ...]], Field] = {}
         self._first: dict[tuple[int, tuple[int, ...]], Field] = {}
 
+    def run(self) -> None:
+        """Serve until `stop`; being suspended is a reason to try again, as for a thief who hopes for better times."""
+        while not self._stopping.is_set():
+            try:
+                super().run()
+            except IdentityError:
+                self._stopping.wait(0.05)
+
     def lie(self, kind: str | None, after: int = 0) -> None:
         """From now on let `after` answers be right, and the next one that allows it a lie of this kind; or no more."""
         with self._asked:
@@ -194,6 +202,6 @@ class Liar(EdgeWorker):
             with self.generate(GenerateRequest(prompt=prompt, max_tokens=max_tokens)) as chunks:
                 for chunk in chunks:
                     text += chunk.text
-        except LinkError as error:
+        except SlipError as error:
             return text, error
         return text, None

@@ -157,6 +157,7 @@ class Site:
                 if file.is_file() and not file.name.startswith("."):
                     _link(file, self.bundle / side / file.name)
         self.commands: list[Command] = []
+        self.registry = authority.open_registry(self.bundle / "trusted" / "authority")
 
     def enrol(self, name: str) -> Path:
         """A new device's identity file."""
@@ -182,6 +183,7 @@ class Site:
     def close(self) -> None:
         for command in self.commands:
             command.kill()
+        self.registry.close()
 
 
 def _link(source: Path, target: Path) -> None:

@@ -1,8 +1,9 @@
 """Tampered answers: every one has to be caught, and none may become text.
 
 Edges of the real kind ask for text and answer rightly up to a random exchange, where they tell one lie of a random
-kind. A lie counts as caught if the request fails and all text that came before is the beginning of the true text.
-Meanwhile an honest edge asks all the time, and has to get the true text every time.
+kind. A lie counts as caught if the request fails and all text that came before is the beginning of the true text. Wrong
+numbers must also get the device suspended, for which it has to fail the check; the owner then lets it in again, for the
+next lie. Meanwhile an honest edge asks all the time, and has to get the true text every time.
 """
 
 from __future__ import annotations
@@ -15,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from bench.soak.liar import LIES, NUMBERS, Liar
-from bench.soak.processes import eventually, site, text
+from bench.soak.processes import Site, site, text
 from sliplm.bundle import EdgeBundle
 from sliplm.edge.engine import EdgeEngine
-from sliplm.errors import VerificationError
 
-PROMPT = "The capital of France is"
+PROMPT = "Hello there"
 TOKENS = 2
 
 
@@ -40,7 +40,7 @@ def run(bundle: Path, size: int = 10_000, liars: int = 4, seed: int = 0, fresh: 
         before = trusted.usage()
         started = time.monotonic()
         clients = [
-            threading.Thread(target=_lie, args=(w, tally, truth, len(engine.shapes), seed + i))
+            threading.Thread(target=_lie, args=(here, f"liar{i}", w, tally, truth, len(engine.shapes), seed + i))
             for i, w in enumerate(workers)
         ]
         for client in clients:
@@ -48,6 +48,7 @@ def run(bundle: Path, size: int = 10_000, liars: int = 4, seed: int = 0, fresh: 
         disturbed = asked = 0
         while any(client.is_alive() for client in clients):
             asked += 1
+            time.sleep(0.2)
             try:
                 disturbed += text(api, PROMPT, TOKENS) != truth
             except Exception:
@@ -69,7 +70,7 @@ def run(bundle: Path, size: int = 10_000, liars: int = 4, seed: int = 0, fresh: 
         return {
             "told": told,
             "caught": dict(sorted(tally.caught.items())),
-            "by the check": tally.by_check,
+            "suspended for failing the check": tally.suspended,
             "honest requests": asked,
             "seconds": round(seconds, 1),
             "trusted before": before,
@@ -83,7 +84,7 @@ class _Tally:
         self._lock = threading.Lock()
         self._left = size
         self.caught: collections.Counter[str] = collections.Counter()
-        self.by_check = 0
+        self.suspended = 0
         self.problems: list[str] = []
 
     def next(self) -> bool:
@@ -92,18 +93,18 @@ class _Tally:
             self._left -= 1
             return self._left >= 0 and len(self.problems) < 10
 
-    def record(self, kind: str, error: Exception | None, prefix: bool) -> None:
+    def record(self, kind: str, error: Exception | None, prefix: bool, suspended: bool) -> None:
         with self._lock:
             if error is None or not prefix:
                 self.problems.append(f"a lie ({kind}) was answered: {error or 'no error'}")
-            elif (kind in NUMBERS) != isinstance(error, VerificationError):
-                self.problems.append(f"a lie ({kind}) ended a request for another reason: {error}")
+            elif suspended != (kind in NUMBERS):
+                self.problems.append(f"a lie ({kind}): the device was {'' if suspended else 'not '}suspended: {error}")
             else:
                 self.caught[kind] += 1
-                self.by_check += isinstance(error, VerificationError)
+                self.suspended += suspended
 
 
-def _lie(worker: Liar, tally: _Tally, truth: str, groups: int, seed: int) -> None:
+def _lie(here: Site, name: str, worker: Liar, tally: _Tally, truth: str, groups: int, seed: int) -> None:
     rng = random.Random(seed)
     while tally.next():
         kind = rng.choice(LIES)
@@ -112,12 +113,14 @@ def _lie(worker: Liar, tally: _Tally, truth: str, groups: int, seed: int) -> Non
             if not worker.connected.wait(30):
                 tally.problems.append("a lying edge could not connect again")
                 return
-            after = rng.randrange(groups * TOKENS) if kind != "rows swapped" else rng.randrange(groups)
-            worker.lie(kind, after)
+            worker.lie(kind, _moment(rng, groups) % (groups if kind == "rows swapped" else groups * TOKENS))
             got, error = worker.request(PROMPT, TOKENS)
             worker.lie(None)
             if worker.told > told:
-                tally.record(kind, error, truth.startswith(got) and got != truth)
+                suspended = here.registry.devices.get(name).state == "suspended"
+                tally.record(kind, error, truth.startswith(got) and got != truth, suspended)
+                if suspended:
+                    here.registry.devices.resume(name)
                 break
             if error is None and got != truth:
                 tally.problems.append("a request without a lie got another text")
@@ -125,9 +128,8 @@ def _lie(worker: Liar, tally: _Tally, truth: str, groups: int, seed: int) -> Non
         else:
             tally.problems.append(f"there was no opportunity for a lie of the kind {kind!r}")
             return
-        eventually(lambda: _reconnected(worker), 30, 0.01)
 
 
-def _reconnected(worker: Liar) -> None:
-    if not worker.connected.is_set():
-        raise RuntimeError("not connected yet")
+def _moment(rng: random.Random, groups: int) -> int:
+    """How many answers go before the lie: mostly few, which saves time, but any number may."""
+    return rng.randrange(groups * TOKENS) if rng.random() < 0.25 else int(rng.expovariate(6 / groups))
