@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check numbers attack soak clean
+.PHONY: demo test check bench numbers attack soak clean
 
 demo: $(STAMP)
 	$(BIN)/slip demo
@@ -17,6 +17,9 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+bench: $(STAMP)
+	$(BIN)/slip bench
+
 numbers: $(STAMP)
 	$(BIN)/python bench/acceptance.py
 
@@ -27,7 +30,7 @@ attack: $(STAMP)
 	$(BIN)/python bench/attack.py $(BUDGET)
 
 # torch first and pinned: it has a CPU build, and a looser requirement would pull gigabytes of CUDA.
-$(STAMP): requirements.txt requirements-dev.txt pyproject.toml CMakeLists.txt $(wildcard sliplm/_core/*.cpp sliplm/_core/*.hpp)
+$(STAMP): requirements.txt requirements-dev.txt pyproject.toml CMakeLists.txt $(wildcard sliplm/_core/*.cpp sliplm/_core/*.h)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep ^torch== requirements.txt)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
