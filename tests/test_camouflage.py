@@ -67,12 +67,12 @@ def test_the_detectors_work_where_there_is_something_to_find() -> None:
     assert subspace.overlap(subspace.find(filled, rank)["localised"], found.vt.T) > 0.2
 
 
-def test_half_of_the_swapped_directions_share_a_place() -> None:
-    assert camouflage.trusted_rank(16, 576, 1536, True) == 40 and camouflage.trusted_rank(16, 576, 1536, False) == 16
+def test_seven_in_ten_of_the_swapped_directions_share_a_place() -> None:
+    assert camouflage.trusted_rank(16, 576, 1536, True) == 37 and camouflage.trusted_rank(16, 576, 1536, False) == 16
     for shape in ((90, 120), (120, 90)):
         weight = heavy(*shape, 6)
         _, a, b = parts(weight, 6, True)
-        assert int((torch.linalg.svdvals(a @ b) > 1e-3).sum()) == 15
+        assert int((torch.linalg.svdvals(a @ b) > 1e-3).sum()) == 14
 
 
 def test_a_sketch_is_camouflaged_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
