@@ -18,7 +18,7 @@ import torch
 
 from sliplm.split.blinding import Rotation, hadamard
 
-_ROUNDS = 30
+_ROUNDS = 12
 _STRONGEST = 60  # correlations of a column that mark it
 
 

@@ -17,7 +17,8 @@ from sliplm.split.groups import Group, blocks, size
 from sliplm.split.layers import Member
 
 _LARGEST = 4096  # subspaces are looked for in spaces of at most so many dimensions
-_SAMPLE = 24  # groups, evenly spaced
+_SAMPLE = 24  # groups, evenly spaced, in which subspaces are looked for
+_FEW = 8  # groups that are compared with a public base: assignment is cubic in the number of columns
 _NOISE = 0.02  # of the weights' standard deviation: how far the public base is from the original
 
 
@@ -28,7 +29,7 @@ def subspaces(stolen: Stolen, original: Any) -> dict[str, Any]:
     secret = [Oracles(scales=True)] + [Oracles(scales=True, blinding=True)] * stolen.settings["blinding"]
     scores: dict[tuple[str, str, str], list[tuple[float, float]]] = {}
     with safe_open(stolen.trusted / "model.safetensors", "pt") as file:
-        for number, group in _some(stolen.groups(original)):
+        for number, group in _some(stolen.groups(original), _SAMPLE):
             factors = [leading(weight(original, m), rank, torch.Generator().manual_seed(0)) for m in group]
             for oracles in secret:
                 hidden = stolen.settings["blinding"] and not oracles.blinding
@@ -84,7 +85,7 @@ def public_base(stolen: Stolen, original: Any) -> dict[str, Any]:
     scores: dict[str, list[float]] = {"rows": [], "columns": [], "spectrum": [], "chance": []}
     generator = torch.Generator().manual_seed(0)
     with safe_open(stolen.trusted / "model.safetensors", "pt") as file:
-        for number, group in _some(stolen.groups(original)):
+        for number, group in _some(stolen.groups(original), _FEW):
             rows, columns = size(group)
             if max(rows, columns) > _LARGEST:
                 continue
@@ -116,8 +117,8 @@ def weight(model: Any, m: Member) -> torch.Tensor:
     return m.matrix(whole.view(m.parts, -1)[m.part]).float()
 
 
-def _some(groups: list[Group]) -> Iterator[tuple[int, Group]]:
-    count = min(_SAMPLE, len(groups))
+def _some(groups: list[Group], count: int) -> Iterator[tuple[int, Group]]:
+    count = min(count, len(groups))
     for i in range(count):
         number = (2 * i + 1) * len(groups) // (2 * count)  # the head, last, is not among them unless all are
         yield number, groups[number]
