@@ -130,6 +130,7 @@ class _Tally:
         self._lock = threading.Lock()
         self._left = size
         self.sent: Counter[str] = Counter()
+        self.refused = 0
         self.closed_after = 0.0
         self.problems: list[str] = []
 
@@ -186,7 +187,7 @@ class HostileEdge(threading.Thread):
             try:
                 seconds = getattr(self, "_" + what.lower().replace(" ", "_"))()
             except SlipError as error:  # refused before it came to that: too many connections, say
-                self._tally.sent["refused"] += 1
+                self._tally.refused += 1
                 if "suspended" in str(error):  # for a wrong answer; the owner lets it in again
                     with contextlib.suppress(IdentityError):
                         self._devices.resume(self.name)
@@ -482,6 +483,7 @@ def _summary(tally: _Tally, command: Command, before: dict[str, int], started: f
     return {
         "frames": tally.sent.total(),
         "by stage": dict(sorted(tally.sent.items())),
+        "connections refused before": tally.refused,
         "longest until closed, seconds": round(tally.closed_after, 2),
         "seconds": round(seconds, 1),
         "before": before,

@@ -22,7 +22,7 @@ from sliplm.edge.client import stream
 from sliplm.protocol import authority
 from sliplm.protocol.messages import Chunk
 
-START_SECONDS = 120.0
+START_SECONDS = 300.0
 
 # A command is started as usual, or forked from a server that has imported the libraries and done nothing else: two
 # hundred restarts would otherwise spend half an hour importing. Where memory is measured it is started as usual, since

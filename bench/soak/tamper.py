@@ -117,7 +117,7 @@ def _lie(here: Site, name: str, worker: Liar, tally: _Tally, truth: str, groups:
             got, error = worker.request(PROMPT, TOKENS)
             worker.lie(None)
             if worker.told > told:
-                suspended = here.registry.devices.get(name).state == "suspended"
+                suspended = _suspended(here, name, kind in NUMBERS)
                 tally.record(kind, error, truth.startswith(got) and got != truth, suspended)
                 if suspended:
                     here.registry.devices.resume(name)
@@ -128,6 +128,16 @@ def _lie(here: Site, name: str, worker: Liar, tally: _Tally, truth: str, groups:
         else:
             tally.problems.append(f"there was no opportunity for a lie of the kind {kind!r}")
             return
+
+
+def _suspended(here: Site, name: str, expected: bool) -> bool:
+    """Whether the device is suspended; if that is expected, it may take a moment longer than the request's end."""
+    deadline = time.monotonic() + 5
+    while not (suspended := here.registry.devices.get(name).state == "suspended"):
+        if not expected or time.monotonic() > deadline:
+            break
+        time.sleep(0.02)
+    return suspended
 
 
 def _moment(rng: random.Random, groups: int) -> int:
