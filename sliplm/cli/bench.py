@@ -20,6 +20,7 @@ def bench(
     tokens: Annotated[int, typer.Option(min=8, help="Decoded tokens per round.")] = 48,
     prefill: Annotated[int, typer.Option(min=0, help="Tokens of the long prompt; 0 leaves it out.")] = 512,
     rounds: Annotated[int, typer.Option(min=1, help="How often everybody has a turn.")] = 3,
+    long: Annotated[int, typer.Option(min=0, help="Then decode so many more tokens, and see if memory grows.")] = 0,
     keep: Annotated[Path | None, typer.Option(help="Keep the bundles here, and take them from here.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a picture (.svg, .png) here.")] = None,
     as_json: Json = False,
@@ -33,7 +34,7 @@ def bench(
     if plot:
         show.require_plots()
     result = run(
-        models or ["smollm2", "llama-1.1b"], planes or [1, 2], rank, tokens, prefill, rounds, keep,
+        models or ["smollm2", "llama-1.1b"], planes or [1, 2], rank, tokens, prefill, rounds, long, keep,
         lambda line: err.print(line, markup=False),
     )  # fmt: skip
     if plot:

@@ -42,11 +42,13 @@ def bench(
     tokens: int = 48,
     prefill: int = 512,
     rounds: int = 3,
+    long: int = 0,
     keep: Path | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Measure every one of `models` with every number of `planes`; `rounds` times `tokens` decoded tokens each, and
-    prompts of `prefill` tokens (0 for none). Bundles stay in `keep`, and are taken from there.
+    prompts of `prefill` tokens (0 for none); then decode `long` more tokens over TLS and see what memory that left
+    occupied. Bundles stay in `keep`, and are taken from there.
 
     Raises SlipError: a model cannot be had or split, or a process fails.
     """
@@ -60,13 +62,13 @@ def bench(
                 say(f"{Path(name).name}, planes {count}: splitting, if that is not done yet")
                 directory = protect(name, source, count, rank, place, None)
                 say(f"{Path(name).name}, planes {count}: measuring")
-                measured = _measure(source, directory, tokens, prefill, rounds, say)
+                measured = _measure(source, directory, tokens, prefill, rounds, long, say)
                 result["results"].append({"model": Path(name).name, "planes": count, "rank": rank, **measured})
     return result
 
 
 def _measure(
-    source: str, directory: Path, tokens: int, prefill: int, rounds: int, say: Callable[[str], None]
+    source: str, directory: Path, tokens: int, prefill: int, rounds: int, long: int, say: Callable[[str], None]
 ) -> dict[str, Any]:
     with ExitStack() as running:
         ask = {
@@ -97,8 +99,21 @@ def _measure(
                 who, how = turns[name]
                 times.append(ask[who](do="prefill", tokens=prefill, **how)["seconds"])
             say(f"  prompts, round {number + 1} of {rounds}")
-        memory = {name: ask[name](do="memory")["peak"] for name in ask}
-    return _summary(directory, decoded, prefilled, prefill, memory)
+        memory = {name: [m["peak"] for m in ask[name](do="memory")["processes"]] for name in ask}
+        growth = _growth(ask["protected"], long, say) if long else {}
+    return _summary(directory, decoded, prefilled, prefill, memory) | growth
+
+
+def _growth(ask: Ask, tokens: int, say: Callable[[str], None]) -> dict[str, Any]:
+    """Memory that either side holds after `tokens` more tokens, minus what it held after the first tenth of them."""
+    held = []
+    for number in range(10):
+        for _ in range(max(1, tokens // 1000)):
+            ask(do="decode", tokens=100)
+        held.append([m["now"] for m in ask(do="memory")["processes"]])
+        say(f"  many tokens: {number + 1} of 10 tenths")
+    growth = [last - first for first, last in zip(held[0], held[-1], strict=True)]
+    return {"growth": {"tokens": tokens, "trusted": growth[0], "edge": growth[1]}}
 
 
 def _summary(

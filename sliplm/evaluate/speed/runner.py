@@ -4,7 +4,7 @@ Commands come as lines of JSON on stdin, answers leave on stdout:
 
     {"do": "decode", "tokens": n, ...} -> {"seconds": [per token], "spent": {"cpu": seconds per token, ...}}
     {"do": "prefill", "tokens": n, ...} -> {"seconds": s, ...}
-    {"do": "memory"} -> {"peak": bytes, ...}
+    {"do": "memory"} -> {"processes": [{"now": bytes, "peak": bytes}, ...]}
 
 What is timed is `model.generate` and `model.__call__` of Transformers, the same for all; a decoding step is the time
 from one token to the next, so the first one, with the prompt, is apart.
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import sys
 import tempfile
 import threading
@@ -64,13 +63,15 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def peak_memory(pid: int) -> float:
-    """The most memory that another process ever held, bytes; nan where the system does not tell as Linux does."""
+def memory(pid: int) -> dict[str, float]:
+    """What a process holds now, and the most that it ever held, bytes; nan where the system does not tell as Linux
+    does."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
-        return float("nan")
-    return float(status.partition("VmHWM:")[2].split()[0]) * 1024
+        return {"now": float("nan"), "peak": float("nan")}
+    values = {name: status.partition(f"Vm{field}:")[2].split()[0] for name, field in (("now", "RSS"), ("peak", "HWM"))}
+    return {name: float(value) * 1024 for name, value in values.items()}
 
 
 class Plain:
@@ -109,8 +110,7 @@ class Plain:
             return {"seconds": seconds, "spent": {key: value - before[key] for key, value in self._sample().items()}}
 
     def memory(self, **_: Any) -> dict[str, Any]:
-        own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        return {"peak": [own, *map(peak_memory, self.others)]}
+        return {"processes": [memory(pid) for pid in (os.getpid(), *self.others)]}
 
 
 class _NoText:

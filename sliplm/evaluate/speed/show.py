@@ -39,6 +39,11 @@ def tables(result: dict[str, Any], console: Console) -> None:
             f"peak memory: trusted {m['trusted'] / 1e6:.0f} MB, edge {m['edge'] / 1e6:.0f} MB "
             f"(bundle {m['edge_bundle'] / 1e6:.0f} MB), unprotected {m['bf16'] / 1e6:.0f} MB",
         ]
+        if g := r.get("growth"):
+            lines.append(
+                f"memory after {g['tokens']} more tokens, against that after a tenth of them: trusted "
+                f"{g['trusted'] / 1e6:+.1f} MB, edge {g['edge'] / 1e6:+.1f} MB"
+            )
         for where, stages in r["exchange_us"].items():
             times = ", ".join(f"{name} {us:.0f}" for name, us in stages.items())
             lines.append(f"an exchange, {where}, us: {times}")
