@@ -72,7 +72,9 @@ def divide(
     D, so where D is of low rank but for it, the noise is dropped: the model is then exact to its own rounding.
     """
     if public is None:
-        a, b = _rounded(*low_rank(weight, leading(weight, rank, generator), camouflage))
+        a, b = low_rank(weight, leading(weight, rank, generator), camouflage)
+        if camouflage:  # without it the split stays the published one: rounding would half hide its exact null space
+            a, b = _rounded(a, b)
         return a, b, torch.addmm(weight, a, b, alpha=-1)
     difference = weight - public
     u, s, vt, _ = leading(difference, trusted_rank(rank, weight.shape[0], weight.shape[1], camouflage), generator)
