@@ -34,7 +34,7 @@ from sliplm.protocol.link import RemoteLink
 from sliplm.split.source import load_whole
 from sliplm.trusted.server import TrustedServer
 
-PROMPT = 16
+PROMPT = 8
 
 
 class _Clock(BaseStreamer):
@@ -150,12 +150,13 @@ class Protected(Plain):
         self._fill(PROMPT + tokens)
         if pads == "ready":
             pool.resize(0)
-        begin = time.perf_counter()
         with self._slip.using(self._link if link == "tls" else self._slip.default_link):
             result = super().decode(tokens)
         if pads == "made":  # on the same cores, meanwhile and afterwards, until all that were used are replaced
+            begin = time.perf_counter()
             pool.wait(PROMPT + tokens)
-            result["with_pads"] = (time.perf_counter() - begin) / (PROMPT + tokens)
+            waited = time.perf_counter() - begin  # the prompt's pads are in it, too
+            result["with_pads"] = (sum(result["seconds"]) + waited) / len(result["seconds"])
         return result
 
     def prefill(self, tokens: int, link: str = "tls", **_: Any) -> dict[str, Any]:
