@@ -120,6 +120,7 @@ class Terminal:
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
             os.environ["TERM"] = "xterm"
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # tests that run in the background inherit that it is ignored
             os.execv(SLIP[0], [*SLIP, "chat", "--api", url])
         self.seen = ""
 

@@ -10,6 +10,7 @@ import sqlite3
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from datetime import timedelta
@@ -35,8 +36,7 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         pytest.skip("PostgreSQL is not installed")
     binaries = Path(program).resolve().parent
     # Its socket's path has to be short, and the server refuses to run as root.
-    home = Path("/tmp") / f"slip-postgres-{os.getpid()}"
-    home.mkdir(mode=0o700)
+    home = Path(tempfile.mkdtemp(prefix="slip-", dir="/tmp"))
     user: str | None = None
     if os.geteuid() == 0:
         try:
