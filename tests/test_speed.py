@@ -97,6 +97,22 @@ def test_a_forgotten_matrix_reads_the_same(tmp_path: Path, tiny: Path) -> None:
         assert (engine.product(0, x) == exact).all()
 
 
+def test_two_can_wait_for_different_levels_of_one_pool() -> None:
+    rng = np.random.default_rng(0)
+    pool = Pool([kernels.prepare(rng.integers(-127, 128, (6, 5)).astype(np.int8))], 20, batch=8)
+    reached: list[bool] = []
+    waiting = threading.Thread(target=lambda: reached.append(pool.wait(20, 30)), daemon=True)
+    waiting.start()
+    time.sleep(0.1)
+    assert not pool.wait(1, 0.05)  # nobody fills yet; whoever gives up does not take the other's wish along
+    pool.start()
+    try:
+        waiting.join(20)
+        assert reached == [True]
+    finally:
+        pool.close()
+
+
 def test_a_pool_that_is_switched_off_stays_as_it_is_and_can_be_waited_for_again() -> None:
     rng = np.random.default_rng(0)
     pool = Pool([kernels.prepare(rng.integers(-127, 128, (6, 5)).astype(np.int8)) for _ in range(2)], 20, batch=8)

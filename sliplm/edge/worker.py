@@ -21,7 +21,6 @@ from sliplm.errors import BundleError, IdentityError, LinkError, ProtocolError, 
 from sliplm.protocol import tls
 from sliplm.protocol.channel import Address, Channel, connect, parse_address
 from sliplm.protocol.frames import Code, Header, Kind, Role
-from sliplm.protocol.link import SPIN_SECONDS
 from sliplm.protocol.messages import Chunk, GenerateRequest, decode_chunk, encode
 
 IDLE_SECONDS = 15.0
@@ -142,7 +141,7 @@ class EdgeWorker:
                 return served
             while True:
                 if served:
-                    channel.await_answer(SPIN_SECONDS)
+                    channel.await_input()
                 header = channel.receive()
                 if header.kind == Kind.EXCHANGE:
                     self._exchange(channel, header)

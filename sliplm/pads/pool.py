@@ -68,7 +68,7 @@ class Pool:
         self._stream = Stream()
         self._stream_lock = threading.Lock()
         self._state = threading.Condition()
-        self._wanted = 0  # tokens that somebody waits for
+        self._waiting: list[int] = []  # levels that callers of `wait` wait for
         self._pid = os.getpid()
         self._filler: threading.Thread | None = None
         self._closed = False
@@ -117,11 +117,12 @@ class Pool:
     def wait(self, tokens: int, timeout: float | None = None) -> bool:
         """Wait until `tokens` (at most the depth) pads are ready in every group; false after `timeout` seconds."""
         with self._state:
-            self._wanted = min(tokens, self._depth)
+            self._waiting.append(tokens)
             self._state.notify_all()
-            done = self._state.wait_for(lambda: self.level >= min(tokens, self._depth) or self._closed, timeout)
-            self._wanted = 0
-            return done
+            try:
+                return self._state.wait_for(lambda: self.level >= min(tokens, self._depth) or self._closed, timeout)
+            finally:
+                self._waiting.remove(tokens)
 
     def take(self, group: int, tokens: int) -> Pad:
         """Pads for `tokens` tokens of `group`; those that are not ready are made now."""
@@ -158,7 +159,8 @@ class Pool:
     def _lacking(self) -> bool:
         """Whether it is time for another batch: small ones cost more a token."""
         level = self.level
-        return level < self._wanted or level + self._batch <= self._depth or (level == 0 and self._depth > 0)
+        wanted = min(max(self._waiting, default=1), self._depth)
+        return level < wanted or level + self._batch <= self._depth
 
     def _fill(self) -> None:
         while True:

@@ -26,6 +26,11 @@ from sliplm.protocol.messages import BusyError, LimitError, RefusedError, Reques
 Address = tuple[str, int]
 
 CONNECT_SECONDS = 10.0
+
+SPIN_SECONDS = 2e-3
+"""So long a side asks again and again whether the other's frame is there before it sleeps: waking up costs more than
+most exchanges take. It gives way to whoever else wants the core."""
+
 DRAIN_SECONDS = 1.0
 READ_BYTES = 1 << 15
 WRITE_BYTES = 1 << 20
@@ -114,10 +119,10 @@ class Channel:
         self._start += HEADER.size
         return True
 
-    def await_answer(self, seconds: float) -> None:
-        """Wait for input without sleeping, for at most `seconds`; whether there is any will show when it is read."""
+    def await_input(self) -> None:
+        """Wait for input without sleeping, for at most SPIN_SECONDS; whether there is any will show when it is read."""
         if native is not None and self._end == self._start and not self._sock.pending():
-            native.wait_readable(self._sock.fileno(), seconds * 1e6)
+            native.wait_readable(self._sock.fileno(), SPIN_SECONDS * 1e6)
 
     def _fetch_header(self) -> None:
         left = self._end - self._start

@@ -31,10 +31,6 @@ FRAME_BYTES = 32 << 20
 """Longer inputs travel in several frames of about this size, which bounds the memory on both sides."""
 
 
-SPIN_SECONDS = 2e-3
-"""So long a side asks again and again whether the other's frame is there before it sleeps: waking up costs more than
-most exchanges take. It gives way to whoever else wants the core."""
-
 _RESULT, _PONG = int(Kind.RESULT), int(Kind.PONG)  # enums are slow to look up and to compare
 
 
@@ -129,7 +125,7 @@ class RemoteLink(Link):
             if meanwhile is not None:
                 meanwhile()
             free = perf_counter_ns()
-            channel.await_answer(SPIN_SECONDS)
+            channel.await_input()
             there = perf_counter_ns()
             if not channel.comes((_RESULT, channel.version, group, rows, sequence, y.nbytes)):
                 raise self._refuse(channel.receive())

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import torch
 
 from sliplm.errors import UnsupportedModelError
-from sliplm.split.camouflage import low_rank, trusted_rank
+from sliplm.split.camouflage import low_rank, rounded, trusted_rank
 from sliplm.split.factors import leading
 from sliplm.split.source import LoadedSource, Source, open_source
 
@@ -73,8 +73,6 @@ def divide(
     """
     if public is None:
         a, b = low_rank(weight, leading(weight, rank, generator), camouflage)
-        if camouflage:  # without it the split stays the published one: rounding would half hide its exact null space
-            a, b = _rounded(a, b)
         return a, b, torch.addmm(weight, a, b, alpha=-1)
     difference = weight - public
     u, s, vt, _ = leading(difference, trusted_rank(rank, weight.shape[0], weight.shape[1], camouflage), generator)
@@ -82,19 +80,12 @@ def divide(
     left = float((difference - a @ b).norm())
     if left <= 0.1 * float(difference.norm()) and left <= max(eps, 4e-6) / 4 * float(weight.norm()):
         return a, b, public
-    a, b = _rounded(*low_rank(difference, leading(difference, rank, generator), camouflage))
+    a, b = low_rank(difference, leading(difference, rank, generator), camouflage)
     return a, b, torch.addmm(weight, a, b, alpha=-1)
 
 
 def divide_anywhere(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `divide`, but what the trusted part of rank `rank` takes are random directions: it protects nothing."""
     basis = torch.linalg.qr(torch.randn(weight.shape[1], rank))[0]
-    a, b = _rounded(weight @ basis, basis.T)
+    a, b = rounded(weight @ basis, basis.T)
     return a, b, torch.addmm(weight, a, b, alpha=-1)
-
-
-def _rounded(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """To numbers that bfloat16 can hold: the edge's part takes up the difference, so nothing is lost, and the trusted
-    side reads half the memory per token. What it adds to the edge's part is below 2^-8 of the trusted part, where the
-    residual's own singular values are far above that."""
-    return a.bfloat16().float(), b.bfloat16().float()
