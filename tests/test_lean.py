@@ -109,6 +109,11 @@ def test_what_the_short_way_is_not_made_for_goes_the_long_way(
         got = protected.generate(input_ids=ids, **settings)
     assert calls and all(calls)
     assert torch.equal(got, original.generate(input_ids=ids, **settings))
+    alone, padded = torch.tensor([[0, 3, 4]]), {**settings, "attention_mask": torch.tensor([[0, 1, 1]])}
+    with counted(monkeypatch) as calls:  # a single sequence, but a mask
+        got = protected.generate(input_ids=alone, **padded)
+    assert calls and all(calls)
+    assert torch.equal(got, original.generate(input_ids=alone, **padded))
     one = torch.tensor([[5]])
     with counted(monkeypatch) as calls, torch.inference_mode():
         alone = protected(input_ids=one, use_cache=False).logits

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from sliplm import _core, kernels
-from sliplm.bundle import EdgeBundle
+from sliplm.bundle import EdgeBundle, QFile, TensorWriter
 from sliplm.edge.engine import EdgeEngine
 from sliplm.pads.pool import Pool
 from sliplm.split.split import Options, split
@@ -95,6 +96,27 @@ def test_a_forgotten_matrix_reads_the_same(tmp_path: Path, tiny: Path) -> None:
         x = np.random.default_rng(rows).integers(0, 2**31 - 1, (rows, bundle.shapes[0][1])).astype(np.uint32)
         exact = x.astype(object) @ bundle.matrix(0).T.astype(object) % (2**31 - 1)
         assert (engine.product(0, x) == exact).all()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads what the kernel says of a mapping")
+def test_forgetting_a_matrix_lets_its_memory_go(tmp_path: Path) -> None:
+    path, shape = tmp_path / "q.safetensors", (1024, 4096)
+    writer = TensorWriter(path, {name: (torch.int8, shape) for name in "01"})
+    for name in "01":
+        writer.write(name, torch.ones(shape, dtype=torch.int8))
+    writer.close()
+    q = QFile(path, [shape, shape])
+
+    def held() -> float:
+        entry = Path("/proc/self/smaps").read_text().partition(str(path))[2]
+        return int(entry.partition("Rss:")[2].split()[0]) / 4096  # kB, to matrices
+
+    assert q.matrix(0).sum() == q.matrix(1).sum() == 4 << 20
+    assert held() > 1.9
+    q.forget(0)
+    assert 0.8 < held() < 1.2
+    q.forget(1)
+    assert held() < 0.2
 
 
 def test_two_can_wait_for_different_levels_of_one_pool() -> None:
