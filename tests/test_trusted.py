@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from sliplm.errors import LinkError, NumericsError, VerificationError
+from sliplm.errors import BundleError, LinkError, NumericsError, VerificationError
 from sliplm.field import P
 from sliplm.pads.pool import Pool
 from sliplm.protocol.link import Link
@@ -318,3 +318,11 @@ def test_pads_are_used_once_over_a_whole_generation(engine: Engine, monkeypatch:
     ask(engine, prompt="Hello", max_tokens=10)
     ask(engine, prompt="Hello", max_tokens=10)
     assert len(masks) > 200 and len(set(masks)) == len(masks)
+
+
+def test_a_bundle_whose_tensors_have_another_layout_is_refused_in_a_sentence(
+    tiny_split: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sliplm.split.split.trusted_rank", lambda rank, *_: rank + 5)
+    with pytest.raises(BundleError, match="split again"):
+        transformers.AutoModelForCausalLM.from_pretrained(tiny_split / "trusted")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
@@ -20,7 +21,7 @@ from sliplm.errors import BundleError
 from sliplm.protocol.link import InProcessLink
 from sliplm.split.groups import Group, Sum, protected_tensors, size
 from sliplm.split.layers import members
-from sliplm.split.split import Options, group_layout, guard
+from sliplm.split.split import Layout, Options, group_layout, guard
 from sliplm.trusted.install import bind, install
 from sliplm.trusted.runtime import Runtime
 
@@ -88,6 +89,7 @@ class SlipQuantizer(HfQuantizer):  # type: ignore[misc]
         model._keep_in_fp32_modules_strict = strict | {"factor_a", "factor_b", "scales", "row_norm"}
         options = self.quantization_config.options
         layout = {name: entry for group in self._groups for name, entry in group_layout(group, options).items()}
+        _check_layout(self._directory / "model.safetensors", layout)
         install(model, self._groups, {n: torch.empty(s, dtype=d, device="meta") for n, (d, s) in layout.items()})
         ignored = set(model._keys_to_ignore_on_load_unexpected or ())
         model._keys_to_ignore_on_load_unexpected = ignored | {f"^{re.escape(guard(self._groups))}$"}
@@ -119,3 +121,12 @@ class SlipQuantizer(HfQuantizer):  # type: ignore[misc]
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+def _check_layout(file: Path, layout: Layout) -> None:
+    """Raises BundleError if the protected groups' tensors in `file` are not those of `layout`."""
+    with safe_open(file, "pt") as tensors:
+        stored = set(tensors.keys())
+        for name, (_, shape) in layout.items():
+            if name not in stored or tuple(tensors.get_slice(name).get_shape()) != shape:
+                raise BundleError(f"{file.parent} was split by another version of this software: split again.")
