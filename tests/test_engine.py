@@ -61,6 +61,36 @@ def test_it_can_be_cancelled_before_the_first_token(engine: Engine) -> None:
     assert link.count < 9 and not threads()
 
 
+def test_a_slow_reader_holds_the_generation_up(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "AHEAD", 3)
+    link = Slow(engine.model.slip.default_link)
+    link.go.set()
+    before = set(threads())
+    chunks = engine.generate(request(max_tokens=40), link)
+    next(chunks)
+    while not next(chunks).completion_tokens:
+        pass
+    time.sleep(1.0)
+    assert link.count <= 9 * 6  # the prompt; tokens read, waiting and at hand
+    rest = list(chunks)
+    assert rest[-1].finish_reason and rest[-1].completion_tokens == 40
+    assert link.count >= 9 * 40
+    assert set(threads()) <= before
+
+
+def test_a_reader_that_leaves_sets_a_held_up_generation_free(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "AHEAD", 1)
+    link = Slow(engine.model.slip.default_link)
+    link.go.set()
+    before = set(threads())
+    chunks = engine.generate(request(max_tokens=40), link)
+    next(chunks)
+    next(chunks)
+    time.sleep(0.3)
+    chunks.close()
+    assert set(threads()) <= before and link.count < 9 * 10
+
+
 def test_every_chunk_has_the_counts_so_far(engine: Engine) -> None:
     chunks = list(engine.generate(request(prompt="abc", max_tokens=4), engine.model.slip.default_link))
     assert chunks[0] == Chunk("", None, 3) and {c.prompt_tokens for c in chunks} == {3}

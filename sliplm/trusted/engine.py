@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
@@ -24,6 +25,9 @@ GENERATIONS = 16
 """So many may run at a time; each holds a cache as long as its text."""
 
 BEAT_SECONDS = 0.5
+AHEAD = 64
+"""Tokens that wait for a slow reader before the generation waits for it, too."""
+
 MAX_CONTEXT = 1 << 20
 DEFAULT_CONTEXT = 1 << 15
 """Tokens of a model that names no limit of its own."""
@@ -138,7 +142,7 @@ class _Run(threading.Thread):
     def __init__(self, engine: Engine, inputs: Any, request: GenerateRequest, limit: int, link: Link) -> None:
         super().__init__(name="generate", daemon=True)
         self._engine, self._inputs, self._request, self._limit = engine, inputs, request, limit
-        self._queue: queue.SimpleQueue[_Token | BaseException | None] = queue.SimpleQueue()
+        self._queue: queue.Queue[_Token | BaseException | None] = queue.Queue(AHEAD)
         self._cancelled = threading.Event()
         self._link = _Cancellable(link, self._cancelled)
         self.last_of_prompt = int(inputs["input_ids"][0, -1])
@@ -157,18 +161,24 @@ class _Run(threading.Thread):
                     max_new_tokens=self._limit,
                     do_sample=False,
                     logits_processor=processors,
-                    streamer=_Tokens(self._queue, scores),
+                    streamer=_Tokens(self._put, scores),
                     stopping_criteria=[lambda ids, _: torch.full((len(ids),), self._cancelled.is_set())],
                 )
             ends = model.generation_config.eos_token_id
             self.ended = int(out[0, -1]) in ([ends] if isinstance(ends, int) else ends or [])
-            self._queue.put(None)
+            self._put(None)
         except SlipError as error:
-            self._queue.put(error)
+            self._put(error)
         except BaseException as error:  # whatever it is, the reader must not wait for ever
             # Its text might quote a prompt or a weight, so neither the log nor the requester gets it.
             _log.error("the generation failed: %s", locate(error))
-            self._queue.put(SlipError(f"the generation failed: {locate(error)}"))
+            self._put(SlipError(f"the generation failed: {locate(error)}"))
+
+    def _put(self, item: _Token | BaseException | None) -> None:
+        """Hand `item` to the reader; wait while it has too many already, unless it has gone."""
+        while not self._cancelled.is_set():
+            with contextlib.suppress(queue.Full):
+                return self._queue.put(item, timeout=BEAT_SECONDS)
 
     def tokens(self) -> Iterator[_Token | None]:
         """The tokens, with their scores if asked for; None every half second in which there is none."""
@@ -207,14 +217,14 @@ class _Cancellable(Link):
 class _Tokens(BaseStreamer):
     """Pass on generated tokens; the first call brings the prompt."""
 
-    def __init__(self, out: queue.SimpleQueue[_Token | BaseException | None], scores: Scores | None) -> None:
+    def __init__(self, out: Callable[[_Token], None], scores: Scores | None) -> None:
         self._out, self._scores = out, scores
         self._prompt = True
 
     def put(self, value: torch.Tensor) -> None:
         if not self._prompt:
             for token in value.reshape(-1).tolist():
-                self._out.put((token, self._scores.of(token) if self._scores else None))
+                self._out((token, self._scores.of(token) if self._scores else None))
         self._prompt = False
 
     def end(self) -> None:
