@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -10,14 +12,17 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import sqlalchemy
 
 from sliplm.edge.engine import EdgeEngine
 from sliplm.edge.worker import EdgeWorker
-from sliplm.errors import SlipError, VerificationError
+from sliplm.errors import LinkError, SlipError, VerificationError
 from sliplm.field import P
-from sliplm.protocol import authority
-from sliplm.protocol.link import Link
+from sliplm.protocol import authority, frames, tls
+from sliplm.protocol.channel import Channel, connect
+from sliplm.protocol.frames import Kind, Role, Welcome
+from sliplm.protocol.link import Link, RemoteLink
 from sliplm.protocol.messages import Chunk, GenerateRequest
 from sliplm.trusted.server import TrustedServer
 
@@ -154,3 +159,94 @@ def break_registry(patch, server: TrustedServer) -> None:
 
     patch.setattr(server._registry._db, "_engine", SimpleNamespace(begin=broken))
     patch.setattr(server._registry._db, "_reader", SimpleNamespace(connect=broken))
+
+
+def rows(count: int, group: int = 0) -> np.ndarray:
+    return np.random.default_rng().integers(0, P, (count, SHAPES[group][1])).astype(np.uint32)
+
+
+def the_link(server: TrustedServer) -> RemoteLink:
+    wait_until(lambda: bool(server.links()))
+    return server.links()[-1]
+
+
+def ask(prompt: str = "hi", words: int = 3) -> GenerateRequest:
+    return GenerateRequest(prompt=prompt, max_tokens=words)
+
+
+def text(worker: EdgeWorker, request: GenerateRequest | None = None) -> str:
+    return "".join(chunk.text for chunk in worker.generate(request or ask()))
+
+
+class Pair:
+    """A trusted and an edge channel, connected by TLS over a real socket, and nobody behind them."""
+
+    def __init__(self, home: Path, identity: Path, timeout: float = 10.0) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            a = socket.create_connection(listener.getsockname(), 10)
+            b = listener.accept()[0]
+        sides: list[ssl.SSLSocket] = []
+        server = tls.server_context(home)
+        thread = threading.Thread(target=lambda: sides.append(server.wrap_socket(b, server_side=True)))
+        thread.start()
+        edge = tls.client_context(identity).wrap_socket(a, server_hostname=authority.SERVER_NAME)
+        thread.join(10)
+        self.edge = Channel(edge, "the trusted side", timeout)
+        self.trusted = Channel(sides[0], "the edge", timeout)
+        self.edge.version = self.trusted.version = 1
+        self.link = RemoteLink(self.trusted, SHAPES, timeout)
+
+    def __enter__(self) -> Pair:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.link.close()
+        self.edge.close()
+        self.trusted.close()
+
+    def answering(self, answer) -> contextlib.AbstractContextManager:
+        """The edge reads one EXCHANGE and then does `answer(edge, header)`."""
+
+        def once() -> None:
+            header = self.edge.receive()
+            self.edge.read_array(np.empty((header.rows, SHAPES[header.group][1]), np.uint32))
+            answer(self.edge, header)
+
+        return running(once, lambda: None)
+
+
+@contextlib.contextmanager
+def scripted(home: Path, script, role_context=tls.server_context):
+    """A trusted side that greets properly and then does `script(channel)`, for every connection."""
+    context = role_context(home)
+    seen: list[BaseException] = []
+    stop = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(0.05)
+
+        def serve() -> None:
+            while not stop.is_set():
+                try:
+                    sock, _ = listener.accept()
+                except TimeoutError:
+                    continue
+                try:
+                    c = Channel(context.wrap_socket(sock, server_side=True), "the edge", 10)
+                    c.read(c.receive())
+                    c.send(Kind.WELCOME, frames.pack_welcome(Welcome(1, DIGEST, "scripted")))
+                    c.version = 1
+                    script(c)
+                    c.close(drain=True)
+                except (LinkError, OSError) as error:
+                    seen.append(error)
+
+        with running(serve, stop.set):
+            yield listener.getsockname()[:2]
+
+
+def refused(server, identity_or_context, error, says, digest=DIGEST) -> None:
+    context = identity_or_context
+    if isinstance(context, Path):
+        context = tls.client_context(context)
+    with pytest.raises(error, match=says):
+        connect(server.address, context, Role.WORK, digest, 10)
