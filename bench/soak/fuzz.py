@@ -56,8 +56,9 @@ PATIENCE = 15.0
 WITH_TLS, TO_PROCESSES = 0.01, 0.05
 """The shares of the frames that go over TLS, and to processes at all."""
 
-ALLOWED = {"threads": 4, "descriptors": 8}
-"""So many more than before may be left: of the honest edge, and of pools that grow once."""
+ALLOWED = {"threads": 4, "descriptors": 10}
+"""So many more than before may be left, however many frames there were: the registry's pool grows once, from one
+connection to five, of two descriptors each, and the honest edge may have two connections more."""
 
 REST_SECONDS = 0.2
 """The honest edge's pause between two requests."""
@@ -139,6 +140,12 @@ class _Tally:
             self._left -= 1
             return self._left >= 0 and len(self.problems) < 10
 
+    def refuse(self) -> None:
+        """The frame was not sent; another one will be."""
+        with self._lock:
+            self.refused += 1
+            self._left += 1
+
     @property
     def done(self) -> bool:
         return self._left <= 0 or len(self.problems) >= 10
@@ -187,7 +194,7 @@ class HostileEdge(threading.Thread):
             try:
                 seconds = getattr(self, "_" + what.lower().replace(" ", "_"))()
             except SlipError as error:  # refused before it came to that: too many connections, say
-                self._tally.refused += 1
+                self._tally.refuse()
                 if "suspended" in str(error):  # for a wrong answer; the owner lets it in again
                     with contextlib.suppress(IdentityError):
                         self._devices.resume(self.name)
