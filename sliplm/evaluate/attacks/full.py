@@ -13,7 +13,7 @@ from torch import nn
 
 from sliplm.evaluate.attacks.stolen import Oracles, Stolen
 
-RATES = (2e-3, 5e-3)
+RATES = (1e-3, 2e-3)
 RATES_IF_KNOWN = (3e-4, 1e-3)  # true scales make for large gradients
 
 
