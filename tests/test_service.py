@@ -21,7 +21,7 @@ from test_registry import postgres  # noqa: F401 - a fixture
 from typer.testing import CliRunner
 
 from sliplm.cli import app
-from sliplm.edge.client import stream
+from sliplm.edge.client import model, stream
 from sliplm.errors import LinkError, SlipError
 
 LONG = {"max_tokens": 100, "temperature": 0}
@@ -74,12 +74,38 @@ def test_metrics_health_and_logs(run: Any, bundle: Path, tmp_path: Path) -> None
         assert 0 <= seen["slip_trusted_pads_ready"] <= seen["slip_trusted_pads_target"] == 64
 
     eventually(lambda: wanted(metrics(url)))
+    answer = begin(api)  # tokens are counted while they come, not when all have come
+    eventually(lambda: live(metrics(url)))
+    answer.close()
+    eventually(lambda: idle(metrics(url)))
     assert trusted.stop() == 0
     lines = [json.loads(line) for line in trusted.log.splitlines()]
     done = next(line for line in lines if line.get("outcome"))
     assert (done["device"], done["outcome"], done["completion_tokens"]) == ("one", "length", 5)
     assert re.fullmatch("[0-9a-f]{32}", done["request"]) and done["time"].endswith("Z")
-    assert "Xanadu" not in trusted.log and usage(bundle) == [(21, 5, "length")]
+    assert "Xanadu" not in trusted.log and usage(bundle)[0] == (21, 5, "length")
+
+
+def live(seen: dict[str, float]) -> None:
+    assert seen["slip_trusted_tokens_total"] > 26 and seen["slip_trusted_requests_in_progress"] == 1
+
+
+def idle(seen: dict[str, float]) -> None:
+    assert seen["slip_trusted_requests_in_progress"] == 0
+
+
+@pytest.mark.parametrize("form", ["{0}", "{0}/", "{0}/v1", "{0}/v1/", "{1}"])
+def test_the_api_s_address_may_be_written_in_any_usual_way(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    asked: list[str] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(str(request.url))
+        return httpx.Response(200, json={"data": [{"id": "m"}]})
+
+    client = httpx.Client(transport=httpx.MockTransport(answer))
+    monkeypatch.setattr("sliplm.edge.client._client", lambda *_: client)
+    assert model(form.format("http://here:8411", "here:8411")) == "m"
+    assert asked == ["http://here:8411/v1/models"]
 
 
 def test_sigterm_lets_a_request_finish_and_a_second_one_does_not(

@@ -82,7 +82,8 @@ def _table(rows: list[dict[str, Any]]) -> Table:
         if row["error"]:
             table.add_row(where, "[red]away[/red]")
             continue
-        link = f"{row['connected']} edges" if row["side"] == "trusted" else "connected" if row["connected"] else "away"
+        edges = "1 edge" if row["connected"] == 1 else f"{row['connected']} edges"
+        link = edges if row["side"] == "trusted" else "connected" if row["connected"] else "away"
         bad = not row["connected"]
         table.add_row(
             where,

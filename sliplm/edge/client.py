@@ -21,7 +21,8 @@ def stream(
     key: str | None = None,
     timeout: float = 300.0,
 ) -> Generator[Chunk, None, None]:
-    """Stream the answer to `prompt` from the API at `api` (http://HOST:PORT). Closing the iterator cancels.
+    """Stream the answer to `prompt` from the API at `api` (HOST:PORT, or a URL, with /v1 or without). Closing the
+    iterator cancels.
 
     Args:
         prompt: what to say; or the messages of a chat, the last of which asks.
@@ -35,7 +36,7 @@ def stream(
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     what = {"prompt": prompt} if raw else {"messages": messages}
     body = {"stream": True, "stream_options": {"include_usage": True}, **what, **options}
-    base = api.rstrip("/")
+    base = _base(api)
     path = "/v1/completions" if raw else "/v1/chat/completions"
     text, finish, usage = "", None, {"prompt_tokens": 0, "completion_tokens": 0}
     with (
@@ -66,7 +67,12 @@ def stream(
 def model(api: str, key: str | None = None) -> str:
     """The name of the model that the API at `api` serves. Raises LinkError."""
     with _explained(api), _client(key, 10.0) as client:
-        return _model(client, api.rstrip("/"))
+        return _model(client, _base(api))
+
+
+def _base(api: str) -> str:
+    """The URL before /v1: what the edge prints ends in it, and what a listening address looks like has no scheme."""
+    return (api if "://" in api else f"http://{api}").rstrip("/").removesuffix("/v1")
 
 
 def _client(key: str | None, timeout: float) -> httpx.Client:

@@ -26,7 +26,7 @@ class Metrics:
     def __init__(self) -> None:
         own = self._registry = CollectorRegistry()
         self.requests = Counter("slip_trusted_requests", "Requests that ended", ["outcome"], registry=own)
-        self.tokens = Counter("slip_trusted_tokens", "Tokens of finished requests", ["kind"], registry=own)
+        self.tokens = Counter("slip_trusted_tokens", "Tokens read and written", ["kind"], registry=own)
         self.in_progress = Gauge("slip_trusted_requests_in_progress", "Requests waiting or running", registry=own)
         self.seconds = Histogram(
             "slip_trusted_request_seconds", "From request to last token", buckets=SECONDS, registry=own
@@ -43,14 +43,19 @@ class Metrics:
         )
         for outcome in OUTCOMES:  # a series that is not there cannot be told from one that is zero
             self.requests.labels(outcome)
+        for kind in ("prompt", "completion"):
+            self.tokens.labels(kind)
         self._sampled: list[tuple[str, str, str, Callable[[], Levels]]] = []
         own.register(self)  # type: ignore[arg-type]
 
-    def request(self, outcome: str, prompt_tokens: int, completion_tokens: int, seconds: float) -> None:
-        """Count a request that ended."""
-        self.requests.labels(outcome).inc()
+    def count(self, prompt_tokens: int, completion_tokens: int) -> None:
+        """Count tokens as they come."""
         self.tokens.labels("prompt").inc(prompt_tokens)
         self.tokens.labels("completion").inc(completion_tokens)
+
+    def request(self, outcome: str, seconds: float) -> None:
+        """Count a request that ended."""
+        self.requests.labels(outcome).inc()
         self.seconds.observe(seconds)
 
     def sample(self, kind: str, name: str, what: str, value: Callable[[], Levels]) -> None:

@@ -122,7 +122,10 @@ class Service:
             try:
                 for chunk in chunks:
                     self.meter.check()
-                    fresh = chunk.prompt_tokens + chunk.completion_tokens - sum(record.tokens[1:])
+                    prompt = chunk.prompt_tokens - record.prompt_tokens
+                    completion = chunk.completion_tokens - record.completion_tokens
+                    self.metrics.count(prompt, completion)
+                    fresh = prompt + completion
                     if chunk.completion_tokens and not record.completion_tokens:
                         self.metrics.wait.labels("first_token").observe(time.monotonic() - started)
                     record.prompt_tokens, record.completion_tokens = chunk.prompt_tokens, chunk.completion_tokens
@@ -140,7 +143,7 @@ class Service:
 
     def _account(self, device: Device, record: Record | None, outcome: str, seconds: float) -> None:
         prompt, completion = record.tokens[1:] if record else (0, 0)
-        self.metrics.request(outcome, prompt, completion, seconds)
+        self.metrics.request(outcome, seconds)
         what = {"device": device.name, "outcome": outcome, "prompt_tokens": prompt, "completion_tokens": completion,
                 "seconds": round(seconds, 3), "request": record.request if record else None}  # fmt: skip
         _log.info("device %s: request %s, %d + %d tokens", device.name, outcome, prompt, completion, extra=what)
