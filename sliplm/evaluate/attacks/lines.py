@@ -57,6 +57,7 @@ def line(
         mean over seeds), `reached` (the last of them), `low` and `high` (the same of the best and worst seed), `seeds`.
     """
     made: dict[int, Any] = {}
+    starts: dict[int, float] = {}  # what `prepare` adds does nothing before it is trained
 
     def run(rate: float, seed: int) -> Curve:
         if seed not in made:
@@ -64,7 +65,9 @@ def line(
             made[seed] = start(seed)
         model = copy.deepcopy(made[seed])
         torch.manual_seed(seed)  # for what `prepare` draws
-        return learn(model, prepare(model), data, rate, seed, loss)
+        curve = learn(model, prepare(model), data, rate, seed, loss, starts.get(seed))
+        starts[seed] = curve.ppl[0]
+        return curve
 
     searched = [runs.get(name, rate, 0, lambda rate=rate: run(rate, 0)) for rate in rates]  # type: ignore[misc]
     best = min(searched, key=lambda c: c.valid)

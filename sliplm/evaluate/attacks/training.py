@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 LENGTH = 256  # tokens per window
-POINTS = 2  # of a learning curve, after the start
+POINTS = 2  # of a learning curve, after the start; one if it is short
 Loss = Callable[[Any, torch.Tensor], torch.Tensor]
 
 
@@ -56,25 +56,34 @@ def perplexity(model: Any, windows: torch.Tensor) -> float:
 
 
 def learn(
-    model: Any, chosen: Sequence[nn.Parameter], data: Data, rate: float, seed: int, loss: Loss = language_loss
+    model: Any,
+    chosen: Sequence[nn.Parameter],
+    data: Data,
+    rate: float,
+    seed: int,
+    loss: Loss = language_loss,
+    start: float | None = None,
 ) -> Curve:
     """Train the parameters `chosen` of `model` in one pass over `data.train`, in an order that `seed` decides.
 
-    AdamW, linear warm-up over a tenth and decay to zero; bfloat16 products.
+    AdamW, linear warm-up over a tenth and decay to zero; bfloat16 products. `start`: the model's perplexity on
+    `data.held`, if it is known already.
     """
     for p in model.parameters():
         p.requires_grad_(False)
     for p in chosen:
         p.requires_grad_(True)
     train = data.train[torch.randperm(len(data.train), generator=torch.Generator().manual_seed(seed))]
-    batches = train.split(2 if len(train) >= 32 else 1)
+    long = len(train) >= 32
+    batches = train.split(2 if long else 1)
     optimizer = torch.optim.AdamW(chosen, lr=rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     warm = max(1, len(batches) // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda i: min((i + 1) / warm, max(0.0, (len(batches) - i) / max(1, len(batches) - warm)))
     )
-    marks = {max(1, round(len(batches) * (i + 1) / POINTS)) for i in range(POINTS)}
-    curve = Curve(rate, seed, [0], [perplexity(model, data.held)])
+    points = POINTS if long else 1
+    marks = {max(1, round(len(batches) * (i + 1) / points)) for i in range(points)}
+    curve = Curve(rate, seed, [0], [perplexity(model, data.held) if start is None else start])
     seen = 0
     for step, ids in enumerate(batches, 1):
         model.train()
