@@ -12,10 +12,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from sliplm.errors import LinkError
 
 FETCH_SECONDS = 5.0
+TEXT_ROUTES = ("/v1/chat/completions", "/v1/completions")
 
 
 class Sample(NamedTuple):
-    """One look at one address: every sample's value, summed over labels, and alone as NAME{VALUE} if it has one."""
+    """One look at one address: every sample's value, summed over labels, and by each label's value as NAME{VALUE}."""
 
     when: float
     values: dict[str, float]
@@ -29,7 +30,8 @@ def address(url: str) -> str:
         parsed = httpx.URL("")
     if parsed.scheme not in ("http", "https") or not parsed.host:
         raise LinkError(f"{url!r} is not an address: write HOST:PORT or a URL.")
-    return str(parsed.copy_with(path="/metrics") if parsed.path == "/" else parsed)
+    # An edge prints its API's URL, which ends in /v1.
+    return str(parsed.copy_with(path="/metrics") if parsed.path.rstrip("/") in ("", "/v1") else parsed)
 
 
 def fetch(url: str, key: str | None = None) -> Sample:
@@ -48,8 +50,8 @@ def fetch(url: str, key: str | None = None) -> Sample:
         for family in text_string_to_metric_families(response.text):
             for sample in family.samples:
                 values[sample.name] += sample.value
-                if len(sample.labels) == 1:
-                    values[f"{sample.name}{{{next(iter(sample.labels.values()))}}}"] += sample.value
+                for label in sample.labels.values():
+                    values[f"{sample.name}{{{label}}}"] += sample.value
     except ValueError:
         values.clear()
     if not any(name.startswith(("slip_edge_", "slip_trusted_")) for name in values):
@@ -76,6 +78,9 @@ def row(url: str, now: Sample, before: Sample | None = None) -> dict[str, Any]:
         growth = grown(name)
         return None if growth is None or before is None else growth / max(now.when - before.when, 1e-9)
 
+    requests = value("requests_total")
+    if side == "edge" and requests is not None:  # looks like this one are counted there, too
+        requests = sum(value(f"requests_total{{{route}}}") or 0.0 for route in TEXT_ROUTES)
     seconds = grown("exchange_seconds_total" if side == "trusted" else "compute_seconds_total")
     exchanges = grown("exchanges_total")
     connected = value("edges_connected" if side == "trusted" else "connected")
@@ -84,7 +89,7 @@ def row(url: str, now: Sample, before: Sample | None = None) -> dict[str, Any]:
         "url": url,
         "side": side,
         "connected": None if connected is None else int(connected),
-        "requests": value("requests_total"),
+        "requests": requests,
         "requests_in_progress": value("requests_in_progress"),
         "completion_tokens": value("tokens_total{completion}"),
         "tokens_per_second": rate("tokens_total{completion}"),

@@ -169,12 +169,13 @@ def test_what_usual_clients_send(client, backend):
     [
         (CHAT, {}, "messages"),
         (CHAT, {"messages": []}, "messages"),
+        (CHAT, {"messages": [{"role": "user", "content": None}]}, "no content"),
+        (CHAT, HELLO | {"tool_choice": "required"}, "no tools"),
+        (CHAT, HELLO | {"temperature": -1e-8}, "temperature"),
+        (CHAT, HELLO | {"top_p": -0.5}, "top_p"),
         (CHAT, {"messages": [{"role": "robot", "content": "x"}]}, "robot"),
         (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "image_url"),
-        (CHAT, HELLO | {"tools": []}, "tools"),
         (CHAT, HELLO | {"tools": [{"type": "function"}]}, "no tools"),
-        (CHAT, HELLO | {"tool_choice": "auto"}, "no tools"),
-        (CHAT, HELLO | {"functions": []}, "functions"),
         (CHAT, HELLO | {"response_format": {"type": "json_object"}}, "response_format"),
         (CHAT, HELLO | {"modalities": ["text", "audio"]}, "modalities"),
         (CHAT, HELLO | {"logit_bias": {"50256": -100}}, "logit_bias"),
@@ -193,13 +194,10 @@ def test_what_usual_clients_send(client, backend):
         (CHAT, HELLO | {"stream_options": {"include_usage": True}}, "stream_options"),
         (CHAT, HELLO | {"stream": True, "stream_options": {"x": 1}}, "stream_options.x"),
         (CHAT, HELLO | {"frequency_penalty": -2.5}, "frequency_penalty"),
-        (CHAT, {"messages": [{"role": "user", "content": "x", "name": "Bob"}]}, "messages[0].name"),
         (CHAT, {"messages": [{"role": "tool", "content": "x"}]}, "tool"),
         (CHAT, HELLO | {"max_tokens": 0}, "max_tokens"),
         (CHAT, HELLO | {"max_tokens": "many"}, "max_tokens"),
         (CHAT, HELLO | {"temperature": 3}, "temperature"),
-        (CHAT, HELLO | {"temperature": 1e-45}, "temperature is 0 (greedy) or at least 0.01"),
-        (CHAT, HELLO | {"top_p": 0}, "top_p"),
         (CHAT, HELLO | {"seed": -1}, "seed"),
         (CHAT, HELLO | {"stop": ["x"] * 17}, "stop"),
         (CHAT, HELLO | {"stop": ""}, "stop"),
@@ -429,7 +427,14 @@ def test_only_requests_for_its_own_names_are_answered(backend, bound, host, answ
 
 @pytest.mark.parametrize(
     ("origin", "answered"),
-    [("http://localhost", True), ("http://evil.example", False), ("null", False), ("http://localhost:3000", False)],
+    [
+        ("http://localhost", True),
+        ("https://localhost", True),  # a proxy with TLS that hands Host on
+        ("http://evil.example", False),
+        ("null", False),
+        ("http://localhost:3000", False),
+        ("file://localhost", False),
+    ],
 )
 def test_other_web_pages_are_refused(client, backend, origin, answered):
     response = client.post(PLAIN, json={"prompt": "x"}, headers={"origin": origin})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -11,9 +12,11 @@ from typing import Any
 
 import httpx
 import pytest
+from rich.console import Console
 from test_edge_api import listening
 
 from sliplm import top
+from sliplm.cli.top import HEADINGS, view
 from sliplm.edge.api import create_app
 from sliplm.edge.worker import WorkCounters
 from sliplm.errors import LinkError
@@ -64,9 +67,29 @@ def test_rates_are_those_since_the_last_look(monkeypatch: pytest.MonkeyPatch) ->
 def test_addresses() -> None:
     assert top.address("127.0.0.1:8411") == "http://127.0.0.1:8411/metrics"
     assert top.address("http://h:1/other") == "http://h:1/other"
+    assert top.address("http://h:1/v1") == top.address("http://h:1/v1/") == "http://h:1/metrics"  # as edges print it
     for wrong in ("", "ftp://h", "http://", "http://h:x"):
         with pytest.raises(LinkError, match="not an address"):
             top.address(wrong)
+
+
+@pytest.mark.parametrize("width", [60, 80, 132])
+def test_a_narrow_terminal_shows_fewer_columns_and_none_in_two(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    row = top.row("http://127.0.0.1:8411/metrics", sample(monkeypatch, TRUSTED % (100, 1000, 5.0), 10.0))
+    away = {"url": "http://[::1]:9/metrics", "error": "http://[::1]:9/metrics needs its key: see --api-key."}
+    console = Console(width=width, file=io.StringIO())
+    console.print(view([row, away], width))
+    heading, first, second, *errors = console.file.getvalue().splitlines()
+    assert first.split()[:4] == ["127.0.0.1:8411", "trusted", "2", "edges"] and second.split() == ["[::1]:9", "away"]
+    assert "".join(errors).replace("\n", " ") == away["error"]
+    shown = [name for name in HEADINGS if name in heading]
+    assert len(shown) == {60: 5, 80: 7, 132: 10}[width] and shown == list(HEADINGS[: len(shown)])
+
+
+def test_an_edge_counts_what_was_asked_of_it_and_not_who_looked(edge: str) -> None:
+    for _ in range(3):
+        row = top.row(edge, top.fetch(edge + "/metrics"))
+    assert row["requests"] == 1 and row["requests_in_progress"] == 0
 
 
 @pytest.fixture

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated, Any
 
 import typer
 
-from sliplm.cli.common import Api, ApiKey, Json, emit, read_api_key
+from sliplm.cli.common import Api, ApiKey, Json, emit, printable, read_api_key
 from sliplm.errors import LinkError
 
 
@@ -33,7 +34,7 @@ def generate(
         text += event.text
         last = event
         if not as_json:
-            print(event.text, end="", flush=True)
+            print(printable(event.text, sys.stdout.isatty()), end="", flush=True)
     if last is None:
         raise LinkError("the API ended the answer before it began.")
     if as_json:

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from sliplm.cli.common import Api, ApiKey, err, fail, read_api_key
+from sliplm.cli.common import Api, ApiKey, err, fail, plain, printable, read_api_key
 from sliplm.errors import SlipError
 
 COMMANDS = """\
@@ -94,8 +94,10 @@ def chat(
     by_hand = sys.stdin.isatty() and sys.stdout.isatty()
     if by_hand:
         with contextlib.suppress(ImportError):
-            import readline  # noqa: F401 - arrow keys and earlier lines in input()
-        err.print(f"[bold]{_plain(name)}[/bold] at {api}. /help lists the commands.", style="dim")
+            import readline  # arrow keys and earlier lines in input()
+
+            readline.parse_and_bind("set enable-bracketed-paste on")  # pasted lines are one question
+        err.print(f"[bold]{plain(name)}[/bold] at {api}. /help lists the commands.", style="dim")
     for line in _lines(by_hand):
         try:
             if line.startswith("/"):
@@ -143,9 +145,9 @@ def _answer(conversation: Conversation, question: str, by_hand: bool) -> None:
     try:
         with Console(stderr=True).status("", spinner="dots") if by_hand else contextlib.nullcontext():
             first = next(pieces, "")
-        print(_printable(first, by_hand), end="", flush=True)
+        print(printable(first, by_hand), end="", flush=True)
         for piece in pieces:
-            print(_printable(piece, by_hand), end="", flush=True)
+            print(printable(piece, by_hand), end="", flush=True)
         print("\n" if by_hand else "", flush=True)
     except KeyboardInterrupt:
         if not by_hand:
@@ -183,12 +185,3 @@ def _command(conversation: Conversation, line: str, by_hand: bool) -> bool:
     if by_hand:
         err.print(said, style="dim", markup=False)
     return True
-
-
-def _printable(text: str, terminal: bool) -> str:
-    """Without control characters, if it goes to a terminal: the model must not steer it."""
-    return _plain(text, keep="\n\t") if terminal else text
-
-
-def _plain(text: str, keep: str = "") -> str:
-    return "".join(c for c in text if c in keep or (c >= " " and not "\x7f" <= c <= "\x9f"))

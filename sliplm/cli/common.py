@@ -88,3 +88,13 @@ def quiet_transformers() -> None:
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+
+
+def printable(text: str, terminal: bool) -> str:
+    """Without control characters, if it goes to a terminal: the model must not steer it."""
+    return plain(text, keep="\n\t") if terminal else text
+
+
+def plain(text: str, keep: str = "") -> str:
+    """`text` without control characters but those in `keep`."""
+    return "".join(c for c in text if c in keep or (c >= " " and not "\x7f" <= c <= "\x9f"))

@@ -20,6 +20,10 @@ def edge(
         "127.0.0.1:8411"
     ),
     api_key: Annotated[Path | None, typer.Option(help="A file with a key that the API's clients must send.")] = None,
+    api_name: Annotated[
+        list[str] | None,
+        typer.Option(help="A further name by which clients reach the API, of a proxy or a container; repeatable."),
+    ] = None,
     log_format: LogFormat = Format.TEXT,
     as_json: Json = False,
 ) -> None:
@@ -50,13 +54,16 @@ def edge(
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     thread = threading.Thread(target=work, name="worker", daemon=True)
-    server = ApiServer(worker, *address, key) if address else None
+    server = ApiServer(worker, *address, key, api_name or ()) if address else None
     try:
         thread.start()
         while not stop.is_set() and not worker.connected.wait(0.1):
             pass
         if not stop.is_set():
-            url = "http://{}:{}".format(*server.address) if server else None
+            url = None
+            if server:
+                host, port = server.address
+                url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
             where = f"; API at {url}/v1" if url else ""
             emit(
                 as_json,

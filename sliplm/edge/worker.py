@@ -64,7 +64,7 @@ class EdgeWorker:
     ) -> None:
         self.connected = threading.Event()
         self.counters = WorkCounters()
-        self.model_name = "slip"
+        self.model_name: str | None = None
         self._engine = engine
         self._address = parse_address(trusted) if isinstance(trusted, str) else trusted
         self._identity = identity

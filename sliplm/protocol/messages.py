@@ -14,6 +14,9 @@ Count = Annotated[int, Meta(ge=0)]
 StopText = Annotated[str, Meta(min_length=1, max_length=256)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 
+MAX_TOKENS = 1 << 20
+"""Of an answer; the model's context ends it before."""
+
 MAX_LOGPROBS = 20
 """As many most likely tokens can be asked for, as with OpenAI."""
 
@@ -65,7 +68,7 @@ class GenerateRequest(msgspec.Struct, forbid_unknown_fields=True, frozen=True, k
 
     prompt: str | None = None
     messages: list[Message] | None = None
-    max_tokens: Annotated[int, Meta(ge=1, le=1 << 20)] = 256
+    max_tokens: Annotated[int, Meta(ge=1, le=MAX_TOKENS)] = 256
     temperature: Annotated[float, Meta(ge=0, le=2)] = 0.0
     top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
     top_k: Annotated[int, Meta(ge=0, le=1 << 20)] = 0

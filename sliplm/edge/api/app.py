@@ -10,7 +10,7 @@ generations.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 import anyio
@@ -26,42 +26,57 @@ from sliplm.edge.api import page
 from sliplm.edge.api.answers import Answer
 from sliplm.edge.api.bodies import Body, ChatBody, CompletionBody, decode
 from sliplm.edge.api.errors import ApiError, translate
-from sliplm.edge.api.generations import Choices, Generate, Room
+from sliplm.edge.api.generations import NOTHING_YET, Choices, Generate, Room
 from sliplm.edge.api.guard import KeyOnly, OwnNamesOnly
 from sliplm.edge.api.metrics import Measured, Metrics
 from sliplm.edge.worker import WorkCounters
-from sliplm.errors import SlipError
+from sliplm.errors import LinkError, SlipError
 from sliplm.protocol.frames import MAX_JSON_BYTES
 from sliplm.protocol.messages import TokenLogprob
 
 B = TypeVar("B", bound=Body)
 
+EARLY_SECONDS = 10.0
+"""So long a stream that has no text yet waits for an error, which would have a status code of its own."""
+
+BEAT_SECONDS = 10.0
+"""A stream without text gets a comment as often: proxies and clients give up what is silent for a minute."""
+
+_COMMENT = b": still at it\n\n"
+_BREAKS = [(c.encode(), f"\\u{ord(c):04x}".encode()) for c in "\x85\u2028\u2029"]
+"""Some clients, httpx among them, take these for ends of lines. In JSON they occur in strings only."""
+
 
 def create_app(
     generate: Generate,
-    model_name: Callable[[], str] = lambda: "slip",
+    model_name: Callable[[], str | None] = lambda: "slip",
     connected: Callable[[], bool] = lambda: True,
     host: str = "localhost",
     api_key: str | None = None,
     work: WorkCounters | None = None,
+    names: Sequence[str] = (),
 ) -> Starlette:
-    """The application. `generate` starts a generation, `model_name` is what /v1/models lists, `connected` tells
-    whether the worker is, `host` is what the API is bound to, `api_key` is what clients must send if there is one,
-    and `work` holds the worker's counters: `create_app(worker.generate, lambda: worker.model_name,
-    worker.connected.is_set, "127.0.0.1", None, worker.counters)`."""
+    """The application. `generate` starts a generation, `model_name` is what /v1/models lists (None: not known yet),
+    `connected` tells whether the worker is, `host` is what the API is bound to, `names` are others by which it is
+    reached, `api_key` is what clients must send if there is one, and `work` holds the worker's counters:
+    `create_app(worker.generate, lambda: worker.model_name, worker.connected.is_set, "127.0.0.1", None,
+    worker.counters)`."""
     started = int(time.time())
     metrics = Metrics(connected, work)
     rooms: list[Room] = []  # one, made inside the event loop
 
     def model() -> dict[str, Any]:
-        return {"id": model_name(), "object": "model", "created": started, "owned_by": "sliplm"}
+        if (name := model_name()) is None:
+            raise LinkError("the trusted side, which knows the model's name, has not been reached yet: try again later")
+        return {"id": name, "object": "model", "created": started, "owned_by": "sliplm"}
 
     async def models(_: Request) -> Response:
         return _json({"object": "list", "data": [model()]})
 
     async def one_model(request: Request) -> Response:
-        _check_model(request.path_params["name"], model_name())
-        return _json(model())
+        known = model()
+        _check_model(request.path_params["name"], known["id"])
+        return _json(known)
 
     async def health(_: Request) -> Response:
         return _json({"status": "ok", "connected": connected()})
@@ -80,20 +95,21 @@ def create_app(
         return await answer(request, await _body(request, CompletionBody), chat=False)
 
     async def answer(request: Request, body: Body, chat: bool) -> Response:
-        if body.model is not None:
-            _check_model(body.model, model_name())
+        served = model_name()
+        if body.model is not None and served is not None:
+            _check_model(body.model, served)
         wanted = body.requests()
         if not rooms:
             rooms.append(Room())
         rooms[0].check()
-        worded = Answer(chat, model_name(), len(wanted), len(wanted) // (body.n or 1), body.with_usage)
+        worded = Answer(chat, served or body.model or "", len(wanted), len(wanted) // (body.n or 1), body.with_usage)
         choices = Choices(generate, wanted, rooms[0], metrics)
         if not body.stream:
             whole = await _unless_disconnected(request, choices, lambda: _collect(choices, worded))
             choices.close()
             return _json(whole)
-        # Errors before the first chunk still get a status code of their own.
-        first = await _unless_disconnected(request, choices, choices.next)
+        # Errors before the first chunk still get a status code of their own, if they come soon.
+        first = await _unless_disconnected(request, choices, lambda: choices.next(EARLY_SECONDS))
         return _EventStream(choices, _events(choices, first, worded, metrics))
 
     async def on_error(_: Request, error: Exception) -> Response:
@@ -121,10 +137,9 @@ def create_app(
     ]
     middleware = [
         Middleware(Measured, metrics=metrics, routes=frozenset(r.path for r in routes)),
-        Middleware(OwnNamesOnly, host=host),
+        # A key is enough: no browser adds it by itself to what another page asks for.
+        Middleware(OwnNamesOnly, host=host, given=names) if api_key is None else Middleware(KeyOnly, key=api_key),
     ]
-    if api_key is not None:
-        middleware.append(Middleware(KeyOnly, key=api_key))
     handlers = {404: not_found, 405: not_found, 500: on_error, ClientDisconnect: on_hang_up}
     for kind in (SlipError, ApiError):
         handlers[kind] = on_error
@@ -141,7 +156,10 @@ def _json(value: Any, status: int = 200) -> Response:
 
 
 def _event(value: Any) -> bytes:
-    return b"data: " + msgspec.json.encode(value) + b"\n\n"
+    data = msgspec.json.encode(value)
+    for raw, escaped in _BREAKS:
+        data = data.replace(raw, escaped)
+    return b"data: " + data + b"\n\n"
 
 
 async def _body(request: Request, kind: type[B]) -> B:
@@ -209,8 +227,8 @@ async def _events(choices: Choices, item: Any, worded: Answer, metrics: Metrics)
     """Server-sent events. An error ends them without [DONE]: a cut text must not pass for a whole one."""
     try:
         while item is not None:
-            yield _event(worded.piece(*item))
-            item = await choices.next()
+            yield _COMMENT if item is NOTHING_YET else _event(worded.piece(*item))
+            item = await choices.next(BEAT_SECONDS)
         if (last := worded.last_piece(choices.last)) is not None:
             yield _event(last)
         yield b"data: [DONE]\n\n"

@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Meta
 
 from sliplm.edge.api.errors import ApiError
-from sliplm.protocol.messages import GenerateRequest, Message
+from sliplm.protocol.messages import MAX_TOKENS, GenerateRequest, Message
 
 MAX_CHOICES = 16
 """As many answers can one request have."""
@@ -22,20 +22,20 @@ MAX_CHOICES = 16
 _REFUSED: dict[str, tuple[list[Any], str]] = {
     "audio": ([], "this model speaks text only"),
     "echo": ([False], "the answer does not repeat the prompt"),
-    "function_call": (["none"], "this API has no tools"),
-    "functions": ([], "this API has no tools"),
+    "function_call": (["none", "auto"], "this API has no tools"),
+    "functions": ([[]], "this API has no tools"),
     "logit_bias": ([{}], "this side does not know the model's tokens"),
     "modalities": ([["text"]], "this model speaks text only"),
-    "parallel_tool_calls": ([], "this API has no tools"),
+    "parallel_tool_calls": ([True, False], "this API has no tools"),
     "prediction": ([], "there are no predicted outputs here"),
     "reasoning_effort": ([], "this model has no such setting"),
     "response_format": ([{"type": "text"}], "the only response format is text"),
     "service_tier": (["auto", "default"], "there is one tier of service"),
     "store": ([False], "nothing is stored here"),
     "suffix": ([""], "this model continues text and does not fill gaps"),
-    "tool_choice": (["none"], "this API has no tools"),
-    "tools": ([], "this API has no tools"),
-    "verbosity": ([], "this model has no such setting"),
+    "tool_choice": (["none", "auto"], "this API has no tools"),
+    "tools": ([[]], "this API has no tools"),
+    "verbosity": (["medium"], "this model has no such setting"),
     "web_search_options": ([], "there is no web search here"),
 }
 """OpenAI's parameters that are refused: the values, besides null, that ask for nothing special; and why."""
@@ -47,21 +47,28 @@ B = TypeVar("B", bound="Body")
 class _TextPart(msgspec.Struct, forbid_unknown_fields=True):
     type: Literal["text"]
     text: str
+    cache_control: Any = None  # a hint to other services; there is nothing here that it could change
 
 
 class _ChatMessage(msgspec.Struct, forbid_unknown_fields=True):
-    """Clients send answers back as they got them, so the empty fields of answers are accepted."""
+    """Clients send answers back as they got them, so the empty fields of answers are accepted. A `name` is accepted
+    and has no effect: chat templates have no place for it."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[_TextPart]
-    name: None = None
+    content: str | list[_TextPart] | None = None
+    name: str | None = None
     refusal: None = None
     audio: None = None
     function_call: None = None
-    tool_calls: None = None
+    tool_calls: Annotated[list[Any], Meta(max_length=0)] | None = None
     annotations: Annotated[list[Any], Meta(max_length=0)] | None = None
 
     def plain(self) -> Message:
+        """Raises ApiError."""
+        if self.content is None:
+            if self.role != "assistant":
+                raise ApiError(400, "a message has no content.", "invalid_value", "messages")
+            return Message(self.role, "")
         text = self.content if isinstance(self.content, str) else "".join(p.text for p in self.content)
         return Message("system" if self.role == "developer" else self.role, text)
 
@@ -89,7 +96,7 @@ class Body(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
     # Notes for OpenAI's own records, which nobody keeps here.
     user: str | None = None
-    metadata: dict[str, str] | None = None
+    metadata: dict[str, Any] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
@@ -120,11 +127,14 @@ class Body(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
         raise NotImplementedError
 
     def _request(self, prompt: dict[str, Any], choice: int) -> GenerateRequest:
-        """Absent fields have OpenAI's defaults, except that 256 tokens are generated."""
+        """Absent fields have OpenAI's defaults, except that 256 tokens of plain text are generated and not 16."""
+        temperature = 1.0 if self.temperature is None else self.temperature
+        # What is meant by a temperature of next to nothing, or by a share of nothing, is the likeliest token.
+        greedy = 0 <= temperature < 0.01 or self.top_p == 0
         fields: dict[str, Any] = {
             "max_tokens": self.max_tokens,
-            "temperature": 1.0 if self.temperature is None else self.temperature,
-            "top_p": self.top_p,
+            "temperature": 0.0 if greedy else temperature,
+            "top_p": None if greedy and self.top_p == 0 else self.top_p,
             "top_k": self.top_k,
             "seed": None if self.seed is None else _derive(self.seed, choice),
             "stop": [self.stop] if isinstance(self.stop, str) else self.stop,
@@ -160,6 +170,8 @@ class ChatBody(Body, kw_only=True):
 
     def _prompts(self) -> list[dict[str, Any]]:
         prompt: dict[str, Any] = {"messages": [m.plain() for m in self.messages]}
+        if self.max_tokens is None:
+            prompt["max_tokens"] = MAX_TOKENS
         if self.max_completion_tokens is not None:
             if self.max_tokens not in (None, self.max_completion_tokens):
                 sentence = "'max_tokens' and 'max_completion_tokens' name different numbers: give one of them."
@@ -170,7 +182,7 @@ class ChatBody(Body, kw_only=True):
     def _logprobs(self) -> int | None:
         if self.logprobs:
             return self.top_logprobs or 0
-        if self.top_logprobs is not None:
+        if self.top_logprobs:
             raise ApiError(400, "'top_logprobs' needs 'logprobs': true.", "invalid_value", "top_logprobs")
         return None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,8 @@ MAX_WAITING = 64
 
 MAX_THREADS = 32
 """As many threads wait for text, or for the end of what nobody waits for any more."""
+
+NOTHING_YET = (-1, Chunk(""))
 
 Generate = Callable[[GenerateRequest], Iterator[Chunk]]
 """Starts a generation. If the iterator has a `close`, it cancels, from any thread."""
@@ -54,13 +57,18 @@ class Choices:
         self._ready: asyncio.Queue[tuple[int, Chunk] | Exception] = asyncio.Queue(2 * len(requests))
         self._tasks: list[asyncio.Task[None]] = []
 
-    async def next(self) -> tuple[int, Chunk] | None:
-        """A choice's index and its next text, or None after the end of all. Raises what any of them raises."""
+    async def next(self, patience: float = math.inf) -> tuple[int, Chunk] | None:
+        """A choice's index and its next text, None after the end of all, or NOTHING_YET after `patience` seconds.
+        Raises what any of them raises."""
         if not self._tasks:
             self._tasks = [asyncio.create_task(self._pump(i, s)) for i, s in enumerate(self._streams)]
         if not self._unfinished:
             return None
-        item = await self._ready.get()
+        item: tuple[int, Chunk] | Exception = NOTHING_YET
+        with anyio.move_on_after(patience):
+            item = await self._ready.get()
+        if item is NOTHING_YET:
+            return NOTHING_YET
         if isinstance(item, Exception):
             raise item
         self._count(*item)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hmac
 import ipaddress
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from starlette.datastructures import Headers
@@ -22,11 +23,13 @@ MAX_KEY_BYTES = 4096
 class OwnNamesOnly:
     """Refuses requests that were made for another name than this API's. Somebody's web page can let its own name
     point to this machine (DNS rebinding); the browser then takes the API for a part of that page, but still says
-    in Host, and mostly in Origin, where it thinks it is. An address cannot be pointed elsewhere."""
+    in Host, and mostly in Origin, where it thinks it is. An address cannot be pointed elsewhere. `given` are names
+    that the API has besides: of a proxy before it, or of its container."""
 
-    def __init__(self, app: ASGIApp, host: str) -> None:
+    def __init__(self, app: ASGIApp, host: str, given: Sequence[str] = ()) -> None:
         self._app = app
-        self._names = {host.lower(), "localhost", "127.0.0.1", "::1"}
+        self._given = {name.lower() for name in given}
+        self._names = {host.lower(), "localhost", "127.0.0.1", "::1"} | self._given
         address = _address(host)
         self._any_address = address is not None and address.is_unspecified
 
@@ -38,11 +41,13 @@ class OwnNamesOnly:
 
     def _refusal(self, headers: Headers) -> str | None:
         host = headers.get("host", "").lower()
-        name = re.sub(r":\d*$", "", host).removeprefix("[").removesuffix("]")
+        name = _name(host)
         if name not in self._names and not (self._any_address and _address(name)):
-            return "this API does not go by the name in the Host header: use the address that it listens on"
-        if headers.get("origin", f"http://{host}").lower() != f"http://{host}":
-            return "this API does not serve other web pages"
+            return "this API does not go by the name in the Host header: use its address, or start it with --api-name"
+        if (origin := headers.get("origin")) is not None:
+            scheme, _, authority = origin.lower().partition("://")  # a proxy may have added TLS, or changed Host
+            if scheme not in ("http", "https") or (authority != host and _name(authority) not in self._given):
+                return "this API does not serve other web pages"
         return None
 
 
@@ -80,6 +85,10 @@ def read_key(path: Path) -> str:
     if not 1 <= len(key) <= MAX_KEY_BYTES or not all("!" <= c <= "~" for c in key):
         raise IdentityError(f"{path} does not hold an API key: one line of printable characters without spaces.")
     return key
+
+
+def _name(authority: str) -> str:
+    return re.sub(r":\d*$", "", authority).removeprefix("[").removesuffix("]")
 
 
 def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -27,7 +28,7 @@ class Metrics:
     def __init__(self, connected: Callable[[], bool], work: WorkCounters | None = None) -> None:
         r = self._registry = CollectorRegistry()
         self.requests = Counter("slip_edge_requests", "HTTP requests", ["route", "status"], registry=r)
-        self.in_progress = Gauge("slip_edge_requests_in_progress", "HTTP requests being answered", registry=r)
+        self.in_progress = Gauge("slip_edge_requests_in_progress", "Requests for text being answered", registry=r)
         self.seconds = Histogram(
             "slip_edge_request_seconds", "Time of a whole request for text", buckets=SECONDS, registry=r
         )
@@ -96,7 +97,8 @@ class Measured:
         # Whatever else is in an address was made up by the client: it is neither a label nor for the log.
         route = scope["path"] if scope["path"] in self._routes else "other"
         try:
-            with self._metrics.in_progress.track_inprogress():
+            for_text = route.endswith("/completions")
+            with self._metrics.in_progress.track_inprogress() if for_text else contextlib.nullcontext():
                 await self._app(scope, receive, watch)
         finally:
             self._metrics.requests.labels(route, str(status)).inc()
