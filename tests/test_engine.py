@@ -12,7 +12,7 @@ from typing import Any
 import jinja2
 import pytest
 
-from sliplm.errors import SlipError
+from sliplm.errors import SlipError, VerificationError
 from sliplm.protocol.link import Link
 from sliplm.protocol.messages import Chunk, GenerateRequest, Message, RequestError
 from sliplm.trusted import engine as engine_module
@@ -89,6 +89,48 @@ def test_a_reader_that_leaves_sets_a_held_up_generation_free(engine: Engine, mon
     time.sleep(0.3)
     chunks.close()
     assert set(threads()) <= before and link.count < 9 * 10
+
+
+class Lying(Slow):
+    """Tells the truth `honest` times, then waits for `go`, and lies."""
+
+    def __init__(self, link: Link, honest: int) -> None:
+        super().__init__(link)
+        self.honest, self.asked = honest, threading.Event()
+
+    def exchange(self, group: int, x: Any, meanwhile=None) -> Any:
+        self.count += 1
+        answer = self.link.exchange(group, x)
+        if self.count > self.honest:
+            self.asked.set()
+            self.go.wait(10)
+            answer[0, 0] ^= 1
+        return answer
+
+
+@pytest.mark.parametrize("honest", [0, 9 * 3])
+def test_a_lie_counts_after_the_reader_has_gone(engine: Engine, honest: int) -> None:
+    link = Lying(engine.model.slip.default_link, honest)
+    chunks = engine.generate(request(max_tokens=40), link)
+    next(chunks)
+    assert next(chunks).finish_reason is None and link.asked.wait(10)
+    threading.Timer(0.2, link.go.set).start()
+    with pytest.raises(VerificationError):
+        chunks.close()
+    assert not threads()
+
+
+def test_a_lie_counts_behind_a_stop_text(engine: Engine) -> None:
+    link = engine.model.slip.default_link
+    two = "".join(c.text for c in engine.generate(request(prompt="abc", max_tokens=2), link))
+    assert two
+    link = Lying(link, 9 * 2)
+    link.go.set()
+    with pytest.raises(VerificationError):
+        for chunk in engine.generate(request(prompt="abc", max_tokens=40, stop=[two]), link):
+            assert chunk.finish_reason is None
+            if chunk.completion_tokens == 1:
+                assert link.asked.wait(10)  # ahead of the reader, who is to stop at the second token
 
 
 def test_every_chunk_has_the_counts_so_far(engine: Engine) -> None:

@@ -16,7 +16,7 @@ import transformers
 from transformers.generation.streamers import BaseStreamer
 
 from sliplm import bundle
-from sliplm.errors import LinkError, SlipError, locate
+from sliplm.errors import LinkError, SlipError, VerificationError, locate
 from sliplm.protocol.link import Field, Link
 from sliplm.protocol.messages import Chunk, GenerateRequest, RequestError
 from sliplm.trusted.logprobs import Logprobs, Scored, Scores
@@ -78,7 +78,8 @@ class Engine:
 
         Raises:
             RequestError: the prompt does not fit the model, or logprobs are not allowed.
-            LinkError, VerificationError, NumericsError: as they come.
+            LinkError, VerificationError, NumericsError: as they come. VerificationError comes even when the iterator is
+            closed: a lie counts, too, when nobody waits for the text any more.
         """
         if request.logprobs is not None and not self._allow_logprobs:
             raise RequestError("logprobs are switched off by the owner of this model.")
@@ -145,6 +146,7 @@ class _Run(threading.Thread):
         self._queue: queue.Queue[_Token | BaseException | None] = queue.Queue(AHEAD)
         self._cancelled = threading.Event()
         self._link = _Cancellable(link, self._cancelled)
+        self._lie: VerificationError | None = None
         self.last_of_prompt = int(inputs["input_ids"][0, -1])
         self.ended = False
 
@@ -168,6 +170,8 @@ class _Run(threading.Thread):
             self.ended = int(out[0, -1]) in ([ends] if isinstance(ends, int) else ends or [])
             self._put(None)
         except SlipError as error:
+            if isinstance(error, VerificationError):
+                self._lie = error  # the reader may have gone, or stop before it comes to the error
             self._put(error)
         except BaseException as error:  # whatever it is, the reader must not wait for ever
             # Its text might quote a prompt or a weight, so neither the log nor the requester gets it.
@@ -195,8 +199,11 @@ class _Run(threading.Thread):
             yield item
 
     def cancel(self) -> None:
+        """End the thread. Raises VerificationError if the edge has lied, whether or not `tokens` came that far."""
         self._cancelled.set()
         self.join()
+        if self._lie is not None:
+            raise self._lie
 
 
 class _Cancellable(Link):

@@ -39,8 +39,8 @@ class Engine(Protocol):
         then, so that cancelling works.
 
         Raises RequestError or BusyError, whose sentence the requester sees; any other SlipError ends the request
-        with a sentence that names no cause. VerificationError also ends the link. Text must have been verified when
-        it is yielded.
+        with a sentence that names no cause. VerificationError also ends the link, and may come when the iterator is
+        closed. Text must have been verified when it is yielded.
         """
         ...
 

@@ -17,7 +17,7 @@ _log = logging.getLogger(__name__)
 
 class Watch:
     """Compares the devices that `connected` names (by fingerprint) with the registry, and calls `cut` with each that
-    may not stay, and why, until it is gone. `start` begins, `close` ends."""
+    may not stay, and why, until it is gone. `start` begins, `close` ends, and writes suspensions that still wait."""
 
     def __init__(
         self,
@@ -44,6 +44,10 @@ class Watch:
         self._closed.set()
         if self._thread.is_alive():
             self._thread.join(5)
+        try:
+            self._write()
+        except RegistryError as error:
+            _log.error("a suspension could not be written to the registry: %s", error)
 
     def admit(self, fingerprint: str) -> Device:
         """The device with this certificate. Raises as `Devices.admit` does."""
