@@ -253,6 +253,23 @@ def test_a_daily_quota_ends_a_request_and_outlives_the_server(home: Path) -> Non
     assert usage(home) == [(3, 7, "length"), (0, 0, "limited")]
 
 
+@pytest.mark.parametrize("limits", [Limits(daily_tokens=10), Limits(tokens_per_minute=10)])
+def test_requests_that_waited_are_held_to_what_is_left(
+    home: Path, limits: Limits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sliplm.trusted.service.BEAT_SECONDS", 0.02)
+    engine = FakeEngine(0.1)
+    engine.capacity = 1
+    with serving(home, engine, limits=limits) as server, working(server, enrol(home)) as worker:
+        first, second = worker.generate(ask(10)), worker.generate(ask(10))
+        next(first)
+        assert next(second).text == ""  # admitted, and in the queue
+        assert list(first)[-1].finish_reason == "length"
+        with pytest.raises(LimitError, match="this device may use 10 tokens a"):
+            list(second)
+    assert len(engine.requests) == 1
+
+
 def test_requests_wait_for_their_turn_and_can_be_cancelled(home: Path) -> None:
     engine = FakeEngine(0.01)
     engine.capacity = 1

@@ -118,6 +118,7 @@ class Service:
                     raise BusyError("the trusted side is busy with other requests: try again later", RETRY_SECONDS)
                 yield Chunk("")
             self.metrics.wait.labels("slot").observe(time.monotonic() - started)
+            self._limiter.admit(device)  # others of this device have used tokens while this one waited
             chunks = self._engine.generate(request, claim())
             try:
                 for chunk in chunks:
