@@ -111,6 +111,30 @@ def test_logprobs_do_not_pass_by_the_rules() -> None:
     assert review_request(Nothing(), wanted, "laptop").logprobs == 2
 
 
+class Attribute(Rules):
+    edits = 0  # counts something of its own
+
+    def response(self, request: GenerateRequest, device: str, text: str, finished: bool) -> str:
+        return text.upper()
+
+
+class Assigned(Rules):
+    def __init__(self) -> None:
+        self.response = lambda request, device, text, finished: text.upper()  # type: ignore[method-assign]
+
+
+class Inherited(SystemPrompt):
+    def response(self, request: GenerateRequest, device: str, text: str, finished: bool) -> str:
+        return text.upper()
+
+
+@pytest.mark.parametrize("chosen", [Attribute(), Assigned(), Inherited("Be brief.")])
+def test_rules_cannot_be_taken_for_some_that_edit_nothing(chosen: Rules) -> None:
+    for each in (chosen, SystemPrompt("Be brief.", chosen)):
+        assert rules.edits(each) and answered(each, "a") == ["A", ""]
+    assert not rules.edits(SystemPrompt("Be brief.", Nothing()))
+
+
 def test_the_system_prompt_comes_first_and_plain_prompts_do_not_pass_it_by() -> None:
     prompt = SystemPrompt("Be brief.")
     assert review_request(prompt, chat(("user", "hi")), "d").messages == [

@@ -71,10 +71,6 @@ class SystemPrompt(Rules):
     def response(self, request: GenerateRequest, device: str, text: str, finished: bool) -> str:
         return text if self._rules is None else self._rules.response(request, device, text, finished)
 
-    @property
-    def edits(self) -> bool:
-        return self._rules is not None and edits(self._rules)
-
 
 def load(name: str) -> Rules:
     """The rules at `module:object`, from the working directory or installed, or under that name in the entry point
@@ -114,9 +110,13 @@ def compose(rules: str | None, system_prompt: Path | None) -> Rules | None:
 
 
 def edits(rules: Rules) -> bool:
-    """Whether these rules look at answers."""
-    known = getattr(rules, "edits", None)
-    return type(rules).response is not Rules.response if known is None else bool(known)
+    """Whether these rules look at answers. All do whose `response` is not plainly the one that lets everything pass."""
+    bound: Any = rules.response  # the object's own, which need not be its class's
+    function = getattr(bound, "__func__", None)
+    if function is SystemPrompt.response:
+        inner = bound.__self__._rules
+        return inner is not None and edits(inner)
+    return function is not Rules.response
 
 
 def review_request(rules: Rules | None, request: GenerateRequest, device: str) -> GenerateRequest:
