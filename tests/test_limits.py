@@ -106,6 +106,18 @@ def test_the_queue_is_bounded_and_forgets_who_leaves() -> None:
     assert queue.waiting == 0 and queue.running == 1  # b
 
 
+def test_who_holds_a_slot_too_long_gives_it_up_to_a_device_without_one() -> None:
+    queue = FairQueue(slots=3)
+    slow, slower, new = queue.join("a"), queue.join("a"), queue.join("b")
+    slow.due, slower.due = time.monotonic() - 1, time.monotonic() - 2
+    queue.join("b")
+    assert not any(map(queue.wants_back, (slow, slower, new)))  # "b" has a slot
+    queue.join("c")
+    assert [queue.wants_back(t) for t in (slow, slower, new)] == [False, True, False]
+    slow.due = slower.due = time.monotonic() + 10
+    assert not any(map(queue.wants_back, (slow, slower, new)))
+
+
 def test_threads_that_come_and_go_leave_nothing_behind() -> None:
     queue = FairQueue(slots=3)
     peak, lock = [0], threading.Lock()
@@ -317,6 +329,28 @@ def test_a_device_that_floods_holds_up_nobody_else(home: Path, monkeypatch: pyte
         assert next(late).text == "" and server.service.queue.waiting == 19
         flood[0].close()
         assert list(late)[-1].finish_reason and server.service.queue.waiting >= 17
+
+
+def test_a_slow_request_ends_when_another_device_needs_its_slot(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sliplm.trusted.service.BEAT_SECONDS", 0.02)
+    monkeypatch.setattr("sliplm.trusted.service.SLOT_SECONDS", 0.1)
+    monkeypatch.setattr("sliplm.trusted.service.SLOT_SECONDS_PER_TOKEN", 0.01)
+    engine = FakeEngine(0.02)
+    engine.capacity = 1
+    with serving(home, engine) as server, working(server, enrol(home)) as worker:
+        other = EdgeWorker(engine._truth, server.address, enrol(home, "other"))
+        with running(other.run, other.stop):
+            assert other.connected.wait(10)
+            slow = worker.generate(ask(10_000))
+            second = worker.generate(ask())
+            next(slow), next(second)
+            for _ in range(30):  # its own device's request does not cut it off
+                next(slow)
+            assert text(other)
+            with pytest.raises(LinkError, match="too slow while another device waited"):
+                list(slow)
+            second.close()
+        wait_until(lambda: usage(home)[0][2] == "interrupted")
 
 
 # --- a registry that fails ------------------------------------------------------------------------

@@ -2,11 +2,14 @@
 
 A free slot goes to the waiting device with the fewest running requests, and among equals to the one whose last turn is
 longest ago. So a device with a hundred waiting requests holds up another one's first by one slot, not by a hundred.
+Who holds a slot for too long gives it up to a device that has none.
 """
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 from collections import Counter, deque
 
 from sliplm.errors import SlipError
@@ -18,11 +21,13 @@ RETRY_SECONDS = 5
 
 
 class Ticket:
-    """A request's place in the queue, and then its slot. Leave it in any case, and once."""
+    """A request's place in the queue, and then its slot. Leave it in any case, and once. From the time `due` on it may
+    have to, so that another one can run."""
 
     def __init__(self, queue: FairQueue, device: str, concurrent: int) -> None:
         self.device = device
         self.concurrent = concurrent
+        self.due = math.inf
         self._queue = queue
         self._decided = threading.Event()
         self._error: SlipError | None = None
@@ -90,6 +95,12 @@ class FairQueue:
             for name in [device] if device is not None else list(self._waiting):
                 for ticket in self._waiting.pop(name, ()):
                     ticket._decide(error)
+
+    def wants_back(self, ticket: Ticket) -> bool:
+        """Whether `ticket` should give its slot up: none has been due for longer, and a device without a slot waits."""
+        with self._lock:
+            starving = any(not self._running[device] for device in self._waiting)
+            return starving and time.monotonic() > ticket.due == min(t.due for t in self._granted)
 
     def _leave(self, ticket: Ticket) -> None:
         with self._lock:

@@ -22,6 +22,12 @@ from sliplm.trusted.metrics import Metrics
 from sliplm.trusted.rules import Rules, review_answer, review_request
 
 QUEUE_SECONDS = 60.0
+
+SLOT_SECONDS = 30.0
+SLOT_SECONDS_PER_TOKEN = 2.0
+"""So long, and so much longer for every token of its answer, a request keeps its slot whoever waits. Edges and
+requesters that are slower, on purpose or not, keep theirs while no other device needs it."""
+
 BEAT_SECONDS = 0.5
 
 _log = logging.getLogger(__name__)
@@ -118,11 +124,17 @@ class Service:
                     raise BusyError("the trusted side is busy with other requests: try again later", RETRY_SECONDS)
                 yield Chunk("")
             self.metrics.wait.labels("slot").observe(time.monotonic() - started)
+            granted = time.monotonic()
             self._limiter.admit(device)  # others of this device have used tokens while this one waited
-            chunks = self._engine.generate(request, claim())
+            link = claim()
+            chunks = self._engine.generate(request, link)
             try:
                 for chunk in chunks:
                     self.meter.check()
+                    ticket.due = granted + SLOT_SECONDS + SLOT_SECONDS_PER_TOKEN * chunk.completion_tokens
+                    if self.queue.wants_back(ticket):
+                        link.close()  # the exchange under way would keep the slot for as long as the edge likes
+                        raise LinkError("this request was too slow while another device waited: try again later")
                     prompt = chunk.prompt_tokens - record.prompt_tokens
                     completion = chunk.completion_tokens - record.completion_tokens
                     self.metrics.count(prompt, completion)
