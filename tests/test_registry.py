@@ -219,6 +219,13 @@ def test_bad_urls(text: str) -> None:
         Registry(text)
 
 
+@pytest.mark.parametrize("password", ["hunter2@x:y", "x@hunter2", "x:y@hunter2:z"])
+def test_a_password_that_is_not_escaped_is_not_shown(password: str) -> None:
+    with pytest.raises(RegistryError, match="in which a password has %40 for @") as caught:
+        Registry(f"postgresql://me:{password}@127.0.0.1/devices")
+    assert "hunter2" not in str(caught.value)
+
+
 def test_an_unreachable_server_gets_a_sentence_without_the_password() -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]

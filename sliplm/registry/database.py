@@ -184,8 +184,13 @@ class Database:
 def _parse(text: str) -> URL:
     try:
         url = sa.make_url(text)
-    except sa.exc.ArgumentError:
-        raise RegistryError("the registry's address is not a URL such as postgresql://USER@HOST/DATABASE") from None
+        if "@" in (url.host or ""):  # the end of a password: neither errors nor `where` may show it
+            raise ValueError
+    except (sa.exc.ArgumentError, ValueError):
+        raise RegistryError(
+            "the registry's address is not a URL such as postgresql://USER@HOST/DATABASE, in which a password has %40 "
+            "for @, %3A for : and %2F for /"
+        ) from None
     if url.drivername in ("postgresql", "postgres"):
         url = url.set(drivername="postgresql+psycopg")
     if url.drivername not in ("sqlite", "postgresql+psycopg") or not url.database:
