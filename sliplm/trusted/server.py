@@ -87,7 +87,7 @@ class TrustedServer:
         worker_wait: float = WORKER_SECONDS,
         max_strangers: int = 64,
         max_connections: int = 512,
-        max_per_device: int = 160,
+        max_workers: int = 8,
         max_requests: int = 128,
     ) -> None:
         self._engine = engine
@@ -99,7 +99,7 @@ class TrustedServer:
         self._worker_wait = worker_wait
         self._max_strangers = max_strangers
         self._max_connections = max_connections
-        self._max_per_device = max_per_device
+        self._max_workers = max_workers  # WORK connections of one device
         self._max_requests = max_requests  # of one device, those that wait included
 
         self._changed = threading.Condition()  # guards the three dicts below
@@ -326,11 +326,13 @@ class TrustedServer:
         me = threading.current_thread()
         with self._changed:
             mine = [c.role for c in self._connections.values() if c.fingerprint == known.fingerprint]
-            if len(mine) >= self._max_per_device:
-                raise LinkError(f"this device has {len(mine)} connections already: try again later")
+            if known.role == Role.WORK and mine.count(Role.WORK) >= self._max_workers:
+                raise LinkError(f"this device has {self._max_workers} workers connected already: try again later")
             if known.role == Role.REQUEST and mine.count(Role.REQUEST) >= self._max_requests:
                 raise LinkError(f"this device has {self._max_requests} requests running or waiting: try again later")
-            if len(self._connections) >= self._max_connections:
+            free = self._max_connections - len(self._connections)
+            # Those that have many leave half of the rest to others, so that a few cannot take all.
+            if not free or len(mine) >= max(self._max_workers, free // 2):
                 raise LinkError("the trusted side has too many connections: try again later")
             if self._strangers.pop(me, None) is None:
                 raise LinkError("the trusted side gave this connection up: try again later")

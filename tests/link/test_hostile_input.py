@@ -97,13 +97,26 @@ def test_a_bad_request_gets_a_sentence(live, payload, says):
 def test_connections_are_limited_per_device_and_in_all(home, identity):
     other = enrol(home, "other")
     context = tls.client_context(identity)
-    with serving(home, max_connections=3, max_per_device=2) as server:
+    with serving(home, max_connections=3, max_workers=2) as server:
         mine = [connect(server.address, context, Role.WORK, DIGEST, 10)[0] for _ in range(2)]
-        refused(server, identity, LinkError, "2 connections already")
+        refused(server, identity, LinkError, "2 workers connected already")
         theirs = connect(server.address, tls.client_context(other), Role.WORK, DIGEST, 10)[0]
         refused(server, other, LinkError, "too many connections")
         for each in (*mine, theirs):
             each.close()
+
+
+def test_a_few_devices_cannot_take_all_connections(home, identity):
+    with serving(home, max_connections=20, max_workers=2) as server, contextlib.ExitStack() as stack:
+        for i in range(4):
+            context = tls.client_context(enrol(home, str(i)))
+            with pytest.raises(LinkError, match="too many connections"):
+                for _ in range(20):
+                    stack.enter_context(
+                        contextlib.closing(connect(server.address, context, Role.REQUEST, DIGEST, 10)[0])
+                    )
+        with working(server, identity):
+            assert len(server._connections) <= 18
 
 
 def test_requests_are_limited_per_device(home, identity):
