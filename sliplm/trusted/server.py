@@ -45,6 +45,9 @@ WORKER_SECONDS = 5.0
 CONTEXT_SECONDS = 86400.0
 POLL_SECONDS = 0.2
 CUT_SECONDS = 0.4
+LOG_BYTES = 200
+"""Errors may quote what a device sent: the log takes so much of it, on one line."""
+
 SHUTTING_DOWN = "the trusted side is shutting down"
 
 _log = logging.getLogger(__name__)
@@ -272,7 +275,7 @@ class TrustedServer:
                 self._request(channel, device, known)
             _log.info("%s: device %s done (%s)", where, device.name, role.name)
         except SlipError as error:
-            _log.warning("%s: %s", where, error)
+            _log.warning("%s: %s", where, frames.clean(str(error), LOG_BYTES))
         except Exception as error:  # a fault of ours; the text of an unknown exception might hold anything
             _log.error("%s: internal error: %s", where, locate(error))
         finally:
@@ -427,7 +430,8 @@ class TrustedServer:
                 error = known.reason
             # Layer names and the like are not for the edge, whatever the exception says.
             expected = isinstance(error, SlipError)
-            _log.warning("device %s: %s", device.name, error if expected else f"internal error: {locate(error)}")
+            why = frames.clean(str(error), LOG_BYTES) if expected else f"internal error: {locate(error)}"
+            _log.warning("device %s: %s", device.name, why)
             code, sentence = self._explain(error)
             channel.send_error(code, sentence, getattr(error, "retry_after", None) or 0)
 

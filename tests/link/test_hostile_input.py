@@ -94,6 +94,16 @@ def test_a_bad_request_gets_a_sentence(live, payload, says):
     assert isinstance(error, RequestError) and says in str(error)
 
 
+def test_a_device_cannot_write_the_log(live, caplog):
+    server, _, context = live
+    c, _ = connect(server.address, context, Role.REQUEST, DIGEST, 10)
+    c.send(Kind.GENERATE, b'{"prompt": "x", "a\\n\\u001b[2Jdevice other: forged' + b"x" * 9000 + b'": 1}')
+    assert isinstance(c.read_error(c.receive()), RequestError)
+    c.close()
+    (line,) = [r.getMessage() for r in caplog.records if "forged" in r.getMessage()]
+    assert line.isprintable() and len(line) < 300
+
+
 def test_connections_are_limited_per_device_and_in_all(home, identity):
     other = enrol(home, "other")
     context = tls.client_context(identity)
