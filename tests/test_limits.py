@@ -22,6 +22,7 @@ from sliplm.protocol.frames import Kind, Role
 from sliplm.protocol.link import Link
 from sliplm.protocol.messages import BusyError, Chunk, GenerateRequest, LimitError, RequestError
 from sliplm.registry import Device, Limits
+from sliplm.registry.usage import Used, midnight
 from sliplm.trusted import meter
 from sliplm.trusted.fair import FairQueue, Ticket
 from sliplm.trusted.limits import Limiter
@@ -196,14 +197,16 @@ def test_tokens_a_day() -> None:
     clock = Clock()
     limiter = Limiter(Limits(daily_tokens=100), clock, clock.calendar)
     one = device()
-    limiter.recall(one, 40)  # what the registry knows from before
+    today = midnight(clock.calendar())
+    limiter.recall(one, Used(today, 40))  # what the registry knows from before
     assert limiter.charge(one, 59)
-    limiter.recall(one, 50)  # which may lag behind
+    limiter.recall(one, Used(today, 50))  # which may lag behind
     assert not limiter.charge(one, 1)
     with pytest.raises(LimitError, match="100 tokens a day") as caught:
         limiter.admit(one)
     assert caught.value.retry_after == 3600
     clock.seconds += 3600
+    limiter.recall(one, Used(today, 100))  # the registry was asked just before midnight
     limiter.admit(one)
 
 

@@ -134,9 +134,9 @@ def test_devices(registry: Registry) -> None:
 def test_usage_is_recorded_once(registry: Registry) -> None:
     one = registry.devices.add(device())
     usage = registry.usage
-    assert usage.begin("r1", one) == 0
+    assert usage.begin("r1", one) == (midnight(now()), 0)
     usage.update([Tokens("r1", 10, 5)])
-    assert usage.begin("r2", one) == 15
+    assert usage.begin("r2", one).tokens == 15
     usage.finish(Tokens("r1", 10, 7), "stop")
     usage.finish(Tokens("r1", 10, 7), "stop")  # repeated, as after a doubtful answer of the database
     usage.finish(Tokens("r1", 99, 99), "length")  # and whatever else comes late

@@ -38,6 +38,13 @@ class Totals(NamedTuple):
     completion_tokens: int
 
 
+class Used(NamedTuple):
+    """What a device has used on a day, which is named by its midnight UTC."""
+
+    day: datetime
+    tokens: int
+
+
 class Tokens(NamedTuple):
     """The state of one request."""
 
@@ -52,9 +59,9 @@ class Usage:
     def __init__(self, db: Database) -> None:
         self._db = db
 
-    def begin(self, request: str, device: Device) -> int:
-        """Open the record of `request`, an id that no other request has. Returns the tokens that the device's other
-        requests have used since midnight UTC.
+    def begin(self, request: str, device: Device) -> Used:
+        """Open the record of `request`, an id that no other request has. Returns what the device's other requests have
+        used today.
 
         Raises IdentityError if the device may not connect any more, RegistryError if nothing could be written: the
         request must not run then.
@@ -63,10 +70,11 @@ class Usage:
         with self._db.write() as c:
             row = c.execute(sa.select(database.devices).where(database.devices.c.id == device.id)).one()
             _device(row).require_active()
-            today = (_table.c.device == device.id, _table.c.started >= midnight(start))
+            day = midnight(start)
+            today = (_table.c.device == device.id, _table.c.started >= day)
             used: int | None = c.execute(sa.select(sa.func.sum(_tokens)).where(*today)).scalar()
             c.execute(sa.insert(_table).values(request=request, device=device.id, started=start, updated=start))
-        return int(used or 0)
+        return Used(day, int(used or 0))
 
     def update(self, running: Sequence[Tokens]) -> None:
         """Note the tokens of requests that are running, all in one transaction."""

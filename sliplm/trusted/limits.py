@@ -15,7 +15,7 @@ from datetime import datetime, timedelta
 
 from sliplm.protocol.messages import LimitError
 from sliplm.registry.devices import Device, Limits, now
-from sliplm.registry.usage import midnight
+from sliplm.registry.usage import Used, midnight
 
 DEFAULTS = Limits(concurrent=8, tokens_per_minute=0, daily_tokens=0)
 
@@ -58,11 +58,13 @@ class Limiter:
                 wait = math.ceil((account.day + timedelta(days=1) - self._calendar()).total_seconds())
                 raise LimitError(f"this device may use {limits.daily_tokens} tokens a day (UTC), and has", wait)
 
-    def recall(self, device: Device, used: int) -> None:
-        """Take note of what the registry has for today: this server may be new, or not the only one."""
+    def recall(self, device: Device, used: Used) -> None:
+        """Take note of what the registry has for today: this server may be new, or not the only one. If the day has
+        ended since it was asked, it tells nothing."""
         with self._lock:
             account = self._account(device, device.limits.over(self._defaults))
-            account.used = max(account.used, used)
+            if used.day == account.day:
+                account.used = max(account.used, used.tokens)
 
     def charge(self, device: Device, tokens: int) -> bool:
         """Count `tokens`; whether the daily quota leaves room for more."""

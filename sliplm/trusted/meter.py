@@ -15,7 +15,7 @@ from sliplm.errors import locate
 from sliplm.protocol.messages import BusyError
 from sliplm.registry import RegistryError
 from sliplm.registry.devices import Device
-from sliplm.registry.usage import Tokens, Usage
+from sliplm.registry.usage import Tokens, Usage, Used
 
 UPDATE_SECONDS = 1.0
 SWEEP_SECONDS = 10.0
@@ -66,8 +66,8 @@ class Meter:
         except RegistryError as error:
             _log.error("usage could not be recorded to the end: %s", error)
 
-    def begin(self, device: Device) -> tuple[Record, int]:
-        """Open a record; it, and the tokens that the device used today. Raises BusyError if that is impossible."""
+    def begin(self, device: Device) -> tuple[Record, Used]:
+        """Open a record; it, and what the device used today. Raises BusyError if that is impossible."""
         record = Record()
         try:
             used = self._usage.begin(record.request, device)
