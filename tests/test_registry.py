@@ -234,6 +234,13 @@ def test_an_unreachable_server_gets_a_sentence_without_the_password() -> None:
     assert "hunter2" not in str(caught.value)
 
 
+def test_a_postgresql_server_that_is_gone_is_noticed_while_its_answer_is_awaited(postgres: str) -> None:
+    with Registry(f"{postgres}/postgres") as registry, registry._db.read() as c:
+        parameters = c.connection.dbapi_connection.info.get_parameters()  # type: ignore[union-attr]
+    wanted = {"keepalives_idle": "5", "keepalives_interval": "2", "keepalives_count": "2", "tcp_user_timeout": "5000"}
+    assert wanted.items() <= parameters.items()
+
+
 def test_a_locked_registry_is_not_waited_for_forever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(database, "BUSY_SECONDS", 0.1)
     with Registry(tmp_path / "r.db") as registry:

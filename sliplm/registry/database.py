@@ -171,7 +171,10 @@ class Database:
                     pool_timeout=5,
                     connect_args={
                         "connect_timeout": 5,
-                        "tcp_user_timeout": 5000,
+                        "tcp_user_timeout": 5000,  # for what was sent; keepalives are for waiting for an answer
+                        "keepalives_idle": 5,
+                        "keepalives_interval": 2,
+                        "keepalives_count": 2,
                         "options": f"-c statement_timeout=5000 -c lock_timeout={int(BUSY_SECONDS * 1000)}",
                     },
                 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Collection
 
 from sliplm.errors import IdentityError, locate
@@ -11,6 +12,9 @@ from sliplm.registry import RegistryError
 from sliplm.registry.devices import Device, Devices
 
 POLL_SECONDS = 0.2
+
+STALE_SECONDS = 3.0
+"""Who has not seen the registry for so long does not know who may stay. A look may wait for another writer."""
 
 _log = logging.getLogger(__name__)
 
@@ -34,10 +38,16 @@ class Watch:
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
-        self.healthy = True
-        """Whether the registry answered last time."""
+        self._looked_at = 0.0
+        self._failing = False
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the registry answered last time, and lately: a look at a server that is gone may hang."""
+        return not self._failing and time.monotonic() - self._looked_at <= STALE_SECONDS
 
     def start(self) -> None:
+        self._looked_at = time.monotonic()
         self._thread.start()
 
     def close(self) -> None:
@@ -71,7 +81,7 @@ class Watch:
             try:
                 self._look()
             except Exception as error:  # whatever it is, nobody else would notice that revocations do nothing any more
-                self.healthy = False
+                self._failing = True
                 _log.error("devices cannot be looked up: %s", locate(error))
 
     def _look(self) -> None:
@@ -80,13 +90,14 @@ class Watch:
             if (version := self._devices.version()) != self._version:
                 self._known = {d.fingerprint: d for d in self._devices.all()}
                 self._version = version
-            if not self.healthy:
+            self._looked_at = time.monotonic()
+            if self._failing:
                 _log.warning("the device registry answers again")
-            self.healthy = True
+            self._failing = False
         except RegistryError as error:
-            if self.healthy:
+            if not self._failing:
                 _log.error("devices cannot be looked up: %s", error)
-            self.healthy = False
+            self._failing = True
         for fingerprint in self._connected():
             try:
                 # One that was enrolled since is not known if the registry does not answer, and was looked up then.

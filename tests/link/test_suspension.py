@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from sliplm.protocol import authority
 from sliplm.protocol.link import Link
 from sliplm.protocol.messages import Chunk, GenerateRequest
 from sliplm.registry import Limits
+from sliplm.trusted import watch as watch_module
 from sliplm.trusted.rules import Refused, Rules
 from sliplm.trusted.watch import Watch
 
@@ -75,3 +77,22 @@ def test_a_suspension_that_could_not_be_written_is_written_at_the_end(
         other.rollback()
         watch.close()
         assert registry.devices.get("laptop").reason == "it lied"
+
+
+def test_a_watch_that_hangs_is_not_healthy(home: Path, identity: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch_module, "STALE_SECONDS", 0.5)
+    monkeypatch.setattr(watch_module, "POLL_SECONDS", 0.01)
+    answers = threading.Event()
+    answers.set()
+    with authority.open_registry(home) as registry, contextlib.ExitStack() as stack:
+        version = registry.devices.version
+        monkeypatch.setattr(registry.devices, "version", lambda: (answers.wait(10), version())[1])
+        watch = Watch(registry.devices, set, lambda *_: None)
+        watch.start()
+        stack.callback(watch.close)
+        stack.callback(answers.set)
+        assert watch.healthy
+        answers.clear()
+        wait_until(lambda: not watch.healthy, 5)
+        answers.set()
+        wait_until(lambda: watch.healthy, 5)
