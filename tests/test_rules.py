@@ -267,3 +267,6 @@ def test_the_docs_show_rules_that_work(tmp_path: Path) -> None:
         review_request(house, GenerateRequest(prompt="x" * 100_000), "laptop")
     assert review_request(house, PLAIN, "laptop") == PLAIN
     assert answered(house, "call 555-", "0100 now") == ["call ", "[number] now", ""]
+    assert answered(house, "call 555-", "0100", " or 555-0101") == ["call ", "", "[number] or ", ""]
+    for end in range(len("call 555-0100")):  # wherever the customer ends it
+        assert "5" not in "".join(answered(house, "call 555-0100"[:end]))

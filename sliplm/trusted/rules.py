@@ -43,7 +43,8 @@ class Rules(Protocol):
 
         `text` is the answer so far, from its beginning, as the model wrote it. What is returned begins with what was
         returned before, since the customer has that; it may end earlier than `text`, to decide later, or say something
-        else. With `finished` it is the whole answer. Raises Refused; what was shown before stays shown.
+        else. With `finished` it is the whole answer, which the customer may have ended anywhere: `max_tokens` and stop
+        texts count on the model's text. Raises Refused; what was shown before stays shown.
         """
         return text
 
