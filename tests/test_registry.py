@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pwd
 import shutil
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -253,6 +255,28 @@ def test_a_locked_registry_is_not_waited_for_forever(tmp_path: Path, monkeypatch
         other.execute("ROLLBACK")
         other.close()
         registry.usage.begin("r1", one)
+
+
+def test_readers_do_not_wait_for_a_crowd_of_writers(tmp_path: Path) -> None:
+    with Registry(tmp_path / "r.db") as registry:
+        one = registry.devices.add(device())
+        other = sqlite3.connect(tmp_path / "r.db", isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")
+
+        def use(name: str) -> None:
+            with contextlib.suppress(RegistryError):
+                registry.usage.begin(name, one)
+
+        crowd = [threading.Thread(target=use, args=(f"r{i}",)) for i in range(20)]  # more than have a connection
+        for thread in crowd:
+            thread.start()
+        time.sleep(0.5)
+        started = time.monotonic()
+        assert registry.devices.version() and time.monotonic() - started < 0.5
+        other.execute("ROLLBACK")
+        other.close()
+        for thread in crowd:
+            thread.join(60)
 
 
 def test_a_full_disk_is_an_error_and_leaves_the_registry_whole(tmp_path: Path) -> None:

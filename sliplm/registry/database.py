@@ -111,14 +111,15 @@ class Database:
         self._url = _parse(url) if isinstance(url, str) else URL.create("sqlite", database=str(url))
         self.is_sqlite = self._url.get_backend_name() == "sqlite"
         self._engine = self._create()
-        self._reader = self._engine.execution_options(
+        # With connections of its own: writers may all be waiting for each other, and a revocation waits for nobody.
+        self._reader = self._create().execution_options(
             **{"reading": True} if self.is_sqlite else {"isolation_level": "AUTOCOMMIT"}
         )
         try:
             with self.write() as connection:
                 _migrate(connection)
         except BaseException:
-            self._engine.dispose()
+            self.close()
             raise
 
     def __repr__(self) -> str:
@@ -133,6 +134,7 @@ class Database:
 
     def close(self) -> None:
         self._engine.dispose()
+        self._reader.dispose()
 
     @contextlib.contextmanager
     def read(self) -> Iterator[Connection]:
