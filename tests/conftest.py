@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from link_fakes import enrol
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import sliplm.trusted  # noqa: F401 - teaches Transformers to load trusted bundles
@@ -76,3 +77,15 @@ def smollm2_split(smollm2: str, tmp_path_factory: pytest.TempPathFactory) -> Pat
     out = tmp_path_factory.mktemp("smollm2") / "bundle"
     split(smollm2, out)
     return out
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """Where a link's test keeps its authority."""
+    return tmp_path / "authority"
+
+
+@pytest.fixture
+def identity(home: Path) -> Path:
+    """Of a device that this authority knows."""
+    return enrol(home)

@@ -56,9 +56,9 @@ PATIENCE = 15.0
 WITH_TLS, TO_PROCESSES = 0.01, 0.05
 """The shares of the frames that go over TLS, and to processes at all."""
 
-ALLOWED = {"threads": 4, "descriptors": 10}
-"""So many more than before may be left, however many frames there were: the registry's pool grows once, from one
-connection to five, of two descriptors each, and the honest edge may have two connections more."""
+ALLOWED = {"threads": 4, "descriptors": 18}
+"""So many more than before may be left, however many frames there were: the registry's two pools grow once, from one
+connection to five each, of two descriptors, and the honest edge may have two connections more."""
 
 REST_SECONDS = 0.2
 """The honest edge's pause between two requests."""

@@ -25,8 +25,9 @@ QUEUE_SECONDS = 60.0
 
 SLOT_SECONDS = 30.0
 SLOT_SECONDS_PER_TOKEN = 2.0
-"""So long, and so much longer for every token of its answer, a request keeps its slot whoever waits. Edges and
-requesters that are slower, on purpose or not, keep theirs while no other device needs it."""
+SLOT_SECONDS_PER_PROMPT_TOKEN = 0.1
+"""So long, and so much longer for every token of its answer and of its prompt, a request keeps its slot whoever waits.
+Edges and requesters that are slower, on purpose or not, keep theirs while no other device needs it."""
 
 BEAT_SECONDS = 0.5
 
@@ -131,7 +132,8 @@ class Service:
             try:
                 for chunk in chunks:
                     self.meter.check()
-                    ticket.due = granted + SLOT_SECONDS + SLOT_SECONDS_PER_TOKEN * chunk.completion_tokens
+                    allowed = SLOT_SECONDS + SLOT_SECONDS_PER_TOKEN * chunk.completion_tokens
+                    ticket.due = granted + allowed + SLOT_SECONDS_PER_PROMPT_TOKEN * chunk.prompt_tokens
                     if self.queue.wants_back(ticket):
                         link.close()  # the exchange under way would keep the slot for as long as the edge likes
                         raise LinkError("this request was too slow while another device waited: try again later")
