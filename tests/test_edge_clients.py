@@ -125,30 +125,3 @@ def test_what_some_take_for_the_end_of_a_line_stays_in_it(monkeypatch: pytest.Mo
     assert all(line.startswith("data: ") for line in text.splitlines() if line)
     monkeypatch.setattr("sliplm.edge.client._client", lambda *_: here)
     assert "".join(chunk.text for chunk in stream("http://localhost", "x", {})) == said
-
-
-@pytest.mark.parametrize(
-    ("host", "origin", "answered"),
-    [
-        ("edge:8411", None, True),
-        ("host.docker.internal:8411", None, False),
-        ("slip.example.com", "https://slip.example.com", True),
-        ("127.0.0.1:8411", "https://slip.example.com", True),  # a proxy that sets Host
-        ("127.0.0.1:8411", "https://evil.example", False),
-        ("slip.example.com", "https://evil.example", False),
-        ("edge:8411", "http://edge:3000", True),  # whoever owns the name owns what is there
-        ("127.0.0.1:8411", "http://127.0.0.1:3000", False),
-    ],
-)
-def test_names_that_the_api_was_given(backend: Backend, host: str, origin: str | None, answered: bool) -> None:
-    here = client(backend, host="0.0.0.0", names=["Edge", "slip.example.com"])
-    headers = {"host": host} | ({"origin": origin} if origin else {})
-    assert here.post(CHAT, json=HELLO, headers=headers).status_code == (200 if answered else 403)
-
-
-def test_a_key_makes_names_unimportant(backend: Backend) -> None:
-    here = client(backend, api_key="right")
-    headers = {"host": "anything.example", "origin": "https://anything.example"}
-    assert here.post(CHAT, json=HELLO, headers=headers).status_code == 401
-    assert here.post(CHAT, json=HELLO, headers=headers | {"authorization": "Bearer right"}).status_code == 200
-    assert here.get("/", headers=headers).status_code == 200

@@ -61,13 +61,19 @@ def test_it_can_be_cancelled_before_the_first_token(engine: Engine) -> None:
     assert link.count < 9 and not threads()
 
 
-def test_a_slow_reader_holds_the_generation_up(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "AHEAD", 3)
+def running_ahead(engine: Engine, tokens: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Slow, Any, set[Any]]:
+    """A fast link, a generation of 40 tokens over it that has begun, and the threads that there were before."""
+    monkeypatch.setattr(engine_module, "AHEAD", tokens)
     link = Slow(engine.model.slip.default_link)
     link.go.set()
     before = set(threads())
     chunks = engine.generate(request(max_tokens=40), link)
     next(chunks)
+    return link, chunks, before
+
+
+def test_a_slow_reader_holds_the_generation_up(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    link, chunks, before = running_ahead(engine, 3, monkeypatch)
     while not next(chunks).completion_tokens:
         pass
     time.sleep(1.0)
@@ -79,12 +85,7 @@ def test_a_slow_reader_holds_the_generation_up(engine: Engine, monkeypatch: pyte
 
 
 def test_a_reader_that_leaves_sets_a_held_up_generation_free(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "AHEAD", 1)
-    link = Slow(engine.model.slip.default_link)
-    link.go.set()
-    before = set(threads())
-    chunks = engine.generate(request(max_tokens=40), link)
-    next(chunks)
+    link, chunks, before = running_ahead(engine, 1, monkeypatch)
     next(chunks)
     time.sleep(0.3)
     chunks.close()

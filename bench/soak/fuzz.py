@@ -56,9 +56,8 @@ PATIENCE = 15.0
 WITH_TLS, TO_PROCESSES = 0.01, 0.05
 """The shares of the frames that go over TLS, and to processes at all."""
 
-ALLOWED = {"threads": 4, "descriptors": 18}
-"""So many more than before may be left, however many frames there were: the registry's two pools grow once, from one
-connection to five each, of two descriptors, and the honest edge may have two connections more."""
+ALLOWED = {"threads": 4, "descriptors": 8}
+"""So many more than before may be left: of the honest edge, and of pools that grow once."""
 
 REST_SECONDS = 0.2
 """The honest edge's pause between two requests."""
@@ -137,8 +136,10 @@ class _Tally:
 
     def next(self) -> bool:
         with self._lock:
+            if self._left <= 0 or len(self.problems) >= 10:
+                return False
             self._left -= 1
-            return self._left >= 0 and len(self.problems) < 10
+            return True
 
     def refuse(self) -> None:
         """The frame was not sent; another one will be."""

@@ -161,7 +161,11 @@ class Database:
             if self.is_sqlite:
                 _create_private(Path(self._url.database or ""), self.where)
                 engine = sa.create_engine(
-                    self._url, pool_timeout=5, connect_args={"timeout": BUSY_SECONDS, "check_same_thread": False}
+                    self._url,
+                    pool_size=1,  # opening a file is cheap: those that a crowd needed are closed after it
+                    max_overflow=14,
+                    pool_timeout=5,
+                    connect_args={"timeout": BUSY_SECONDS, "check_same_thread": False},
                 )
                 sa.event.listen(engine, "connect", _set_up_sqlite)
                 sa.event.listen(engine, "begin", _begin_sqlite)

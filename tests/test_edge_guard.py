@@ -1,0 +1,120 @@
+"""Who may ask the edge's API: requests for its own names, or with its key."""
+
+from __future__ import annotations
+
+import pytest
+from starlette.testclient import TestClient
+from test_edge_api import CHAT, HELLO, PLAIN, Backend, error_of, local
+
+from sliplm.edge.api import create_app, guard
+from sliplm.errors import IdentityError
+
+
+@pytest.fixture
+def backend() -> Backend:
+    return Backend()
+
+
+@pytest.fixture
+def client(backend) -> TestClient:
+    return local(create_app(backend, lambda: "m"))
+
+
+@pytest.mark.parametrize(
+    ("bound", "host", "answered"),
+    [
+        ("127.0.0.1", "127.0.0.1:8411", True),
+        ("127.0.0.1", "LocalHost:8411", True),
+        ("127.0.0.1", "[::1]:8411", True),
+        ("127.0.0.1", "[::1]", True),
+        ("127.0.0.1", "192.168.0.7:8411", False),
+        ("127.0.0.1", "evil.example:8411", False),
+        ("127.0.0.1", "localhost.evil.example", False),
+        ("127.0.0.1", "", False),
+        ("box.lan", "BOX.lan:8411", True),
+        ("box.lan", "evil.example", False),
+        ("0.0.0.0", "192.168.0.7:8411", True),
+        ("0.0.0.0", "localhost", True),
+        ("0.0.0.0", "evil.example", False),
+        ("::", "[2001:db8::1]:8411", True),
+        ("::", "evil.example", False),
+    ],
+)
+def test_only_requests_for_its_own_names_are_answered(backend, bound, host, answered):
+    """DNS rebinding: a web page whose name points here is still called by that name."""
+    client = TestClient(create_app(backend, host=bound))
+    for path, body in ((PLAIN, {"prompt": "x"}), (CHAT, HELLO)):
+        response = client.post(path, json=body, headers={"host": host})
+        assert response.status_code == (200 if answered else 403)
+    if not answered:
+        assert error_of(response, 403)["code"] == "forbidden" and not backend.asked
+        error_of(client.get("/v1/models", headers={"host": host}), 403)
+
+
+@pytest.mark.parametrize(
+    ("origin", "answered"),
+    [
+        ("http://localhost", True),
+        ("https://localhost", True),  # a proxy with TLS that hands Host on
+        ("http://evil.example", False),
+        ("null", False),
+        ("http://localhost:3000", False),
+        ("file://localhost", False),
+    ],
+)
+def test_other_web_pages_are_refused(client, backend, origin, answered):
+    response = client.post(PLAIN, json={"prompt": "x"}, headers={"origin": origin})
+    assert response.status_code == (200 if answered else 403) and bool(backend.asked) == answered
+
+
+def test_an_api_with_a_key_wants_it(backend):
+    client = local(create_app(backend, lambda: "m", api_key="right"))
+    for headers in (
+        {},
+        {"authorization": "Bearer wrong"},
+        {"authorization": "right"},
+        {"authorization": "Bearer rigé"},
+    ):
+        encoded = {k: v.encode() for k, v in headers.items()}
+        for method, path in (("GET", "/v1/models"), ("POST", CHAT), ("GET", "/metrics"), ("GET", "/nowhere")):
+            response = client.request(method, path, headers=encoded, json=HELLO)
+            assert error_of(response, 401)["code"] == "invalid_api_key"
+            assert response.headers["www-authenticate"] == "Bearer"
+    assert not backend.asked
+    for path in ("/", "/healthz", "/readyz"):
+        assert client.get(path).status_code == 200
+    assert client.post(CHAT, json=HELLO, headers={"authorization": "Bearer right"}).status_code == 200
+    assert client.get("/v1/models", headers={"authorization": "bearer right"}).status_code == 200
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b"two words", b"two\nlines", b"\xff", b"x" * 5000])
+def test_a_file_that_holds_no_key(tmp_path, content):
+    path = tmp_path / "key"
+    with pytest.raises(IdentityError, match="cannot read"):
+        guard.read_key(path)
+    path.write_bytes(content)
+    with pytest.raises(IdentityError, match="does not hold"):
+        guard.read_key(path)
+    path.write_bytes(b"a-good_key\n")
+    assert guard.read_key(path) == "a-good_key"
+
+
+@pytest.mark.parametrize(
+    ("host", "origin", "answered"),
+    [
+        ("edge:8411", None, True),
+        ("host.docker.internal:8411", None, False),
+        ("slip.example.com", "https://slip.example.com", True),
+        ("127.0.0.1:8411", "https://slip.example.com", True),  # a proxy that sets Host
+        ("127.0.0.1:8411", "https://evil.example", False),
+        ("slip.example.com", "https://evil.example", False),
+        ("edge:8411", "http://edge:3000", True),  # whoever owns the name owns what is there
+        ("127.0.0.1:8411", "http://127.0.0.1:3000", False),
+    ],
+)
+def test_names_that_the_api_was_given(backend, host, origin, answered):
+    here = local(create_app(backend, api_key="right"))
+    headers = {"host": "anything.example", "origin": "https://anything.example"}
+    assert here.post(CHAT, json=HELLO, headers=headers).status_code == 401
+    assert here.post(CHAT, json=HELLO, headers=headers | {"authorization": "Bearer right"}).status_code == 200
+    assert here.get("/", headers=headers).status_code == 200
