@@ -18,7 +18,7 @@ import torch
 from sliplm import kernels
 from sliplm.field import P
 from sliplm.protocol import masking
-from sliplm.split.blinding import Rotation
+from sliplm.split.blinding import Blinding
 
 LAYERS = {  # rows without planes, columns
     "hidden 576: q k v": (960, 576),
@@ -41,15 +41,15 @@ def measure(rows: int, columns: int, rounds: int) -> tuple[float, float, float]:
     answer, image = (rng.integers(0, P, (1, 2 * rows)).astype(np.uint32) for _ in range(2))
     scales, inv_c = rng.random((2, rows)).astype(np.float32), np.ones(1)
     u, uq = (rng.integers(0, P, (2, n)).astype(np.uint32) for n in (2 * rows, columns))
-    into, out = Rotation.random(columns, rng), Rotation.random(rows, rng)
+    into, out = Blinding.random(columns, rng), Blinding.random(rows, rng)
 
     def edge() -> None:
         matrix.product(r, threads=1)
         masking.verify(u, uq, r, answer)
 
-    def own(*rotations: Rotation | None) -> None:
-        masking.encode(x, r, 5000.0, rotations[0])
-        masking.decode(answer, image, scales, inv_c, rotations[1])
+    def own(*blindings: Blinding | None) -> None:
+        masking.encode(x, r, 5000.0, blindings[0])
+        masking.decode(answer, image, scales, inv_c, blindings[1])
 
     best = [float("inf")] * 3
     for _ in range(rounds):

@@ -24,7 +24,7 @@ from sliplm import field, kernels
 from sliplm.field import P
 from sliplm.kernels.cuda import TILE
 from sliplm.protocol import masking
-from sliplm.split.blinding import Rotation
+from sliplm.split.blinding import Blinding
 
 EXCLUDES = (
     "excluded: packing (once, at start-up), the link, the pads' images; masking, check and decoding are "
@@ -131,7 +131,7 @@ def trusted(rows: int, cols: int, tokens: int, rounds: int) -> list[dict[str, ob
     """The trusted side's part of one exchange, in microseconds a token, on every core."""
     rng = np.random.default_rng(1)
     outputs = rows // 2
-    into, out = Rotation.random(cols, rng), Rotation.random(outputs, rng)
+    into, out = Blinding.random(cols, rng), Blinding.random(outputs, rng)
     u = rng.integers(0, P, (2, 2 * outputs)).astype(np.uint32)
     uq = rng.integers(0, P, (2, cols)).astype(np.uint32)
     scales = rng.random((2, outputs)).astype(np.float32)

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from sliplm.errors import BundleError
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
 Q_FILE = "q.safetensors"
 TRUSTED_FILES = {"config.json", "model.safetensors", Q_FILE}

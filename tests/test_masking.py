@@ -10,7 +10,7 @@ from sliplm.errors import NumericsError
 from sliplm.field import HALF, P
 from sliplm.protocol import masking
 from sliplm.protocol.masking import decode, encode, verify
-from sliplm.split.blinding import Rotation
+from sliplm.split.blinding import Blinding
 
 PATHS = ["numpy"] + (_core.native.isas() if _core.native else [])
 
@@ -62,7 +62,7 @@ class Exchange:
         self.image = exact(self.q, self.r)
         self.u = rng.integers(0, P, (checks, planes * n)).astype(np.uint32)
         self.uq = field.project(self.u, self.q)
-        self.into, self.out = (Rotation.random(k, rng), Rotation.random(n, rng)) if blind else (None, None)
+        self.into, self.out = (Blinding.random(k, rng), Blinding.random(n, rng)) if blind else (None, None)
         self.masked, self.inv_c = encode(self.x, self.r, row_norm(self.q), self.into)
         self.answer = exact(self.q, self.masked)
 
@@ -121,9 +121,9 @@ def test_nothing_overflows_even_for_the_worst_input(k):
 def test_encode_rounds_the_rotated_input_scaled_by_c(k):
     rng = np.random.default_rng(k)
     x, r = rng.normal(size=(6, k)).astype(np.float32), rng.integers(0, P, (6, k)).astype(np.uint32)
-    rotation = Rotation.random(k, rng)
-    masked, inv_c = encode(x, r, 5000.0, rotation)
-    v = rotation.apply(x.astype(np.float64))
+    blinding = Blinding.random(k, rng)
+    masked, inv_c = encode(x, r, 5000.0, blinding)
+    v = blinding.apply(x.astype(np.float64))
     c = (HALF / 5000 - k**0.5 / 2) / np.linalg.norm(v, axis=1)
     assert np.allclose(inv_c, 1 / c, rtol=1e-8) and (inv_c > 1 / c).all()
     assert np.abs(unmask(masked, r) - v / inv_c[:, None]).max() <= 0.5 + 1e-6
@@ -152,12 +152,12 @@ def test_what_is_not_finite_is_refused(value, blind):
         x = np.ones((3, 70), np.float32)
         x[1, at] = value
         with pytest.raises(NumericsError, match="finite"):
-            encode(x, np.zeros((3, 70), np.uint32), 100.0, Rotation.random(70) if blind else None)
+            encode(x, np.zeros((3, 70), np.uint32), 100.0, Blinding.random(70) if blind else None)
 
 
 def test_finite_but_huge_is_not_refused():
     x = np.full((1, 600), np.finfo(np.float32).max)
-    masked, inv_c = encode(x, np.zeros((1, 600), np.uint32), 100.0, Rotation.random(600))
+    masked, inv_c = encode(x, np.zeros((1, 600), np.uint32), 100.0, Blinding.random(600))
     assert np.isfinite(inv_c).all() and inv_c[0] > 0 and field.is_canonical(masked)
 
 
@@ -229,17 +229,17 @@ def test_native_and_numpy_agree(path):
     rng = np.random.default_rng(0)
     x = (rng.normal(size=(9, 577)) * 10.0 ** rng.integers(-6, 6, (9, 1))).astype(np.float32)
     r = rng.integers(0, P, x.shape).astype(np.uint32)
-    rotation = Rotation.random(577, rng)
-    masked, inv_c = encode(x, r, 3000.0, rotation)
-    wanted, wanted_c, _ = masking._encode(x, r, masking.amplitude(3000.0, 577), rotation)
+    blinding = Blinding.random(577, rng)
+    masked, inv_c = encode(x, r, 3000.0, blinding)
+    wanted, wanted_c, _ = masking._encode(x, r, masking.amplitude(3000.0, 577), blinding)
     apart = unmask(masked, r) - unmask(wanted, r)
     assert np.allclose(inv_c, wanted_c, rtol=1e-12)
     assert np.abs(apart).max() <= 1 and (apart != 0).mean() < 1e-3  # only where a value is all but halfway
     answer, image = (rng.integers(0, P, (9, 2 * 577)).astype(np.uint32) for _ in range(2))
     scales = rng.random((2, 577)).astype(np.float32)
     assert np.allclose(
-        decode(answer, image, scales, inv_c, rotation),
-        masking._decode(answer, image, scales, inv_c, rotation),
+        decode(answer, image, scales, inv_c, blinding),
+        masking._decode(answer, image, scales, inv_c, blinding),
         rtol=1e-6,
         atol=1e-6 * inv_c.max() * P,
     )

@@ -16,6 +16,15 @@ constexpr size_t kTokens = 48;        // tokens that share one pass over a group
 constexpr size_t kQuadsAtOnce = 512;  // columns / 4 per pass: a group's slice stays in L2, three tokens' digits in L1
 constexpr size_t kMaxDigits = 5;
 
+// A secret change of basis of n values, four rounds (sliplm/split/blinding.py): permutations (4, n), cosines and sines
+// (4, 2, n / 2), the diagonal (n). Null pointers leave the basis as it is.
+struct Blinding {
+    static constexpr size_t kRounds = 4;
+    const int32_t* perm = nullptr;
+    const float* turns = nullptr;
+    const float* diagonal = nullptr;
+};
+
 // One instruction set. Every function is exact, whatever the set.
 struct Isa {
     const char* name;
@@ -35,12 +44,12 @@ struct Isa {
     uint32_t (*dot)(const uint32_t* u, const uint32_t* y, size_t n);
     // acc[k] += u * q[k] for n columns.
     void (*project)(uint32_t u, const int8_t* q, size_t n, int64_t* acc);
-    // One token; `v` is scratch of 2 n doubles. encode returns false if x is not finite.
-    bool (*encode)(const float* x, const uint32_t* r, size_t n, double length, const int32_t* perm, const float* sign,
-                   double* v, uint32_t* masked, double* inv_c);
+    // One token; `v` is scratch of 2 n floats. encode returns false if x is not finite.
+    bool (*encode)(const float* x, const uint32_t* r, size_t n, double length, const Blinding& blinding, float* v,
+                   uint32_t* masked, double* inv_c);
     // Added to what `out` holds.
     void (*decode)(const uint32_t* answer, const uint32_t* image, const float* scales, size_t planes, size_t n,
-                   double inv_c, const int32_t* perm, const float* sign, double* v, float* out);
+                   double inv_c, const Blinding& blinding, float* v, float* out);
     // low (width) = x (n) bt (n, width); then out (n) += low (rank) at (rank, n). Weights are float32, or bfloat16; `width`
     // is a multiple of 16.
     void (*shrink32)(const float* x, size_t n, const float* bt, size_t width, float* low);

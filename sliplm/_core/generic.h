@@ -84,81 +84,117 @@ void project(uint32_t u, const int8_t* q, size_t n, int64_t* acc) {
     for (size_t k = 0; k < n; k++) acc[k] += int64_t(factor) * int32_t(q[k]);
 }
 
-// Eight neighbours; the compiler turns it into what the instruction set has.
-typedef double Eight __attribute__((vector_size(64), aligned(8), may_alias));
+// Sixteen neighbours; the compiler turns them into what the instruction set has.
+typedef float Sixteen __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint32_t SixteenWords __attribute__((vector_size(64)));
+typedef uint16_t SixteenHalves __attribute__((vector_size(32), aligned(2), may_alias));
 #if defined(__clang__)
 #define SLIP_SHUFFLE __builtin_shufflevector
 #else
-typedef int64_t EightIndices __attribute__((vector_size(64)));
-#define SLIP_SHUFFLE(x, _, ...) __builtin_shuffle(x, EightIndices{__VA_ARGS__})
+typedef int32_t SixteenIndices __attribute__((vector_size(64)));
+#define SLIP_SHUFFLE(x, _, ...) __builtin_shuffle(x, SixteenIndices{__VA_ARGS__})
 #endif
 
 // Orthonormal Walsh-Hadamard transform of one block, in place; size is a power of two.
-inline void transform(double* v, size_t size) {
-    const double scale = 1 / std::sqrt(double(size));
-    if (size < 8) {
+inline void transform(float* v, size_t size) {
+    const float scale = float(1 / std::sqrt(double(size)));
+    if (size < 16) {
         for (size_t h = 1; h < size; h *= 2)
             for (size_t i = 0; i < size; i++)
                 if (!(i & h)) {
-                    const double sum = v[i] + v[i + h];
+                    const float sum = v[i] + v[i + h];
                     v[i + h] = v[i] - v[i + h];
                     v[i] = sum;
                 }
         for (size_t i = 0; i < size; i++) v[i] *= scale;
         return;
     }
-    Eight *const all = reinterpret_cast<Eight*>(v), *const end = all + size / 8;
-    const Eight one = {1, -1, 1, -1, 1, -1, 1, -1}, two = {1, 1, -1, -1, 1, 1, -1, -1};
-    const Eight four = Eight{1, 1, 1, 1, -1, -1, -1, -1} * scale;
-    for (Eight* a = all; a < end; a++) {  // the first three levels stay within eight neighbours
-        Eight x = *a;
-        x = SLIP_SHUFFLE(x, x, 1, 0, 3, 2, 5, 4, 7, 6) + x * one;
-        x = SLIP_SHUFFLE(x, x, 2, 3, 0, 1, 6, 7, 4, 5) + x * two;
-        *a = SLIP_SHUFFLE(x, x, 4, 5, 6, 7, 0, 1, 2, 3) * scale + x * four;
+    Sixteen *const all = reinterpret_cast<Sixteen*>(v), *const end = all + size / 16;
+    const Sixteen one = {1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1};
+    const Sixteen two = {1, 1, -1, -1, 1, 1, -1, -1, 1, 1, -1, -1, 1, 1, -1, -1};
+    const Sixteen four = {1, 1, 1, 1, -1, -1, -1, -1, 1, 1, 1, 1, -1, -1, -1, -1};
+    const Sixteen eight = Sixteen{1, 1, 1, 1, 1, 1, 1, 1, -1, -1, -1, -1, -1, -1, -1, -1} * scale;
+    for (Sixteen* a = all; a < end; a++) {  // the first four levels stay within sixteen neighbours
+        Sixteen x = *a;
+        x = SLIP_SHUFFLE(x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14) + x * one;
+        x = SLIP_SHUFFLE(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13) + x * two;
+        x = SLIP_SHUFFLE(x, x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11) + x * four;
+        *a = SLIP_SHUFFLE(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7) * scale + x * eight;
     }
     size_t h = 1;
-    for (; 4 * h <= size / 8; h *= 4)  // two levels per pass over the block
-        for (Eight* a = all; a < end; a += 3 * h)
-            for (Eight* stop = a + h; a < stop; a++) {
-                const Eight s = a[0] + a[h], d = a[0] - a[h], t = a[2 * h] + a[3 * h], e = a[2 * h] - a[3 * h];
+    for (; 4 * h <= size / 16; h *= 4)  // two levels per pass over the block
+        for (Sixteen* a = all; a < end; a += 3 * h)
+            for (Sixteen* stop = a + h; a < stop; a++) {
+                const Sixteen s = a[0] + a[h], d = a[0] - a[h], t = a[2 * h] + a[3 * h], e = a[2 * h] - a[3 * h];
                 a[0] = s + t, a[h] = d + e, a[2 * h] = s - t, a[3 * h] = d - e;
             }
-    if (2 * h <= size / 8)
-        for (Eight* a = all; a < all + h; a++) {
-            const Eight s = a[0] + a[h];
+    if (2 * h <= size / 16)
+        for (Sixteen* a = all; a < all + h; a++) {
+            const Sixteen s = a[0] + a[h];
             a[h] = a[0] - a[h];
             a[0] = s;
         }
 }
 
 // Blocks of 512, then the binary digits of what is left, largest first.
-inline void hadamard(double* v, size_t n) {
+inline void hadamard(float* v, size_t n) {
     for (size_t size = 512; n; size /= 2)
         for (; n >= size; n -= size, v += size) transform(v, size);
 }
 
-// A rotation is two rounds of a signed permutation (n values each of `perm` and `sign`) and a Hadamard transform.
-bool encode(const float* x, const uint32_t* r, size_t n, double length, const int32_t* perm, const float* sign, double* v,
+// One round: to[i] = H G from[perm[i]], G turning the planes (i, i + n/2). `from` and `to` do not overlap.
+inline void forward_round(const float* __restrict from, const int32_t* perm, const float* turns, size_t n, float* __restrict to) {
+    const size_t half = n / 2;
+    const float *cos = turns, *sin = turns + half;
+    for (size_t i = 0; i < n; i++) to[i] = from[perm[i]];
+    for (size_t i = 0; i < half; i++) {
+        const float a = to[i], b = to[half + i];
+        to[i] = cos[i] * a - sin[i] * b;
+        to[half + i] = sin[i] * a + cos[i] * b;
+    }
+    hadamard(to, n);
+}
+
+// Its inverse, but for the permutation; in place.
+inline void backward_round(float* v, const float* turns, size_t n) {
+    const size_t half = n / 2;
+    const float *cos = turns, *sin = turns + half;
+    hadamard(v, n);
+    for (size_t i = 0; i < half; i++) {
+        const float a = v[i], b = v[half + i];
+        v[i] = cos[i] * a + sin[i] * b;
+        v[half + i] = cos[i] * b - sin[i] * a;
+    }
+}
+
+// float32 is enough in here, once x is of a size that it has room for: its rounding is a hundredth of what fixed point
+// costs anyway.
+bool encode(const float* x, const uint32_t* r, size_t n, double length, const Blinding& blinding, float* v,
             uint32_t* masked, double* inv_c) {
-    if (perm) {
-        double* w = v + n;
-        for (size_t i = 0; i < n; i++) w[i] = double(sign[i]) * x[perm[i]];
-        hadamard(w, n);
-        for (size_t i = 0; i < n; i++) v[i] = sign[n + i] * w[perm[n + i]];
-        hadamard(v, n);
-    } else {
-        for (size_t i = 0; i < n; i++) v[i] = x[i];
+    float peak = 0;
+    for (size_t i = 0; i < n; i++) peak = std::fabs(x[i]) > peak ? std::fabs(x[i]) : peak;
+    const double size = peak > 0 && std::isfinite(peak) ? std::ldexp(1.0, -std::ilogb(peak)) : 1;
+    for (size_t i = 0; i < n; i++) v[i] = float(x[i] * size);
+    if (blinding.perm) {
+        static_assert(Blinding::kRounds == 4, "from v to w and back, twice");
+        float* w = v + n;
+        const size_t step = n / 2 * 2;
+        forward_round(v, blinding.perm, blinding.turns, n, w);
+        for (size_t i = 0; i < n; i++) w[i] *= blinding.diagonal[i];
+        forward_round(w, blinding.perm + n, blinding.turns + step, n, v);
+        forward_round(v, blinding.perm + 2 * n, blinding.turns + 2 * step, n, w);
+        forward_round(w, blinding.perm + 3 * n, blinding.turns + 3 * step, n, v);
     }
     double part[8] = {};  // several sums, or the loop waits for one addition after the other
     const size_t even = n & ~size_t(7);
     for (size_t i = 0; i < even; i += 8)
-        for (int k = 0; k < 8; k++) part[k] += v[i + k] * v[i + k];
-    for (size_t i = even; i < n; i++) part[0] += v[i] * v[i];
+        for (int k = 0; k < 8; k++) part[k] += double(v[i + k]) * v[i + k];
+    for (size_t i = even; i < n; i++) part[0] += double(v[i]) * v[i];
     double square = 0;
     for (double s : part) square += s;
     if (!std::isfinite(square)) return false;
     const double c = square > 0 ? length / std::sqrt(square) : 1;
-    *inv_c = 1 / c;
+    *inv_c = 1 / (c * size);
     for (size_t i = 0; i < n; i++) {
         const int32_t value = int32_t(std::rint(v[i] * c));  // |value| < p / 2
         const uint32_t sum = uint32_t(value < 0 ? value + int32_t(P) : value) + r[i];
@@ -167,31 +203,45 @@ bool encode(const float* x, const uint32_t* r, size_t n, double length, const in
     return true;
 }
 
-void decode(const uint32_t* answer, const uint32_t* image, const float* scales, size_t planes, size_t n, double inv_c,
-            const int32_t* perm, const float* sign, double* v, float* out) {
-    for (size_t i = 0; i < n; i++) v[i] = 0;
-    for (size_t j = 0; j < planes; j++)
-        for (size_t i = 0; i < n; i++) {
+// Unmasked and scaled, plane by plane; the scaled sums are taken in float64 and rounded once.
+inline void unmask(const uint32_t* answer, const uint32_t* image, const float* scales, size_t planes, size_t n,
+                   double inv_c, float* v) {
+    for (size_t i = 0; i < n; i++) {
+        double sum = 0;
+        for (size_t j = 0; j < planes; j++) {
             int32_t z = int32_t(answer[j * n + i]) - int32_t(image[j * n + i]);  // both below p: no overflow
             z += z < -int32_t(P / 2) ? int32_t(P) : 0;
             z -= z > int32_t(P / 2) ? int32_t(P) : 0;
-            v[i] += double(scales[j * n + i]) * z;
+            sum += double(scales[j * n + i]) * z;
         }
-    for (size_t i = 0; i < n; i++) v[i] *= inv_c;
-    if (!perm) {
-        for (size_t i = 0; i < n; i++) out[i] += float(v[i]);
-        return;
+        v[i] = float(sum * inv_c);
     }
-    double* w = v + n;
-    hadamard(v, n);
-    for (size_t i = 0; i < n; i++) w[perm[n + i]] = sign[n + i] * v[i];
-    hadamard(w, n);
-    for (size_t i = 0; i < n; i++) out[perm[i]] += float(sign[i] * w[i]);
 }
 
-typedef float Sixteen __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint32_t SixteenWords __attribute__((vector_size(64)));
-typedef uint16_t SixteenHalves __attribute__((vector_size(32), aligned(2), may_alias));
+void decode(const uint32_t* answer, const uint32_t* image, const float* scales, size_t planes, size_t n, double inv_c,
+            const Blinding& blinding, float* v, float* out) {
+    if (planes == 2)
+        unmask(answer, image, scales, 2, n, inv_c, v);
+    else if (planes == 1)
+        unmask(answer, image, scales, 1, n, inv_c, v);
+    else
+        unmask(answer, image, scales, planes, n, inv_c, v);
+    if (!blinding.perm) {
+        for (size_t i = 0; i < n; i++) out[i] += v[i];
+        return;
+    }
+    float *from = v, *to = v + n;
+    for (size_t round = Blinding::kRounds; round-- > 1;) {
+        backward_round(from, blinding.turns + round * (n / 2 * 2), n);
+        const int32_t* perm = blinding.perm + round * n;
+        for (size_t i = 0; i < n; i++) to[perm[i]] = from[i];
+        float* swap = from;
+        from = to, to = swap;
+    }
+    for (size_t i = 0; i < n; i++) from[i] /= blinding.diagonal[i];
+    backward_round(from, blinding.turns, n);
+    for (size_t i = 0; i < n; i++) out[blinding.perm[i]] += from[i];
+}
 
 inline float widen(float w) { return w; }
 inline float widen(uint16_t w) { return __builtin_bit_cast(float, uint32_t(w) << 16); }

@@ -3,6 +3,7 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
@@ -13,6 +14,7 @@
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #if defined(__linux__)
@@ -290,33 +292,30 @@ void project(Matrix<const uint32_t> u, Matrix<const int8_t> q, Matrix<uint32_t> 
     });
 }
 
-struct Turn {  // a rotation's arrays, or two null pointers
-    const int32_t* perm = nullptr;
-    const float* sign = nullptr;
-};
+using BlindingArrays = std::optional<std::tuple<Matrix<const int32_t>, Cube<const float>, Vector<const float>>>;
 
-Turn turn(const std::optional<Matrix<const int32_t>>& perm, const std::optional<Matrix<const float>>& sign, size_t n) {
-    if (!perm || !sign) return {};
-    require(perm->shape(0) == 2 && sign->shape(0) == 2 && perm->shape(1) == n && sign->shape(1) == n,
-            "the rotation has the wrong size");
-    return {perm->data(), sign->data()};
+Blinding blinding_of(const BlindingArrays& arrays, size_t n) {
+    if (!arrays) return {};
+    const auto& [perm, turns, diagonal] = *arrays;
+    require(perm.shape(0) == Blinding::kRounds && perm.shape(1) == n && turns.shape(0) == Blinding::kRounds &&
+                turns.shape(1) == 2 && turns.shape(2) == n / 2 && diagonal.shape(0) == n,
+            "the blinding has the wrong size");
+    return {perm.data(), turns.data(), diagonal.data()};
 }
 
-bool encode(Matrix<const float> x, Matrix<const uint32_t> r, double length,
-            const std::optional<Matrix<const int32_t>>& perm, const std::optional<Matrix<const float>>& sign,
+bool encode(Matrix<const float> x, Matrix<const uint32_t> r, double length, const BlindingArrays& blinding,
             Matrix<uint32_t> masked, Vector<double> inv_c, const std::string& isa) {
     const size_t tokens = x.shape(0), n = x.shape(1);
     require(r.shape(0) == tokens && r.shape(1) == n && masked.shape(0) == tokens && masked.shape(1) == n &&
                 inv_c.shape(0) == tokens,
             "shapes do not match");
-    const Turn by = turn(perm, sign, n);
+    const Blinding by = blinding_of(blinding, n);
     const Isa& use = named(isa);
     nb::gil_scoped_release release;
     std::atomic<bool> finite{true};
     parallel(tokens, threads_for(tokens * n, 1 << 14), [&](size_t t) {
-        std::unique_ptr<double[]> v(new double[2 * n]);
-        if (!use.encode(x.data() + t * n, r.data() + t * n, n, length, by.perm, by.sign, v.get(), masked.data() + t * n,
-                        inv_c.data() + t))
+        std::unique_ptr<float[]> v(new float[2 * n]);
+        if (!use.encode(x.data() + t * n, r.data() + t * n, n, length, by, v.get(), masked.data() + t * n, inv_c.data() + t))
             finite = false;
     });
     return finite;
@@ -341,19 +340,18 @@ bool verify(Matrix<const uint32_t> u, Matrix<const uint32_t> uq, Matrix<const ui
 }
 
 void decode(Matrix<const uint32_t> answer, Matrix<const uint32_t> image, Matrix<const float> scales,
-            Vector<const double> inv_c, const std::optional<Matrix<const int32_t>>& perm,
-            const std::optional<Matrix<const float>>& sign, Matrix<float> out, const std::string& isa) {
+            Vector<const double> inv_c, const BlindingArrays& blinding, Matrix<float> out, const std::string& isa) {
     const size_t tokens = answer.shape(0), rows = answer.shape(1), planes = scales.shape(0), n = scales.shape(1);
     require(rows == planes * n && image.shape(0) == tokens && image.shape(1) == rows && inv_c.shape(0) == tokens &&
                 out.shape(0) == tokens && out.shape(1) == n,
             "shapes do not match");
-    const Turn by = turn(perm, sign, n);
+    const Blinding by = blinding_of(blinding, n);
     const Isa& use = named(isa);
     nb::gil_scoped_release release;
     parallel(tokens, threads_for(tokens * rows, 1 << 15), [&](size_t t) {
-        std::unique_ptr<double[]> v(new double[2 * n]);
-        use.decode(answer.data() + t * rows, image.data() + t * rows, scales.data(), planes, n, inv_c.data()[t], by.perm,
-                   by.sign, v.get(), out.data() + t * n);
+        std::unique_ptr<float[]> v(new float[2 * n]);
+        use.decode(answer.data() + t * rows, image.data() + t * rows, scales.data(), planes, n, inv_c.data()[t], by, v.get(),
+                   out.data() + t * n);
     });
 }
 
@@ -394,10 +392,10 @@ NB_MODULE(_native, m) {
     m.def("wait_readable", &wait_readable, "fd"_a, "microseconds"_a);
     m.def("is_canonical", &is_canonical, "x"_a.noconvert());
     m.def("project", &project, "u"_a.noconvert(), "q"_a.noconvert(), "out"_a.noconvert(), "isa"_a = "");
-    m.def("encode", &encode, "x"_a.noconvert(), "r"_a.noconvert(), "length"_a, "perm"_a.none(), "sign"_a.none(),
+    m.def("encode", &encode, "x"_a.noconvert(), "r"_a.noconvert(), "length"_a, "blinding"_a.none(),
           "masked"_a.noconvert(), "inv_c"_a.noconvert(), "isa"_a = "");
     m.def("verify", &verify, "u"_a.noconvert(), "uq"_a.noconvert(), "masked"_a.noconvert(), "answer"_a.noconvert(),
           "isa"_a = "");
     m.def("decode", &decode, "answer"_a.noconvert(), "image"_a.noconvert(), "scales"_a.noconvert(),
-          "inv_c"_a.noconvert(), "perm"_a.none(), "sign"_a.none(), "out"_a.noconvert(), "isa"_a = "");
+          "inv_c"_a.noconvert(), "blinding"_a.none(), "out"_a.noconvert(), "isa"_a = "");
 }

@@ -14,7 +14,7 @@ import transformers
 from safetensors import safe_open
 
 from sliplm import bundle
-from sliplm.split.blinding import Rotation
+from sliplm.split.blinding import stored, unblind
 from sliplm.split.groups import blocks, protected_tensors
 from sliplm.split.planes import dequantise
 from sliplm.trusted.quantizer import SlipConfig
@@ -58,8 +58,4 @@ def _edge_weight(q: torch.Tensor, file: Any, leader: str) -> torch.Tensor:
     weight = dequantise(q, file.get_tensor(f"{leader}.scales"))
     if f"{leader}.in_perm" not in file.keys():  # noqa: SIM118 - not a dict
         return weight
-    inner, outer = (
-        Rotation(file.get_tensor(f"{leader}.{side}_perm").numpy(), file.get_tensor(f"{leader}.{side}_sign").numpy())
-        for side in ("in", "out")
-    )
-    return outer.invert(inner.invert(weight).T).T
+    return unblind(weight, *stored(file.get_tensor, leader))

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from sliplm import field
 from sliplm._core import native
 from sliplm.errors import NumericsError
-from sliplm.split.blinding import Rotation
+from sliplm.split.blinding import Blinding
 
 SAFETY = 1 - 1e-9
 
@@ -32,11 +32,11 @@ def amplitude(row_norm: float, width: int) -> float:
 
 
 def encode(
-    x: NDArray[np.float32], r: NDArray[np.uint32], row_norm: float, rotation: Rotation | None = None
+    x: NDArray[np.float32], r: NDArray[np.uint32], row_norm: float, blinding: Blinding | None = None
 ) -> tuple[NDArray[np.uint32], NDArray[np.float64]]:
     """Fixed point and mask: x (T, K) and pads r (T, K) give x~ = round(c v) + r mod p (T, K), and 1/c (T,).
 
-    v is `rotation` applied to x, or x itself. `row_norm` is R, the largest Euclidean norm of a row of Q, in
+    v is `blinding` applied to x, or x itself. `row_norm` is R, the largest Euclidean norm of a row of Q, in
     float64 (its square is an exact integer).
 
     No overflow, ever. Let v be as computed, rounding errors included, and x_q = round(c v) = c v + e, where
@@ -50,10 +50,9 @@ def encode(
     if native is not None:
         masked = np.empty(x.shape, np.uint32)
         inv_c = np.empty(x.shape[0], np.float64)
-        perm, sign = (None, None) if rotation is None else (rotation.perm, rotation.sign)
-        finite = native.encode(np.ascontiguousarray(x), np.ascontiguousarray(r), length, perm, sign, masked, inv_c)
+        finite = native.encode(np.ascontiguousarray(x), np.ascontiguousarray(r), length, _map(blinding), masked, inv_c)
     else:
-        masked, inv_c, finite = _encode(x, r, length, rotation)
+        masked, inv_c, finite = _encode(x, r, length, blinding)
     if not finite:
         raise NumericsError("an activation is not a finite number")
     return masked, inv_c
@@ -81,32 +80,37 @@ def decode(
     image: NDArray[np.uint32],
     scales: NDArray[np.float32],
     inv_c: NDArray[np.float64],
-    rotation: Rotation | None = None,
+    blinding: Blinding | None = None,
     out: NDArray[np.float32] | None = None,
 ) -> NDArray[np.float32]:
     """Unmask and scale: answer (T, M) and the pads' image Q r (T, M) give the edge's part of y, (T, N).
 
     `scales` (planes, N) with planes * N = M, rows plane by plane; `inv_c` (T,) from `encode`; the outputs'
-    `rotation` is undone. Computed in float64, rounded once to float32; added to `out` (T, N) if that is given.
+    `blinding` is undone. Computed in float64, rounded once to float32; added to `out` (T, N) if that is given.
     """
     if out is None:
         out = np.zeros((answer.shape[0], scales.shape[1]), np.float32)
     if native is not None:
-        perm, sign = (None, None) if rotation is None else (rotation.perm, rotation.sign)
-        native.decode(np.ascontiguousarray(answer), np.ascontiguousarray(image), scales, inv_c, perm, sign, out)
+        secret = _map(blinding)
+        native.decode(np.ascontiguousarray(answer), np.ascontiguousarray(image), scales, inv_c, secret, out)
     else:
-        out += _decode(answer, image, scales, inv_c, rotation)
+        out += _decode(answer, image, scales, inv_c, blinding)
     return out
 
 
+def _map(blinding: Blinding | None) -> Any:
+    """What the native core takes for it: permutations, turns, diagonal."""
+    return None if blinding is None else (blinding.perm, blinding.turns, blinding.diagonal)
+
+
 def _encode(
-    x: NDArray[np.float32], r: NDArray[np.uint32], length: float, rotation: Rotation | None
+    x: NDArray[np.float32], r: NDArray[np.uint32], length: float, blinding: Blinding | None
 ) -> tuple[NDArray[np.uint32], NDArray[np.float64], bool]:
     v: NDArray[Any] = x.astype(np.float64)
     if not np.isfinite(v).all():
         return r, np.ones(len(x)), False
-    if rotation is not None:
-        v = rotation.apply(v)
+    if blinding is not None:
+        v = blinding.apply(v)
     norm = np.sqrt((v * v).sum(axis=1))
     c = np.where(norm > 0, length / np.where(norm > 0, norm, 1), 1.0)
     return field.add(field.lift(np.rint(v * c[:, None]).astype(np.int64)), r), 1 / c, True
@@ -117,10 +121,10 @@ def _decode(
     image: NDArray[np.uint32],
     scales: NDArray[np.float32],
     inv_c: NDArray[np.float64],
-    rotation: Rotation | None,
+    blinding: Blinding | None,
 ) -> NDArray[np.float32]:
     planes, n = scales.shape
     z = field.centre(field.sub(answer, image)).reshape(-1, planes, n)
     t: NDArray[Any] = inv_c[:, None] * np.einsum("tjn,jn->tn", z, scales, dtype=np.float64)
-    y: NDArray[np.float32] = (t if rotation is None else rotation.invert(t)).astype(np.float32)
+    y: NDArray[np.float32] = (t if blinding is None else blinding.invert(t)).astype(np.float32)
     return y

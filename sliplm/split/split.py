@@ -16,7 +16,7 @@ import transformers
 from sliplm import bundle
 from sliplm.errors import SlipError, UnsupportedModelError
 from sliplm.split.base import FineTuned, divide, divide_anywhere
-from sliplm.split.blinding import ROUNDS, Rotation
+from sliplm.split.blinding import Blinding, blind
 from sliplm.split.camouflage import trusted_rank
 from sliplm.split.groups import Group, Sum, blocks, find_groups, left_out, protected_tensors, size
 from sliplm.split.layers import is_experts
@@ -219,8 +219,7 @@ def group_layout(group: Group, options: Options) -> Layout:
     layout[f"{leader}.row_norm"] = (torch.float32, ())
     if options.blinding:
         for side, length in (("in", columns), ("out", rows)):
-            layout[f"{leader}.{side}_perm"] = (torch.int32, (ROUNDS, length))
-            layout[f"{leader}.{side}_sign"] = (torch.float32, (ROUNDS, length))
+            layout |= {f"{leader}.{side}_{kind}": entry for kind, entry in Blinding.layout(length).items()}
     return layout
 
 
@@ -248,18 +247,18 @@ def split_group(
         if m.bias:
             yield f"{m.name}.bias", source.read(stored[m.bias], m.part, m.parts).float().reshape(m.rows)
         del weight, public
-    rotations = [Rotation.random(rest.shape[1]), Rotation.random(rest.shape[0])] if options.blinding else []
-    if rotations:
-        rest = rotations[0].apply(rest)
-        rest = rotations[1].apply(rest.T).T
+    # One of inputs and one of outputs for the whole group: see `split.blinding`.
+    blindings = [Blinding.random(rest.shape[1]), Blinding.random(rest.shape[0])] if options.blinding else []
+    if blindings:
+        rest = blind(rest, *blindings)
     q, scales = quantise(rest, options.planes)
     del rest
     leader = group[0].name
     yield f"{leader}.scales", scales
     yield f"{leader}.row_norm", row_norm(q)
-    for side, rotation in zip(("in", "out"), rotations, strict=False):
-        yield f"{leader}.{side}_perm", torch.from_numpy(rotation.perm)
-        yield f"{leader}.{side}_sign", torch.from_numpy(rotation.sign)
+    for side, blinding in zip(("in", "out"), blindings, strict=False):
+        for kind, tensor in blinding.tensors().items():
+            yield f"{leader}.{side}_{kind}", tensor
     yield "q", q
 
 

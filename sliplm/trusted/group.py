@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from sliplm._core import native
 from sliplm.errors import NumericsError
-from sliplm.split.blinding import Rotation
+from sliplm.split.blinding import Blinding
 from sliplm.trusted.runtime import Runtime
 
 
@@ -41,7 +41,7 @@ class Group:
     Args:
         number: the group's number on the edge.
         members: in the order in which their rows are stacked in Q.
-        scales: (planes, sum N). row_norm: the largest row norm of Q. rotations: of inputs and outputs, or None.
+        scales: (planes, sum N). row_norm: the largest row norm of Q. blindings: of inputs and outputs, or None.
     """
 
     def __init__(
@@ -50,13 +50,13 @@ class Group:
         members: list[MemberWeights],
         scales: NDArray[np.float32],
         row_norm: float,
-        rotations: tuple[Rotation | None, Rotation | None],
+        blindings: tuple[Blinding | None, Blinding | None],
         runtime: Runtime,
     ) -> None:
         self.number = number
         self._scales = scales
         self._row_norm = row_norm
-        self._rotations = rotations
+        self._blindings = blindings
         self._runtime = runtime
         # Transposed, as both the products of torch and those of the native core want them; B of all members as one.
         b = torch.cat([m.b for m in members])
@@ -104,7 +104,7 @@ class Group:
         """The outputs (T, sum N) of all members side by side for the input x (T, K)."""
         own = partial(self._own if len(x) == 1 and self._one is not None else self._own_many, x)
         try:
-            return self._runtime.product(self.number, x, self._row_norm, self._scales, self._rotations, own)
+            return self._runtime.product(self.number, x, self._row_norm, self._scales, self._blindings, own)
         except NumericsError as error:
             raise NumericsError(f"the input of {self._names[0]} cannot be protected: {error}.") from None
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from sliplm.split.blinding import Rotation
+from sliplm.split.blinding import Blinding
 from sliplm.split.groups import Group as Members
 from sliplm.split.groups import Sum
 from sliplm.split.layers import is_experts, members
@@ -56,7 +56,7 @@ def bind(model: nn.Module, groups: list[Members], runtime: Runtime) -> None:
         modules: list[Any] = [model.get_submodule(m.name) for m in group]
         tensors = [_copies(module.trusted_tensors()) for module in modules]
         shared = tensors[0]
-        inner, outer = (_rotation(shared, side) for side in ("in", "out"))
+        inner, outer = (_blinding(shared, side) for side in ("in", "out"))
         weights = [
             MemberWeights(m.name, t["factor_a"], t["factor_b"], t.get("bias"))
             for m, t in zip(group, tensors, strict=True)
@@ -74,7 +74,7 @@ def _copies(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: (t.float() if t.is_floating_point() else t).detach().cpu().clone() for name, t in tensors.items()}
 
 
-def _rotation(tensors: dict[str, torch.Tensor], side: str) -> Rotation | None:
+def _blinding(tensors: dict[str, torch.Tensor], side: str) -> Blinding | None:
     if f"{side}_perm" not in tensors:
         return None
-    return Rotation(tensors[f"{side}_perm"].numpy(), tensors[f"{side}_sign"].numpy())
+    return Blinding.read(lambda kind: tensors[f"{side}_{kind}"])

@@ -84,11 +84,12 @@ class SlipQuantizer(HfQuantizer):  # type: ignore[misc]
             raise BundleError(
                 f"{type(model).__name__} has no layer {error}, which the bundle protects; load it as {classes}."
             ) from None
-        # Whatever dtype the model is asked to be: these few tensors carry the precision.
-        strict = set(model._keep_in_fp32_modules_strict or ())
-        model._keep_in_fp32_modules_strict = strict | {"factor_a", "factor_b", "scales", "row_norm"}
         options = self.quantization_config.options
         layout = {name: entry for group in self._groups for name, entry in group_layout(group, options).items()}
+        # Whatever dtype the model is asked to be: these few tensors carry the precision. Biases follow the model.
+        strict = set(model._keep_in_fp32_modules_strict or ())
+        kinds = {name.rpartition(".")[2] for name in layout} - {"bias"}
+        model._keep_in_fp32_modules_strict = strict | kinds
         _check_layout(self._directory / "model.safetensors", layout)
         install(model, self._groups, {n: torch.empty(s, dtype=d, device="meta") for n, (d, s) in layout.items()})
         ignored = set(model._keys_to_ignore_on_load_unexpected or ())

@@ -18,7 +18,7 @@ from sliplm.pads.pool import Pad, Pool
 from sliplm.pads.prg import Stream
 from sliplm.protocol import masking
 from sliplm.protocol.link import Link
-from sliplm.split.blinding import Rotation
+from sliplm.split.blinding import Blinding
 
 CHECKS = 2  # independent Freivalds checks per token and exchange; each misses an error with probability 1/p
 _CHUNK_BYTES = 64 << 20
@@ -95,7 +95,7 @@ class Runtime:
         x: NDArray[np.float32],
         row_norm: float,
         scales: NDArray[np.float32],
-        rotations: tuple[Rotation | None, Rotation | None],
+        blindings: tuple[Blinding | None, Blinding | None],
         own: Callable[[], NDArray[np.float32]],
     ) -> NDArray[np.float32]:
         """A group's output: x (T, K) float32 to (T, N) float32. The edge's part is exchanged, verified, decoded, and
@@ -124,7 +124,7 @@ class Runtime:
             begin = perf_counter_ns()
             pad: Pad = self.pool.take(group, len(part))
             taken = perf_counter_ns()
-            masked, inv_c = masking.encode(part, pad.mask(), row_norm, rotations[0])
+            masked, inv_c = masking.encode(part, pad.mask(), row_norm, blindings[0])
             encoded = perf_counter_ns()
             answer = link.exchange(group, masked, None if out else meanwhile)
             answered = perf_counter_ns()
@@ -135,7 +135,7 @@ class Runtime:
                 link.close()
                 raise VerificationError("the edge gave a wrong answer; it was caught and discarded.")
             verified = perf_counter_ns()
-            masking.decode(answer, pad.image, scales, inv_c, rotations[1], out[0][i : i + step])
+            masking.decode(answer, pad.image, scales, inv_c, blindings[1], out[0][i : i + step])
             counters.exchanges += 1
             counters.rows += len(part)
             counters.sent += masked.nbytes

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch.utils._pytree import tree_map
 
 from sliplm.errors import NumericsError
-from sliplm.split.blinding import Rotation
+from sliplm.split.blinding import Blinding
 from sliplm.trusted.group import MemberWeights
 from sliplm.trusted.runtime import Runtime
 
@@ -33,14 +33,14 @@ class SumGroup:
         members: list[MemberWeights],
         scales: NDArray[np.float32],
         row_norm: float,
-        rotations: tuple[Rotation | None, Rotation | None],
+        blindings: tuple[Blinding | None, Blinding | None],
         runtime: Runtime,
     ) -> None:
         self.number = number
         self.members = members
         self._scales = scales
         self._row_norm = row_norm
-        self._rotations = rotations
+        self._blindings = blindings
         self._runtime = runtime
 
     def __repr__(self) -> str:
@@ -67,7 +67,7 @@ class SumGroup:
                 y += m.bias
         x = torch.cat(parts, dim=1).numpy()
         try:
-            self._runtime.product(self.number, x, self._row_norm, self._scales, self._rotations, y.numpy)
+            self._runtime.product(self.number, x, self._row_norm, self._scales, self._blindings, y.numpy)
         except NumericsError as error:
             name = self.members[min(inputs)].name
             raise NumericsError(f"the input of {name} cannot be protected: {error}.") from None

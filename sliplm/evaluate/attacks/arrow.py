@@ -12,14 +12,14 @@ from __future__ import annotations
 import torch
 
 from sliplm.evaluate.attacks.gram import frame
-from sliplm.split.blinding import Rotation, hadamard
+from sliplm.split.blinding import Blinding, hadamard
 
 
-def identified(stolen: torch.Tensor, base: torch.Tensor, outer: Rotation | None) -> float:
+def identified(stolen: torch.Tensor, base: torch.Tensor, outer: Blinding | None) -> float:
     """How well rows of `stolen` (N, K) are matched to rows of `base` (N, K): the mean squared cosine between what a
     stolen row is, in the original's coordinates, and what it is taken for; chance is 1/N.
 
-    `outer`: the secret rotation of the rows, which scores the matches; None means that there is no blinding.
+    `outer`: the secret blinding of the rows, which scores the matches; None means that there is no blinding.
     """
     a, b = stolen.float(), base.float()
     if outer is not None:
@@ -29,4 +29,4 @@ def identified(stolen: torch.Tensor, base: torch.Tensor, outer: Rotation | None)
     else:
         a, b = (m / m.norm(dim=1, keepdim=True).clamp_min(1e-30) for m in (a, b))
         match = (a @ b.T).argmax(1)
-    return float(frame(outer, len(b))[torch.arange(len(b)), match].square().mean())
+    return float(frame(outer and outer.dual(), len(b))[torch.arange(len(b)), match].square().mean())

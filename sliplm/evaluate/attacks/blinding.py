@@ -4,7 +4,7 @@ Threat model: q, k, v, gate and up of all layers read one stream, so their colum
 which outlier coordinates mark. Blinding gives every group a basis of its own. The thief undoes the last round's public
 Hadamard transform, compares two groups by their columns' statistics (length, kurtosis, largest entry), and assigns
 columns to columns by the Hungarian method. Source: statistics and assignment as in Ainsworth et al., Git Re-Basin,
-arXiv 2209.04836. Oracles: none; the secret rotations score the result.
+arXiv 2209.04836. Oracles: none; the secret blindings score the result.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from sliplm.evaluate.attacks.gram import frame
-from sliplm.split.blinding import Rotation, hadamard
+from sliplm.split.blinding import Blinding, hadamard
 
 
 def features(matrix: torch.Tensor) -> NDArray[np.float64]:
@@ -28,12 +28,12 @@ def features(matrix: torch.Tensor) -> NDArray[np.float64]:
 
 
 def recovered(
-    first: torch.Tensor, second: torch.Tensor, secrets: tuple[Rotation | None, Rotation | None]
+    first: torch.Tensor, second: torch.Tensor, secrets: tuple[Blinding | None, Blinding | None]
 ) -> tuple[float, float]:
     """How well columns of `first` (N, K) are matched to columns of `second` (N', K) that mean the same, and what chance
     gives: the mean squared cosine between what the two are in the original's coordinates.
 
-    `secrets`: the input rotations of both, None for no blinding; they score the result.
+    `secrets`: the input blindings of both, None for no blinding; they score the result.
     """
     from scipy.optimize import linear_sum_assignment
 

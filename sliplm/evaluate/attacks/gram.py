@@ -9,26 +9,29 @@ is the base's W^T W in another basis of the inputs, up to the fine-tune. Two way
   they keep their order.
 
 Source: a review of this package, for the first (iterated assignment as in Vogelstein et al., PLOS ONE 2015); Umeyama,
-PAMI 1988, for the second. Oracle: the public base; the secret rotation scores the result.
+PAMI 1988, for the second. Oracle: the public base; the secret blinding scores the result.
 """
 
 from __future__ import annotations
 
 import torch
+from torch.nn import functional
 
-from sliplm.split.blinding import Rotation, hadamard
+from sliplm.split.blinding import Blinding, hadamard
 
 _ROUNDS = 12
 _STRONGEST = 60  # correlations of a column that mark it
 
 
-def frame(rotation: Rotation | None, width: int) -> torch.Tensor:
-    """Row i (width): the original direction that coordinate i is, once the last public transform is undone."""
+def frame(blinding: Blinding | None, width: int) -> torch.Tensor:
+    """Row i (width): the original's unit direction that coordinate i is, once the last public transform is undone.
+
+    `blinding`: of a matrix's inputs; of its outputs, the dual."""
     whole = torch.eye(width)
-    return whole if rotation is None else rotation.invert(hadamard(whole))
+    return whole if blinding is None else functional.normalize(blinding.invert(hadamard(whole)), dim=1)
 
 
-def columns(stolen: torch.Tensor, base: torch.Tensor, secret: Rotation | None) -> float:
+def columns(stolen: torch.Tensor, base: torch.Tensor, secret: Blinding | None) -> float:
     """How much of the basis of the inputs of `stolen` (N, K) is found with `base` (N, K): mean squared cosine between
     the original coordinate that each column is taken for and what it is; chance is 1/K."""
     from scipy.optimize import linear_sum_assignment
@@ -44,10 +47,10 @@ def columns(stolen: torch.Tensor, base: torch.Tensor, secret: Rotation | None) -
     return float(frame(secret, len(a))[range(len(a)), match].square().mean())
 
 
-def spectrum(stolen: torch.Tensor, base: torch.Tensor, secret: Rotation | None) -> float:
+def spectrum(stolen: torch.Tensor, base: torch.Tensor, secret: Blinding | None) -> float:
     """As `columns`, for right singular vectors matched in the order of their values."""
     a, b = (torch.linalg.eigh(m.T.double() @ m.double())[1] for m in (stolen, base))
-    truth = b.T if secret is None else secret.apply(b.T.contiguous())
+    truth = b.T if secret is None else functional.normalize(secret.dual().apply(b.T.contiguous()), dim=1)
     return float((a.T * truth).sum(1).square().mean())
 
 

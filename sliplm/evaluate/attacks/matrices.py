@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from sliplm.evaluate.attacks import arrow, blinding, gram, subspace
 from sliplm.evaluate.attacks.stolen import NONE, Oracles, Stolen
-from sliplm.split.blinding import Rotation
+from sliplm.split.blinding import stored
 from sliplm.split.factors import Factors, leading
 from sliplm.split.groups import Group, blocks, size
 from sliplm.split.layers import Member
@@ -36,9 +36,10 @@ def subspaces(stolen: Stolen, original: Any) -> dict[str, Any]:
                 matrix = stolen.matrix(number, group, oracles, file, 1.0)
                 name = "without secrets" if oracles is secret[0] else "blinding secrets given"
                 if hidden:  # members cannot be told apart: look for all their subspaces at once
-                    inner, outer = rotations(file, group[0].name)
+                    inner, outer = stored(file.get_tensor, group[0].name)
                     u, v = _together(group, factors)
-                    jobs = [(matrix, outer.apply(u.T).T, inner.apply(v.T).T)]
+                    hidden_at = (b.apply(side.T.contiguous()).T for b, side in ((outer, u), (inner.dual(), v)))
+                    jobs = [(matrix, *(torch.linalg.qr(side)[0] for side in hidden_at))]
                 else:
                     parts = [matrix[rows, columns] for _, rows, columns in blocks(group)]
                     jobs = [(p, f.u, f.vt.T) for p, f in zip(parts, factors, strict=True)]
@@ -73,7 +74,7 @@ def neighbours(stolen: Stolen, original: Any) -> dict[str, Any]:
     with safe_open(stolen.trusted / "model.safetensors", "pt") as file:
         for i, j in pairwise(readers):
             a, b = (stolen.matrix(n, groups[n], NONE, file, 1.0) for n in (i, j))
-            secret = [rotations(file, groups[n][0].name)[0] if stolen.settings["blinding"] else None for n in (i, j)]
+            secret = [stored(file.get_tensor, groups[n][0].name)[0] if stolen.settings["blinding"] else None for n in (i, j)]
             shares.append(blinding.recovered(a, b, (secret[0], secret[1]))[0])
     return {"columns_matched": sum(shares) / max(1, len(shares)), "chance": 1 / width}
 
@@ -94,21 +95,13 @@ def public_base(stolen: Stolen, original: Any) -> dict[str, Any]:
                 w = weight(original, m)
                 base[at, across] = w + _NOISE * w.std() * torch.randn(w.shape, generator=generator)
                 rest[at, across] = gram.without_leading(base[at, across], rank)
-            inner, outer = rotations(file, group[0].name) if stolen.settings["blinding"] else (None, None)
+            inner, outer = stored(file.get_tensor, group[0].name) if stolen.settings["blinding"] else (None, None)
             matrix = stolen.matrix(number, group, NONE, file, 1.0)
             scores["rows"].append(arrow.identified(matrix, base, outer))
             scores["columns"].append(gram.columns(matrix, rest, inner))
             scores["spectrum"].append(gram.spectrum(matrix, rest, inner))
             scores["chance"].append(1 / columns)
     return {name: sum(values) / max(1, len(values)) for name, values in scores.items()}
-
-
-def rotations(file: Any, leader: str) -> tuple[Rotation, Rotation]:
-    inner, outer = (
-        Rotation(*(file.get_tensor(f"{leader}.{side}_{kind}").numpy() for kind in ("perm", "sign")))
-        for side in ("in", "out")
-    )
-    return inner, outer
 
 
 def weight(model: Any, m: Member) -> torch.Tensor:

@@ -16,7 +16,7 @@ import transformers
 from safetensors import safe_open
 
 from sliplm import bundle
-from sliplm.split.blinding import Rotation
+from sliplm.split.blinding import stored, unblind
 from sliplm.split.groups import Group, blocks, protected_tensors
 from sliplm.split.planes import dequantise
 from sliplm.trusted.quantizer import SlipConfig
@@ -112,11 +112,7 @@ class Stolen:
         else:
             weight = dequantise(q, guess_scales(q, self.settings["planes"], size))
         if oracles.blinding and self.settings["blinding"]:
-            inner, outer = (
-                Rotation(*(file.get_tensor(f"{leader}.{side}_{kind}").numpy() for kind in ("perm", "sign")))
-                for side in ("in", "out")
-            )
-            weight = outer.invert(inner.invert(weight).T).T
+            weight = unblind(weight, *stored(file.get_tensor, leader))
         return weight
 
 
