@@ -8,8 +8,8 @@ signs, and why a diagonal: with two rounds of signs a thief who has a similar ma
 (`bench/haar.py`), and the diagonal blurs the singular vectors by which a thief would line up what he reads with what he
 knows. It stands after the first round because there its basis is hidden: before the last one it can be stripped off.
 
-One rule goes with it: matrices that share an input are stacked under *one* blinding of outputs. Read apart, with outputs
-blinded one by one, their cross-Gram matrices would give the shared basis away, whatever family it is drawn from.
+One rule goes with it: matrices that share an input are stacked under *one* blinding of outputs. Read apart, each with
+outputs blinded on its own, their cross-Gram matrices would give the shared basis away, whatever family it is drawn from.
 """
 
 import secrets
@@ -33,8 +33,8 @@ Array = TypeVar("Array", torch.Tensor, NDArray[np.floating])
 class Blinding:
     """x -> H G x[perm] in each round, and times `diagonal` after the first; its repr shows the size only.
 
-    G turns the planes of coordinates (i, i + n/2), H is the orthonormal block Hadamard transform. With one entry for all
-    of `diagonal` this is an orthogonal map.
+    G turns the planes of coordinates (i, i + n/2), H is the orthonormal block Hadamard transform. With ones for
+    `diagonal` it is an orthogonal map.
     """
 
     perm: NDArray[np.int32]
@@ -84,7 +84,9 @@ class Blinding:
     @cached_property
     def turns(self) -> NDArray[np.float32]:
         """(ROUNDS, 2, n // 2): cosines and sines of the angles. Rounded, so that a plane keeps lengths to 2^-24."""
-        return np.stack([np.cos(self.angle, dtype=np.float64), np.sin(self.angle, dtype=np.float64)], 1).astype(np.float32)
+        return np.stack([np.cos(self.angle, dtype=np.float64), np.sin(self.angle, dtype=np.float64)], 1).astype(
+            np.float32
+        )
 
     def dual(self) -> "Blinding":
         """The map S with <S x, self y> = <x, y> for all x and y: what a matrix's rows go through where its inputs go
@@ -118,7 +120,7 @@ def stored(tensor: Callable[[str], torch.Tensor], leader: str) -> tuple[Blinding
 
 
 def blind(matrix: Array, inner: Blinding, outer: Blinding) -> Array:
-    """The `matrix` (N, K) in secret bases: blind(W) inner(x) = outer(W x), `inner` of inputs (K), `outer` of outputs."""
+    """The `matrix` (N, K) in secret bases of inputs (K) and outputs (N): blind(W) inner(x) = outer(W x)."""
     return outer.apply(inner.dual().apply(matrix).T).T
 
 
