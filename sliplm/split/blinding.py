@@ -9,14 +9,14 @@ signs, and why a diagonal: with two rounds of signs a thief who has a similar ma
 knows. It stands after the first round because there its basis is hidden: before the last one it can be stripped off.
 
 One rule goes with it: matrices that share an input are stacked under *one* blinding of outputs. Read apart, each with
-outputs blinded on its own, their cross-Gram matrices would give the shared basis away, whatever family it is drawn from.
+outputs blinded on its own, their cross-Gram matrices would give the shared basis away, whatever family it is from.
 """
 
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -91,7 +91,7 @@ class Blinding:
     def dual(self) -> "Blinding":
         """The map S with <S x, self y> = <x, y> for all x and y: what a matrix's rows go through where its inputs go
         through this."""
-        return replace(self, diagonal=1 / self.diagonal)
+        return replace(self, diagonal=np.float32(1) / self.diagonal)
 
     def apply(self, x: Array) -> Array:
         """The blinded `x` (..., n), along its last axis, in its floating type."""
@@ -165,7 +165,7 @@ def _turn(x: Array, turns: NDArray[np.float32]) -> Array:
     return out
 
 
-def _index(perm: NDArray[np.int32], like: Array) -> Array:
+def _index(perm: NDArray[np.int32], like: Array) -> Any:
     return torch.from_numpy(perm).to(like.device) if isinstance(like, torch.Tensor) else perm
 
 
