@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +79,23 @@ def smollm2_split(smollm2: str, tmp_path_factory: pytest.TempPathFactory) -> Pat
     out = tmp_path_factory.mktemp("smollm2") / "bundle"
     split(smollm2, out)
     return out
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """What was not tested, and how to get it: the reasons say so."""
+    reports = terminalreporter.stats.get("skipped", [])
+    reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in reports)
+    if reasons:
+        terminalreporter.section("not tested")
+    for reason, count in reasons.items():
+        terminalreporter.line(f"{count} skipped: {reason}")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Where everything is said to be there (`.ci/run` says so), a skipped test is a failure."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if os.environ.get("SLIP_SKIP_NOTHING") and reporter.stats.get("skipped") and not session.exitstatus:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.fixture

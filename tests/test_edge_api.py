@@ -19,7 +19,16 @@ from starlette.testclient import TestClient
 from sliplm.edge.api import create_app, generations
 from sliplm.edge.worker import EdgeWorker
 from sliplm.errors import BundleError, LinkError, VerificationError
-from sliplm.protocol.messages import BusyError, Chunk, GenerateRequest, LimitError, Message, RequestError, TokenLogprob
+from sliplm.protocol.messages import (
+    BusyError,
+    Chunk,
+    GenerateRequest,
+    LimitError,
+    Message,
+    RequestError,
+    TokenLogprob,
+    TooLongError,
+)
 
 CHAT = "/v1/chat/completions"
 PLAIN = "/v1/completions"
@@ -242,6 +251,7 @@ def test_other_refusals(client):
     ("error", "status", "code"),
     [
         (RequestError("the prompt is too long"), 400, "invalid_request"),
+        (TooLongError("This model's maximum context length is 8 tokens."), 400, "context_length_exceeded"),
         (BusyError("too many requests"), 429, "rate_limit_exceeded"),
         (LinkError("the trusted side cannot be reached"), 503, "trusted_unavailable"),
         (BundleError("another split"), 503, "refused"),

@@ -29,6 +29,10 @@ class RequestError(SlipError):
     """
 
 
+class TooLongError(RequestError):
+    """The prompt leaves no room for an answer in the model's context. The sentence is OpenAI's, which clients know."""
+
+
 class RefusedError(RequestError):
     """The owner's rules refuse the request, or its answer. The sentence is shown to whoever made the request."""
 

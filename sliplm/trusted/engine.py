@@ -18,8 +18,9 @@ from transformers.generation.streamers import BaseStreamer
 from sliplm import bundle
 from sliplm.errors import LinkError, SlipError, VerificationError, locate
 from sliplm.protocol.link import Field, Link
-from sliplm.protocol.messages import Chunk, GenerateRequest, RequestError
+from sliplm.protocol.messages import MAX_TOKENS, Chunk, GenerateRequest, RequestError, TooLongError
 from sliplm.trusted.logprobs import Logprobs, Scored, Scores
+from sliplm.trusted.naming import model_name
 
 GENERATIONS = 16
 """So many may run at a time; each holds a cache as long as its text."""
@@ -47,18 +48,21 @@ class Engine:
         capacity: how many requests may generate at a time; the caller sees to it.
     """
 
-    def __init__(self, directory: Path | str, pool_depth: int = 64, allow_logprobs: bool = False) -> None:
+    def __init__(
+        self, directory: Path | str, pool_depth: int = 64, allow_logprobs: bool = False, name: str | None = None
+    ) -> None:
         """Load DIR/trusted, all digests checked. Raises BundleError.
 
-        Without `allow_logprobs`, requests for them are refused: they say far more about the model than its text."""
+        Without `allow_logprobs`, requests for them are refused: they say far more about the model than its text.
+        `name` is what the model is called, see `naming`."""
         path = Path(directory)
+        self._name = model_name(path, name)
         bundle.open_trusted(path)
         self.model: Any = transformers.AutoModelForCausalLM.from_pretrained(path).eval()
         self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(path)
         self.model.slip.pool.resize(pool_depth)
         self._room = _context(self.model.config.get_text_config(), self.tokenizer)
         self.capacity = 1 if _keeps_positions(self.model.config.to_dict()) else GENERATIONS
-        self._name = path.resolve().parent.name
         self._allow_logprobs = allow_logprobs
 
     @property
@@ -77,7 +81,8 @@ class Engine:
         so that it can be closed, an empty chunk comes every half second without text.
 
         Raises:
-            RequestError: the prompt does not fit the model, or logprobs are not allowed.
+            TooLongError: the prompt does not fit the model.
+            RequestError: logprobs are not allowed.
             LinkError, VerificationError, NumericsError: as they come. VerificationError comes even when the iterator is
             closed: a lie counts, too, when nobody waits for the text any more.
         """
@@ -87,7 +92,7 @@ class Engine:
         prompt_tokens = inputs["input_ids"].shape[1]
         limit = min(request.max_tokens, self._room - prompt_tokens)
         if limit < 1:
-            raise RequestError(f"the prompt has {prompt_tokens} tokens; this model takes at most {self._room - 1}.")
+            raise _too_long(request, prompt_tokens, self._room)
         yield Chunk("", None, prompt_tokens)
         run = _Run(self, inputs, request, limit, link)
         run.start()
@@ -263,6 +268,16 @@ def _context(config: Any, tokenizer: Any) -> int:
         return room
     known = tokenizer.model_max_length  # 1e30 if unknown
     return int(known) if 1 < known <= MAX_CONTEXT else DEFAULT_CONTEXT
+
+
+def _too_long(request: GenerateRequest, prompt: int, room: int) -> TooLongError:
+    """In OpenAI's words: other programs look for them. An answer needs a token, however many it may have."""
+    answer = 1 if request.max_tokens == MAX_TOKENS else request.max_tokens
+    where = "prompt" if request.messages is None else "messages"
+    return TooLongError(
+        f"This model's maximum context length is {room} tokens. However, you requested {prompt + answer} tokens "
+        f"({prompt} in the {where}, {answer} in the completion). Please reduce the length of the {where} or completion."
+    )
 
 
 def _keeps_positions(config: Any) -> bool:

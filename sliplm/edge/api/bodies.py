@@ -1,6 +1,7 @@
 """What clients send, and what is asked of the trusted side for it.
 
-Nothing is ignored silently: a parameter has its effect, or is known to have none here, or is refused by name.
+No parameter is ignored silently: it has its effect, or is known to have none here, or is refused by name. Of messages
+and their parts, unknown keys are ignored, as OpenAI's service does: clients keep notes of their own there.
 """
 
 from __future__ import annotations
@@ -44,24 +45,21 @@ T = TypeVar("T")
 B = TypeVar("B", bound="Body")
 
 
-class _TextPart(msgspec.Struct, forbid_unknown_fields=True):
+class _TextPart(msgspec.Struct):
     type: Literal["text"]
     text: str
-    cache_control: Any = None  # a hint to other services; there is nothing here that it could change
 
 
-class _ChatMessage(msgspec.Struct, forbid_unknown_fields=True):
-    """Clients send answers back as they got them, so the empty fields of answers are accepted. A `name` is accepted
-    and has no effect: chat templates have no place for it."""
+class _ChatMessage(msgspec.Struct):
+    """Clients send answers back as they got them, so the empty fields of answers are accepted, and so is whatever they
+    or other services added. Refused are those keys alone whose content this model would have to read."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[_TextPart] | None = None
-    name: str | None = None
     refusal: None = None
     audio: None = None
     function_call: None = None
     tool_calls: Annotated[list[Any], Meta(max_length=0)] | None = None
-    annotations: Annotated[list[Any], Meta(max_length=0)] | None = None
 
     def plain(self) -> Message:
         """Raises ApiError."""
