@@ -64,7 +64,7 @@ def test_a_vector_of_a_matrix_and_the_matrix_agree():
     assert torch.allclose(out.invert(blinded @ into.apply(x)), w @ x)
 
 
-@pytest.mark.skipif(_core.native is None, reason="no native core")
+@pytest.mark.skipif(_core.native is None, reason="no native core: install a C++20 compiler")
 @pytest.mark.parametrize("n", SIZES)
 def test_the_native_transform_is_the_same(n):
     rng = np.random.default_rng(n)
