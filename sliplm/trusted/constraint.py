@@ -21,12 +21,14 @@ from sliplm.trusted.tools import Syntax
 MAX_GRAMMAR_BYTES = 1 << 16
 """Of the schemas of one request."""
 
+TOO_COMPLEX = "the JSON schema is too complex to hold an answer to it."
+
 _LIMITS = llguidance.LLParserLimits(
-    initial_lexer_fuel=500_000,
+    initial_lexer_fuel=200_000,
     step_lexer_fuel=200_000,
-    max_lexer_states=20_000,
+    max_lexer_states=50_000,
     max_grammar_size=200_000,
-    precompute_large_lexemes=False,
+    precompute_large_lexemes=True,  # without it, some patterns escape the other limits
     verbose_errors=False,
 )
 _STYLE = {"x-guidance": {"whitespace_flexible": True, "whitespace_pattern": r" ?|\n {0,32}"}}
@@ -41,8 +43,8 @@ class Grammars:
         anything."""
         if not ends:
             raise RequestError("this model's answers cannot be held to a schema: no token ends them.")
-        self._special = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
         try:
+            self._special = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
             self._tokens = llguidance.LLTokenizer(tokenizer.backend_tokenizer.to_str(), eos_token=sorted(ends))
         except Exception:  # llguidance knows fewer kinds of tokenizers than Transformers
             sentence = "this model's answers cannot be held to a schema: its tokenizer does not allow it."
@@ -72,6 +74,9 @@ class Grammars:
         matcher = llguidance.LLMatcher(self._tokens, grammar, log_level=0, limits=_LIMITS)
         if matcher.is_error():
             raise RequestError(f"the JSON schema is not supported: {_reason(matcher.get_error())}.")
+        matcher.compute_bitmask()
+        if matcher.is_error():
+            raise RequestError(TOO_COMPLEX)
         return Constraint(matcher, prompt_tokens)
 
     def _text(self, text: str) -> str:
@@ -92,7 +97,7 @@ class Constraint:
         self._seen = ids.shape[1]
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         if self._matcher.is_error():
-            raise RequestError("the JSON schema is too complex to hold an answer to it.")
+            raise RequestError(TOO_COMPLEX)
         width = scores.shape[-1]  # some models have more outputs than their tokenizer has tokens
         allowed = np.zeros(width, bool)
         known = np.unpackbits(bits, bitorder="little")[:width]
