@@ -12,7 +12,8 @@ HERMES = """
 {%- elif m.role == 'assistant' %}{{- '<|im_start|>' + m.role }}
 {%- if m.content %}{{ '\n' + m.content }}{% endif %}
 {%- for call in m.tool_calls %}{% if call.function is defined %}{% set call = call.function %}{% endif %}
-{{- '\n<tool_call>\n{"name": "' }}{{ call.name }}{{ '", "arguments": ' }}{{ call.arguments | tojson }}{{ '}\n</tool_call>' }}
+{{- '\n<tool_call>\n{"name": "' }}{{ call.name }}{{ '", "arguments": ' }}{{ call.arguments | tojson }}
+{{- '}\n</tool_call>' }}
 {%- endfor %}{{ '<|im_end|>\n' }}
 {%- elif m.role == 'tool' %}
 {{- '<|im_start|>user\n<tool_response>\n' + m.content + '\n</tool_response><|im_end|>\n' }}
@@ -26,7 +27,7 @@ LLAMA = """
 {%- if not (m.role == 'tool' or 'tool_calls' in m) %}
 {{- '<|start|>' + m.role + '<|end|>\n\n' + m.content | trim + '<|eot|>' }}
 {%- elif 'tool_calls' in m %}
-{%- if m.tool_calls | length != 1 %}{{ raise_exception('This model only supports single tool-calls at once!') }}{% endif %}
+{%- if m.tool_calls | length != 1 %}{{ raise_exception('only single tool-calls') }}{% endif %}
 {%- set call = m.tool_calls[0].function %}
 {{- '<|start|>assistant<|end|>\n\n' }}{{ '{"name": "' + call.name + '", "parameters": ' }}{{ call.arguments | tojson }}
 {{- '}<|eot|>' }}
@@ -41,7 +42,7 @@ MISTRAL = """
 {%- if m.role == 'user' %}{{ '[INST] ' + m.content + '[/INST]' }}
 {%- elif m.role == 'assistant' and m.tool_calls %}{{ '[TOOL_CALLS] [' }}
 {%- for call in m.tool_calls %}
-{%- if call.id | length != 9 %}{{ raise_exception('Tool call IDs should be alphanumeric strings with length 9!') }}{% endif %}
+{%- if call.id | length != 9 %}{{ raise_exception('IDs have length 9!') }}{% endif %}
 {%- set out = call.function | tojson %}{{ out[:-1] }}{{ ', "id": "' + call.id + '"}' }}
 {%- if not loop.last %}{{ ', ' }}{% endif %}{% endfor %}{{ ']' + eos_token }}
 {%- elif m.role == 'assistant' %}{{ ' ' + m.content + eos_token }}
@@ -59,4 +60,6 @@ FUNCTION = """
 {%- if add_generation_prompt %}{{ '<assistant>' }}{% endif %}
 """
 
-XML = FUNCTION.replace("{{ call.function.arguments | tojson }}", "{{ '<parameter=x>' + call.function.arguments.sliplm }}")
+XML = FUNCTION.replace(
+    "{{ call.function.arguments | tojson }}", "{{ '<parameter=x>' + call.function.arguments.sliplm }}"
+)

@@ -140,7 +140,15 @@ json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(), lambda v: st.lists(v) | st.dictionaries(st.text(), v)
 )
 arguments = st.dictionaries(st.text(), json_values, max_size=3)
-parts = ["<tool_call>", "</tool_call>", "[TOOL_CALLS]", '{"name": "f", ', '"arguments": {', '"parameters": {"a": 1}', "}"]
+parts = [
+    "<tool_call>",
+    "</tool_call>",
+    "[TOOL_CALLS]",
+    '{"name": "f", ',
+    '"arguments": {',
+    '"parameters": {"a": 1}',
+    "}",
+]
 parts += ["\n", " ", ", ", "[", "]", '"', "<function=f>", "<function=", "{}", "</function>", '{"name": "', "f", "\\"]
 noise = st.lists(st.sampled_from(parts) | st.text(max_size=3), max_size=20)
 
@@ -181,7 +189,9 @@ def test_earlier_turns_as_templates_take_them() -> None:
     ]
     assert chat[1] == {"role": "tool", "content": "3", "tool_call_id": "abcdef123", "name": "f"}
     assert "name" not in chat[2] and worded([Message("user", "x")]) == [{"role": "user", "content": "x"}]
-    assert worded([Message("assistant", "", [ToolCall("i", "f", "")])])[0]["tool_calls"][0]["function"]["arguments"] == {}
+    assert (
+        worded([Message("assistant", "", [ToolCall("i", "f", "")])])[0]["tool_calls"][0]["function"]["arguments"] == {}
+    )
     for arguments in ("[1]", "{", "3", "[" * 5000):
         with pytest.raises(RequestError, match="not a JSON object"):
             worded([Message("assistant", "", [ToolCall("i", "f", arguments)])])

@@ -233,7 +233,8 @@ def test_what_usual_clients_send(client, backend):
 def test_bad_requests_are_named(client, backend, path, body, says):
     error = error_of(client.post(path, content=json.dumps(body), headers={"content-type": "application/json"}), 400)
     assert says in error["message"] and error["type"] == "invalid_request_error"
-    assert error["code"] and (error["param"] is None) == (body == [] or says in ("valid", "same name") or "greedy" in says)
+    of_the_whole = body == [] or says in ("valid", "same name") or "greedy" in says
+    assert error["code"] and (error["param"] is None) == of_the_whole
     assert not backend.asked
 
 
