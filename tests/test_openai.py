@@ -145,8 +145,8 @@ def test_penalties_and_notes(client: openai.OpenAI) -> None:
         ({"temperature": 3}, "temperature", "invalid_value"),
         ({"messages": []}, "messages", "invalid_value"),
         ({"extra_body": {"wibble": 1}}, "wibble", "unknown_parameter"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "unsupported_parameter"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "unsupported_parameter"),
+        ({"functions": [{"name": "f"}]}, "functions", "unsupported_parameter"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, None, "invalid_request"),  # no place for them
         ({"messages": [{"role": "user", "content": "x" * 500}]}, None, "context_length_exceeded"),
     ],
 )

@@ -49,18 +49,17 @@ def test_instructor(client: openai.OpenAI, server: Server, mode: instructor.Mode
     asking = instructor.from_openai(client, mode=mode)
     fruit = asking.chat.completions.create(
         model=server.model, messages=[{"role": "user", "content": PROMPT}], response_model=Fruit, max_retries=0,
-        max_tokens=64,
+        max_tokens=64, temperature=0,
     )  # fmt: skip
     assert isinstance(fruit, Fruit)
 
 
 def test_openai_parses(client: openai.OpenAI, server: Server) -> None:
     messages: Any = [{"role": "user", "content": PROMPT}]
-    whole = client.chat.completions.parse(model=server.model, messages=messages, response_format=Fruit, max_tokens=64)
+    what: Any = {"model": server.model, "messages": messages, "max_tokens": 64, "temperature": 0}
+    whole = client.chat.completions.parse(response_format=Fruit, **what)
     assert isinstance(whole.choices[0].message.parsed, Fruit)
-    with client.chat.completions.stream(
-        model=server.model, messages=messages, response_format=Fruit, max_tokens=64
-    ) as stream:
+    with client.chat.completions.stream(response_format=Fruit, **what) as stream:
         assert isinstance(stream.get_final_completion().choices[0].message.parsed, Fruit)
 
 
@@ -70,7 +69,7 @@ def test_langchains_structured_output(langchain: ChatOpenAI, method: Any) -> Non
 
 
 def test_langchains_tools(langchain: ChatOpenAI) -> None:
-    bound = langchain.bind_tools([weigh], tool_choice="weigh")
+    bound = langchain.bind_tools([weigh], tool_choice="weigh", parallel_tool_calls=False)
     asked = bound.invoke(PROMPT)
     (call,) = asked.tool_calls
     assert call["name"] == "weigh" and call["args"]["size"] in ("small", "large") and call["id"]
@@ -89,7 +88,8 @@ def test_litellms_tools(server: Server, stream: bool) -> None:
     messages = [{"role": "user", "content": PROMPT}]
     answer: Any = litellm.completion(
         model=f"openai/{server.model}", api_base=server.url, api_key=server.key, messages=messages, max_tokens=64,
-        tools=[{"type": "function", "function": function}], tool_choice="required", stream=stream, num_retries=0,
+        temperature=0, tools=[{"type": "function", "function": function}], tool_choice="required",
+        parallel_tool_calls=False, stream=stream, num_retries=0,
     )  # fmt: skip
     if stream:
         answer = litellm.stream_chunk_builder(list(answer))

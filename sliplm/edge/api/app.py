@@ -33,7 +33,7 @@ from sliplm.edge.api.metrics import Measured, Metrics
 from sliplm.edge.worker import WorkCounters
 from sliplm.errors import LinkError, SlipError
 from sliplm.protocol.frames import MAX_JSON_BYTES
-from sliplm.protocol.messages import TokenLogprob
+from sliplm.protocol.messages import CallPiece, TokenLogprob
 
 B = TypeVar("B", bound=Body)
 
@@ -191,11 +191,13 @@ async def _body(request: Request, kind: type[B]) -> B:
 async def _collect(choices: Choices, worded: Answer) -> Any:
     texts = [""] * len(choices.last)
     logprobs: list[list[TokenLogprob]] = [[] for _ in texts]
+    calls: list[list[CallPiece]] = [[] for _ in texts]
     while (item := await choices.next()) is not None:
         index, chunk = item
         texts[index] += chunk.text
         logprobs[index] += chunk.logprobs
-    return worded.whole(texts, logprobs, choices.last)
+        calls[index] += chunk.calls
+    return worded.whole(texts, logprobs, calls, choices.last)
 
 
 class _EventStream(StreamingResponse):
