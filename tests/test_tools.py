@@ -12,6 +12,7 @@ import transformers
 from conftest import byte_tokenizer
 
 from sliplm.protocol.messages import Chunk, GenerateRequest, Message, RequestError, Tool, ToolCall
+from sliplm.trusted import constraint
 from sliplm.trusted.calls import Calls, find_calls
 from sliplm.trusted.constraint import MAX_GRAMMAR_BYTES, Grammars
 from sliplm.trusted.engine import Engine
@@ -129,6 +130,29 @@ def test_an_answer_follows_its_schema(plain: Engine, temperature: float) -> None
         text, _, last = ask(plain, schema=CITY, temperature=temperature, top_k=3, top_p=0.5, max_tokens=90, **what)
         answer = json.loads(text)
         assert last.finish_reason == "stop" and answer["city"] in ("Bonn", "Köln") and 1 <= answer["days"] <= 9
+
+
+def test_an_object_has_the_properties_that_it_names(plain: Engine) -> None:
+    """As pydantic writes schemas, which does not say so."""
+    part = {"type": "object", "properties": {"a": {"const": 1}}, "required": ["a"]}
+    whole = {"$defs": {"P": part}, "properties": {"one": {"$ref": "#/$defs/P"}, "many": {"type": "array", "items": part,
+             "minItems": 1, "maxItems": 1}}, "required": ["one", "many"], "type": "object"}  # fmt: skip
+    for seed in range(4):
+        text, _, last = ask(plain, schema=whole, seed=seed, temperature=1.0, max_tokens=100)
+        assert last.finish_reason == "stop" and json.loads(text) == {"one": {"a": 1}, "many": [{"a": 1}]}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "object", "properties": {"a": {}}, "additionalProperties": True},
+        {"type": "object", "properties": {"a": {}}, "anyOf": [{"properties": {"b": {}}}, {"properties": {"c": {}}}]},
+        {"allOf": [{"properties": {"a": {}}}, {"properties": {"b": {}}}]},
+        {"type": "object", "patternProperties": {"^x": {}}, "properties": {"a": {}}},
+    ],
+)
+def test_objects_that_may_have_others_are_left_alone(schema: dict[str, Any]) -> None:
+    assert json.loads(constraint._schema(schema).removeprefix("%json ")) == {**schema, **constraint._STYLE}
 
 
 def test_any_object(plain: Engine) -> None:

@@ -34,6 +34,9 @@ _LIMITS = llguidance.LLParserLimits(
 _STYLE = {"x-guidance": {"whitespace_flexible": True, "whitespace_pattern": r" ?|\n {0,32}"}}
 """Space as people write it; a model that may write as much as it likes can go on for ever."""
 
+_MIXING = ("allOf", "if", "not", "dependentSchemas", "patternProperties", "unevaluatedProperties")
+"""Where a schema has one of these, several of its parts may speak of one object."""
+
 
 class Grammars:
     """Makes the constraints of a model's requests. Takes a second to make itself, for the tokenizer."""
@@ -107,9 +110,26 @@ class Constraint:
 
 def _schema(schema: dict[str, Any]) -> str:
     try:
-        return "%json " + json.dumps({**schema, **_STYLE})
+        mixed = any(f'"{word}"' in json.dumps(schema) for word in _MIXING)
+        return "%json " + json.dumps({**(schema if mixed else _closed(schema)), **_STYLE})
     except (ValueError, RecursionError):
         raise RequestError("the JSON schema cannot be read: it is nested too deeply.") from None
+
+
+def _closed(schema: Any) -> Any:
+    """`schema`, whose objects that name their properties have no others, unless it says that they may: nobody asked for
+    those, and a model that may always add one more can go on for ever. (OpenAI's strict mode wants it said.)"""
+    if not isinstance(schema, dict) or ("properties" in schema and schema.keys() & {"anyOf", "oneOf", "$ref"}):
+        return schema  # what these hold shares its properties
+    closed: dict[str, Any] = {"additionalProperties": False} if isinstance(schema.get("properties"), dict) else {}
+    for word, inner in schema.items():
+        if word in ("properties", "$defs", "definitions") and isinstance(inner, dict):
+            closed[word] = {name: _closed(part) for name, part in inner.items()}
+        elif word in ("anyOf", "oneOf", "prefixItems") and isinstance(inner, list):
+            closed[word] = [_closed(part) for part in inner]
+        else:
+            closed[word] = _closed(inner) if word in ("items", "additionalProperties") else inner
+    return closed
 
 
 def _reason(error: str) -> str:
