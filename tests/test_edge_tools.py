@@ -112,12 +112,10 @@ def test_calls_at_once_and_in_pieces() -> None:
     assert deltas == [
         {"role": "assistant", "content": "Look"},
         {"content": None, "tool_calls": [
-            {"index": 0, "id": "id0", "type": "function", "function": {"name": "f", "arguments": ""}},
-            {"index": 0, "function": {"arguments": '{"a"'}}]},
+            {"index": 0, "id": "id0", "type": "function", "function": {"name": "f", "arguments": '{"a"'}}]},
         {"content": None, "tool_calls": [
             {"index": 0, "function": {"arguments": ": 1}"}},
-            {"index": 1, "id": "id1", "type": "function", "function": {"name": "g", "arguments": ""}},
-            {"index": 1, "function": {"arguments": "{}"}}]},
+            {"index": 1, "id": "id1", "type": "function", "function": {"name": "g", "arguments": "{}"}}]},
         {"content": ""},
         {"content": ""},
     ]  # fmt: skip

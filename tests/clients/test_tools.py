@@ -75,7 +75,7 @@ def test_langchains_tools(langchain: ChatOpenAI) -> None:
     assert call["name"] == "weigh" and call["args"]["size"] in ("small", "large") and call["id"]
     result = weigh.invoke(call)
     assert isinstance(result, ToolMessage)
-    assert langchain.bind_tools([weigh]).invoke([HumanMessage(PROMPT), asked, result])
+    assert langchain.bind_tools([weigh], max_tokens=4).invoke([HumanMessage(PROMPT), asked, result])
     whole: Any = None
     for chunk in bound.stream(PROMPT):
         whole = chunk if whole is None else whole + chunk

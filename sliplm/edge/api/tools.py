@@ -104,13 +104,16 @@ def schema(wanted: Format | None) -> dict[str, Any] | None:
 
 
 def pieces(calls: Sequence[CallPiece]) -> list[dict[str, Any]]:
-    """As streams word them."""
-    worded = []
+    """As streams word them. An event has each call once, or LangChain, which adds events up, loses what comes second."""
+    worded: dict[int, dict[str, Any]] = {}
     for piece in calls:
+        if (known := worded.get(piece.index)) is not None:
+            known["function"]["arguments"] += piece.arguments
+            continue
         begin = {} if piece.id is None else {"id": piece.id, "type": "function"}
         name = {} if piece.name is None else {"name": piece.name}
-        worded.append({"index": piece.index, **begin, "function": {**name, "arguments": piece.arguments}})
-    return worded
+        worded[piece.index] = {"index": piece.index, **begin, "function": {**name, "arguments": piece.arguments}}
+    return list(worded.values())
 
 
 def made(calls: Sequence[CallPiece]) -> list[dict[str, Any]]:
