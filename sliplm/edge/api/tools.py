@@ -104,7 +104,7 @@ def schema(wanted: Format | None) -> dict[str, Any] | None:
 
 
 def pieces(calls: Sequence[CallPiece]) -> list[dict[str, Any]]:
-    """As streams word them. An event has each call once, or LangChain, which adds events up, loses what comes second."""
+    """As streams word them. An event has each call once: LangChain, which adds events up, loses a second piece."""
     worded: dict[int, dict[str, Any]] = {}
     for piece in calls:
         if (known := worded.get(piece.index)) is not None:
