@@ -258,11 +258,17 @@ class EdgeBundle:
         self._q.forget(group)
 
 
+def read_trusted_manifest(path: Path | str) -> TrustedManifest:
+    """The manifest of DIR/trusted; the files themselves are not looked at. Raises BundleError, also for an edge's."""
+    manifest: TrustedManifest
+    manifest, _ = _read_manifest(Path(path), TrustedManifest, "trusted side")
+    return manifest
+
+
 def open_trusted(path: Path | str) -> TrustedManifest:
     """Check DIR/trusted, every digest of it, and return its manifest. Raises BundleError."""
     directory = Path(path)
-    manifest: TrustedManifest
-    manifest, _ = _read_manifest(directory, TrustedManifest, "trusted side")
+    manifest = read_trusted_manifest(directory)
     if missing := TRUSTED_FILES - manifest.files.keys():
         raise BundleError(f"{directory / MANIFEST} does not list {min(missing)}, so nothing vouches for it.")
     for name, expected in manifest.files.items():

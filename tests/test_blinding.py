@@ -91,7 +91,7 @@ def test_a_vector_of_a_matrix_and_the_matrix_agree():
     assert torch.allclose(inner.dual().apply(y) @ inner.apply(x), y @ x, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.skipif(_core.native is None, reason="no native core")
+@pytest.mark.skipif(_core.native is None, reason="no native core: install a C++20 compiler")
 @pytest.mark.parametrize("n", SIZES)
 def test_the_native_transform_is_the_same(n):
     rng = np.random.default_rng(n)

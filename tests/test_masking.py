@@ -223,7 +223,7 @@ def test_verify_catches_any_change(change, row, token):
 ANY = Exchange(20, 33, 3)
 
 
-@pytest.mark.skipif(_core.native is None, reason="no native core")
+@pytest.mark.skipif(_core.native is None, reason="no native core: install a C++20 compiler")
 def test_native_and_numpy_agree(path):
     if path == "numpy":
         pytest.skip("compared with")
