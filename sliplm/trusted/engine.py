@@ -19,6 +19,7 @@ from sliplm import bundle
 from sliplm.errors import LinkError, SlipError, VerificationError, locate
 from sliplm.protocol.link import Field, Link
 from sliplm.protocol.messages import Chunk, GenerateRequest, RequestError
+from sliplm.split.source import refuse_other_tasks
 from sliplm.trusted.logprobs import Logprobs, Scored, Scores
 
 GENERATIONS = 16
@@ -53,6 +54,7 @@ class Engine:
         Without `allow_logprobs`, requests for them are refused: they say far more about the model than its text."""
         path = Path(directory)
         bundle.open_trusted(path)
+        refuse_other_tasks(path)
         self.model: Any = transformers.AutoModelForCausalLM.from_pretrained(path).eval()
         self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(path)
         self.model.slip.pool.resize(pool_depth)
