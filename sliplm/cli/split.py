@@ -22,6 +22,8 @@ def split(
         Path | None,
         typer.Option(help="OLD/trusted, an earlier split of the same weights: use its camouflage again."),
     ] = None,
+    adapter: Annotated[Path | None, typer.Option(help="A LoRA adapter (PEFT's directory) to merge into MODEL.")] = None,
+    name: Annotated[str | None, typer.Option(help="What the model is called; by default as its directory.")] = None,
     as_json: Json = False,
 ) -> None:
     """Split MODEL into OUTPUT/edge, which anyone may copy, and OUTPUT/trusted, which nobody else may see."""
@@ -35,12 +37,17 @@ def split(
     for sentence in weaknesses(options):
         err.print(f"slip: warning: {sentence}", style="yellow", markup=False)
     with progress_bar("splitting (weights)") as progress:
-        s = run(model, output, options, progress)
+        s = run(model, output, options, progress, adapter=adapter, name=name)
     emit(
         as_json,
         {"edge": str(output / "edge"), "trusted": str(output / "trusted"), **vars(s)},
         f"{output / 'edge'}     {s.edge_bytes / 1e6:,.0f} MB, for the machine you do not trust\n"
         f"{output / 'trusted'}  {s.trusted_bytes / 1e6:,.0f} MB, for yours: keep it secret\n"
         f"{s.layers} layers in {s.groups} groups protected, {s.protected_parameters / 1e6:,.0f} million weights; "
-        f"split {s.digest[:16]}",
+        f"split {s.digest[:16]}\n"
+        + (
+            f"checked: {s.checked} differ from the original's by {s.error:.1e} of their spread"
+            if s.checked
+            else "not checked"
+        ),
     )

@@ -8,38 +8,53 @@ that rest is worth is not measured here; `docs/security.md` says what this gives
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
 from sliplm.errors import UnsupportedModelError
 from sliplm.split.camouflage import low_rank, rounded, trusted_rank
 from sliplm.split.factors import leading
-from sliplm.split.source import LoadedSource, Source, open_source
+from sliplm.split.source import Source, open_source
+
+logger = logging.getLogger(__name__)
+MAX_ALONE = 0.25  # share of the matrices that the base may lack: added tokens change one or two, another model most
 
 
 class FineTuned(Source):
     """A fine-tuned model, read together with the public one.
 
     Args:
-        tuned: the model to protect. public: directory, .gguf file or hub id. needed: names of the tensors to compare.
+        tuned: the model to protect. public: directory, .gguf file or hub id. weights: names of the tensors to compare.
+        others: names of the rest of the model's tensors.
 
     Raises:
-        UnsupportedModelError: `public` is not the base of this model.
+        UnsupportedModelError: `public` is not the base of this model, or is the model itself.
     """
 
-    def __init__(self, tuned: Source, public: str, needed: Iterable[str]) -> None:
-        self.config, self.origin = tuned.config, tuned.origin
+    def __init__(self, tuned: Source, public: str, weights: Iterable[str], others: Iterable[str]) -> None:
+        self.config, self.origin, self.tokenizer = tuned.config, tuned.origin, tuned.tokenizer
         self._tuned = tuned
         self._base = open_source(public)
-        needed = set(needed)
-        if needed - self._base.names():
-            self._base = LoadedSource(self._base.origin[0], **self._base.origin[1])
-        for name in sorted(needed):
-            if name not in self._base.names() or self._base.shape(name) != tuned.shape(name):
-                raise UnsupportedModelError(
-                    f"{public} is not the base of this model: its {name} is missing or differs."
-                )
+        weights = sorted(set(weights))
+        if set(weights) - self._base.names():
+            self._base = self._base.whole()
+        self._alone = {name for name in weights if not self._fits(name)}
+        if len(self._alone) > MAX_ALONE * len(weights):
+            raise UnsupportedModelError(
+                f"{public} is not the base of this model: its {min(self._alone)} is missing or differs in shape."
+            )
+        if self._alone:
+            logger.warning(
+                "the base has no such matrix, or one of another shape; protected as without a base: %s",
+                ", ".join(sorted(self._alone)),
+            )
+        if all(self._same(name) for name in [*weights, *sorted(set(others))]):
+            raise UnsupportedModelError(
+                f"{public} is this model itself, not the base of it: nothing would be hidden; split without --base."
+            )
 
     def names(self) -> set[str]:
         return self._tuned.names()
@@ -53,9 +68,25 @@ class FineTuned(Source):
     def read(self, name: str, part: int = 0, parts: int = 1) -> torch.Tensor:
         return self._tuned.read(name, part, parts)
 
-    def public(self, name: str, part: int = 0, parts: int = 1) -> torch.Tensor:
-        """The same piece of the public model."""
-        return self._base.read(name, part, parts)
+    def load(self) -> Any:
+        return self._tuned.load()
+
+    def public(self, name: str, part: int = 0, parts: int = 1) -> torch.Tensor | None:
+        """The same piece of the public model; None if that has no such matrix."""
+        return None if name in self._alone else self._base.read(name, part, parts)
+
+    def _fits(self, name: str) -> bool:
+        return name in self._base.names() and self._base.shape(name) == self._tuned.shape(name)
+
+    def _same(self, name: str) -> bool:
+        """Whether the two differ by no more than the rounding to the coarser of their types: a converted copy."""
+        if not self._fits(name):
+            return False
+        ours, theirs = self._tuned.read(name), self._base.read(name)
+        if ours.is_floating_point() and theirs.is_floating_point():
+            coarser = max(ours.dtype, theirs.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+            ours, theirs = ours.to(coarser), theirs.to(coarser)
+        return torch.equal(ours, theirs)
 
 
 def divide(

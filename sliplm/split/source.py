@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import copy
+import importlib.util
+import logging
+import tempfile
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +17,11 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
-from sliplm.errors import UnsupportedModelError
+from sliplm.errors import BundleError, UnsupportedModelError
+from sliplm.split import dtypes
+from sliplm.split.files import ADAPTER_CONFIG, checkpoint_files, has_adapter, refuse_adapter, tensors_in
+
+logger = logging.getLogger(__name__)
 
 
 class Source(ABC):
@@ -20,16 +29,18 @@ class Source(ABC):
 
     Attributes:
         config: its Transformers configuration, without any quantization.
-        origin: what `AutoTokenizer.from_pretrained` and `from_pretrained` take: (path or id, extra arguments).
+        origin: what `from_pretrained` takes: (path or id, extra arguments).
+        tokenizer: the same for `AutoTokenizer.from_pretrained`, if it is elsewhere.
     """
 
     config: transformers.PretrainedConfig
     origin: tuple[str, dict[str, Any]]
+    tokenizer: tuple[str, dict[str, Any]] | None = None
 
     def skeleton(self) -> transformers.PreTrainedModel:
         """The model with fake tensors: shapes and code, no memory. Call, and use the result, under `fake_mode()`."""
         with torch.device("meta"), unset_fake_temporarily():  # some models compute with real numbers as they are made
-            model = _model_class(self.config)._from_config(self.config)
+            model = model_class(self.config)._from_config(self.config)
         skeleton: transformers.PreTrainedModel = model.to_empty(device="cpu").eval()
         return skeleton
 
@@ -48,6 +59,15 @@ class Source(ABC):
         """One tensor, or of its first axis, cut into `parts` equal pieces, number `part`; in memory of its own, checked
         to be finite. Raises UnsupportedModelError."""
 
+    @abstractmethod
+    def load(self) -> Any:
+        """The model as Transformers loads it, whole, in float32, ready to run; None if a package is missing for that.
+        Raises UnsupportedModelError."""
+
+    def whole(self) -> Source:
+        """The same model, with the names that its tensors have once Transformers has loaded it."""
+        return LoadedSource(self.origin[0], **self.origin[1])
+
 
 def fake_mode() -> FakeTensorMode:
     return FakeTensorMode(allow_non_fake_inputs=True)
@@ -57,42 +77,53 @@ class SafetensorsSource(Source):
     """A directory with config.json and *.safetensors. Files are opened for one tensor each: no mapping stays."""
 
     def __init__(self, directory: Path) -> None:
-        self.config = _config(str(directory), {})
+        self.config, self._method = _config(str(directory), {})
         self.origin = (str(directory), {})
-        self._where = _index(directory)
+        self._where = tensors_in(checkpoint_files(directory, self.config))
 
     def names(self) -> set[str]:
         return set(self._where)
 
     def dtype(self, name: str) -> torch.dtype:
-        with safe_open(self._where[name], "pt") as file:
-            dtype: torch.dtype = getattr(torch, _TORCH_NAMES[file.get_slice(name).get_dtype()])
-        return dtype
+        return dtypes.torch_dtype(name, self._stored(name))
 
     def shape(self, name: str) -> tuple[int, ...]:
         with safe_open(self._where[name], "pt") as file:
             return tuple(file.get_slice(name).get_shape())
 
     def read(self, name: str, part: int = 0, parts: int = 1) -> torch.Tensor:
+        stored = self._stored(name)
+        dtypes.torch_dtype(name, stored)  # refuses what cannot be read
+        if not dtypes.is_fp8(stored):
+            return _finite(name, self._read(name, part, parts))
+        scale = dtypes.scale_of(name, self._where, self._method is not None, stored)
+        if scale is None:
+            return _finite(name, self._read(name, part, parts).float())
+        whole = dtypes.dequantise(name, self._read(name), self._read(scale))
+        return _finite(name, whole if parts == 1 else whole[_piece(len(whole), part, parts)].clone())
+
+    def load(self) -> Any:
+        if self._method == "compressed-tensors" and importlib.util.find_spec("compressed_tensors") is None:
+            return None
+        return _load(self.origin[0], self.config, {}, self._method)
+
+    def _stored(self, name: str) -> str:
+        with safe_open(self._where[name], "pt") as file:
+            stored: str = file.get_slice(name).get_dtype()
+        return stored
+
+    def _read(self, name: str, part: int = 0, parts: int = 1) -> torch.Tensor:
         path = self._where[name]
         try:
             with safe_open(path, "pt") as file:
                 if parts == 1:
-                    tensor = file.get_tensor(name).clone()
+                    tensor: torch.Tensor = file.get_tensor(name).clone()
                 else:
                     stored = file.get_slice(name)
                     tensor = stored[_piece(stored.get_shape()[0], part, parts)].clone()
         except (SafetensorError, OSError) as error:
             raise UnsupportedModelError(f"{path} is damaged or incomplete ({error}).") from None
-        return _finite(name, tensor)
-
-
-_TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64"} | {
-    "I32": "int32",
-    "I8": "int8",
-    "U8": "uint8",
-    "BOOL": "bool",
-}
+        return tensor
 
 
 class LoadedSource(Source):
@@ -100,10 +131,11 @@ class LoadedSource(Source):
 
     def __init__(self, name: str, **arguments: Any) -> None:
         self.origin = (name, arguments)
-        model = _load(name, _config(name, arguments), arguments)
-        self.config = _plain(model.config)
-        self.config.architectures = [type(model).__name__]
-        self._tensors: dict[str, torch.Tensor] = dict(model.state_dict(keep_vars=False))
+        config, method = _config(name, arguments)
+        self._model = _load(name, config, arguments, method)
+        self.config = _plain(copy.deepcopy(self._model.config))
+        self.config.architectures = [type(self._model).__name__]
+        self._tensors: dict[str, torch.Tensor] = dict(self._model.state_dict(keep_vars=False))
 
     def names(self) -> set[str]:
         return set(self._tensors)
@@ -118,17 +150,34 @@ class LoadedSource(Source):
         tensor = self._tensors[name]
         return _finite(name, tensor if parts == 1 else tensor[_piece(len(tensor), part, parts)])
 
+    def load(self) -> Any:
+        return self._model
 
-def open_source(model: str) -> Source:
-    """A directory, a .gguf file, or a hub id. Raises UnsupportedModelError."""
+    def whole(self) -> Source:
+        return self
+
+
+def open_source(model: str, merged: Path | None = None) -> Source:
+    """A directory, a .gguf file, or a hub id.
+
+    Args:
+        merged: the adapter that the caller merges; any other one beside the model is refused.
+
+    Raises:
+        UnsupportedModelError: it is not a model that can be read, or an adapter would be dropped.
+    """
     path, arguments = locate(model)
+    if merged is None or merged.resolve() != path.resolve():
+        refuse_adapter(path)
     return LoadedSource(str(path), **arguments) if arguments else SafetensorsSource(path)
 
 
 def load_whole(model: str) -> Any:
     """The unmodified model in float32, ready to run. Raises UnsupportedModelError."""
     path, arguments = locate(model)
-    return _load(str(path), _config(str(path), arguments), arguments).eval()
+    refuse_adapter(path)
+    config, method = _config(str(path), arguments)
+    return _load(str(path), config, arguments, method)
 
 
 def locate(model: str) -> tuple[Path, dict[str, Any]]:
@@ -145,7 +194,25 @@ def locate(model: str) -> tuple[Path, dict[str, Any]]:
     return path, {}
 
 
-def _model_class(config: transformers.PretrainedConfig) -> Any:
+def continues_text(config: transformers.PretrainedConfig) -> bool:
+    """Whether the class in which the model is stored is the one that Transformers gives for continuing text."""
+    mapping = transformers.AutoModelForCausalLM._model_mapping
+    if type(config) not in mapping:
+        return False
+    found = mapping[type(config)]
+    return model_class(config) in (found if isinstance(found, (list, tuple)) else (found,))
+
+
+def refuse_other_tasks(directory: Path) -> None:
+    """Raises BundleError if the bundle in `directory` is of a class that does not continue text."""
+    config = transformers.AutoConfig.from_pretrained(directory)
+    if not continues_text(config):
+        stored = " or ".join(config.architectures or [config.model_type])
+        raise BundleError(f"{directory} holds a {stored}, which does not continue text: use it from Python instead.")
+
+
+def model_class(config: transformers.PretrainedConfig) -> Any:
+    """The class in which the model is stored. Raises UnsupportedModelError."""
     for name in config.architectures or []:
         if hasattr(transformers, name):
             return getattr(transformers, name)
@@ -156,10 +223,30 @@ def _model_class(config: transformers.PretrainedConfig) -> Any:
     return mapping[type(config)]
 
 
-def _load(name: str, config: transformers.PretrainedConfig, arguments: dict[str, Any]) -> Any:
-    kind = _model_class(config)
+def _note_custom_code(name: str, config: transformers.PretrainedConfig) -> None:
+    """Say, or refuse, that a model whose checkpoint brings code of its own is read by Transformers' class instead."""
+    named = [str(n) for n in config.architectures or []]
+    code = getattr(config, "auto_map", None)
+    if named and not any(hasattr(transformers, n) for n in named):
+        if code:
+            raise UnsupportedModelError(f"{name} runs on code of its own ({named[0]}), which is never executed here.")
+        logger.warning("Transformers has no class %s: it is split as %s", named[0], model_class(config).__name__)
+    elif code:
+        logger.warning(
+            "the checkpoint names code of its own (auto_map), which is not executed: it is split as Transformers' %s",
+            model_class(config).__name__,
+        )
+
+
+def _load(name: str, config: transformers.PretrainedConfig, arguments: dict[str, Any], method: str | None) -> Any:
+    kind = model_class(config)
     try:
-        model, info = kind.from_pretrained(name, dtype=torch.float32, output_loading_info=True, **arguments)
+        if method == "fp8":  # where there is a GPU, Transformers would compute in fp8 on it
+            stored = transformers.AutoConfig.from_pretrained(name)
+            stored.quantization_config = {**_settings(stored.quantization_config), "dequantize": True}
+            arguments = {**arguments, "config": stored}
+        with _without_adapter(name) as where:
+            model, info = kind.from_pretrained(where, dtype=torch.float32, output_loading_info=True, **arguments)
     except ImportError as error:
         raise UnsupportedModelError(f"reading this model needs another package: {_first_line(error)}") from None
     except Exception as error:  # the readers of half a dozen formats raise whatever they do
@@ -167,7 +254,21 @@ def _load(name: str, config: transformers.PretrainedConfig, arguments: dict[str,
     # Transformers would fill these with random numbers and carry on.
     if missing := sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}):
         raise UnsupportedModelError(f"{name} lacks {missing[0]}, or has it in another shape; it is incomplete.")
-    return model
+    return model.eval()
+
+
+@contextmanager
+def _without_adapter(name: str) -> Iterator[str]:
+    """The directory `name` as it is without an adapter, which Transformers would add if PEFT is installed."""
+    directory = Path(name)
+    if not has_adapter(directory):
+        yield name
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        for path in directory.iterdir():
+            if path.name != ADAPTER_CONFIG:
+                (Path(scratch) / path.name).symlink_to(path.resolve())
+        yield scratch
 
 
 def _download(model: str) -> Path:
@@ -180,46 +281,32 @@ def _download(model: str) -> Path:
         raise UnsupportedModelError(f"cannot fetch {model} from the hub: {_first_line(error)}") from None
 
 
-def _config(name: str, arguments: dict[str, Any]) -> transformers.PretrainedConfig:
+def _config(name: str, arguments: dict[str, Any]) -> tuple[transformers.PretrainedConfig, str | None]:
+    """The configuration without any quantization, and the method of the quantization that it had."""
     try:
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False, **arguments)
     except Exception as error:  # Transformers raises whatever its parsers do
         raise UnsupportedModelError(f"{name} is not a model that Transformers knows: {_first_line(error)}") from None
-    method = getattr(config, "quantization_config", None)
-    method = method.get("quant_method") if isinstance(method, dict) else getattr(method, "quant_method", None)
-    if method is not None and "gguf_file" not in arguments:
-        raise UnsupportedModelError(f"{name} is already quantized ({method}); split the original weights.")
-    return _plain(config)
+    _note_custom_code(name, config)
+    method = None
+    if (quantization := getattr(config, "quantization_config", None)) is not None and "gguf_file" not in arguments:
+        settings = _settings(quantization)
+        method = settings["quant_method"]
+        if not dtypes.readable(settings):
+            raise UnsupportedModelError(f"{name} is already quantized ({method}); split the original weights.")
+    return _plain(config), method
+
+
+def _settings(quantization: Any) -> dict[str, Any]:
+    settings = dict(quantization if isinstance(quantization, dict) else quantization.to_dict())
+    method = settings.get("quant_method")
+    return settings | {"quant_method": str(getattr(method, "value", method))}
 
 
 def _plain(config: transformers.PretrainedConfig) -> transformers.PretrainedConfig:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config
-
-
-def _index(directory: Path) -> dict[str, Path]:
-    """Which file holds which tensor; every file that the index names must be there and open."""
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            files = {directory / str(name) for name in json.loads(index.read_text())["weight_map"].values()}
-        except (ValueError, KeyError, AttributeError, TypeError):
-            raise UnsupportedModelError(f"{index} is damaged.") from None
-    else:
-        files = set(directory.glob("*.safetensors"))
-    if not files:
-        raise UnsupportedModelError(f"{directory} holds no *.safetensors (pickled checkpoints are not read).")
-    where: dict[str, Path] = {}
-    for path in sorted(files):
-        if path.parent != directory or not path.is_file():
-            raise UnsupportedModelError(f"{path} is missing; the checkpoint is incomplete.")
-        try:
-            with safe_open(path, "pt") as file:
-                where.update((name, path) for name in file.keys())  # noqa: SIM118 - not a dict
-        except (SafetensorError, OSError) as error:
-            raise UnsupportedModelError(f"{path} is damaged or incomplete ({_first_line(error)}).") from None
-    return where
 
 
 def _piece(length: int, part: int, parts: int) -> slice:

@@ -15,19 +15,24 @@ import transformers
 
 from sliplm import bundle
 from sliplm.errors import SlipError, UnsupportedModelError
+from sliplm.split.adapter import Adapted
 from sliplm.split.again import WEIGHTS_FILE, FirstSplit, fingerprint, second_split, siblings
 from sliplm.split.base import FineTuned, divide, divide_anywhere
 from sliplm.split.blinding import Blinding, blind
 from sliplm.split.camouflage import trusted_rank
-from sliplm.split.groups import Group, Sum, blocks, find_groups, left_out, protected_tensors, size
+from sliplm.split.check import Checked, compare
+from sliplm.split.files import only_adapter
+from sliplm.split.groups import Group, Sum, blocks, find_groups, left_out, size
 from sliplm.split.layers import is_experts
 from sliplm.split.origin import advice, said_base
 from sliplm.split.planes import quantise
-from sliplm.split.source import LoadedSource, Source, fake_mode, open_source
+from sliplm.split.source import Source, continues_text, fake_mode, open_source
+from sliplm.split.tensors import Layout, differ, resolve
 
 logger = logging.getLogger(__name__)
-Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 GUARD = (torch.float32, (0,))
+WITHOUT_SLIPLM = "this is a bundle of sliplm: `import sliplm.trusted` before you load it"
+"""In a bundle's configuration in place of the weights' file: Transformers quotes it if it does not know the bundle."""
 PREPROCESSING = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -71,7 +76,8 @@ class Options:
 @dataclass(frozen=True)
 class Summary:
     """What a split did. Sizes in bytes; `digest` names the split (hex); `layers` counts matrices; `kept` names the
-    layers that hold weights and stay on the trusted side, embedding tables apart."""
+    layers that hold weights and stay on the trusted side, embedding tables apart; `checked` and `error` say how far the
+    protected model is from the original, see `split.check.Checked`."""
 
     digest: str
     groups: int
@@ -80,75 +86,91 @@ class Summary:
     edge_bytes: int
     trusted_bytes: int
     kept: list[str]
+    checked: str
+    error: float | None
 
 
 def split(
-    model: str, out: Path, options: Options | None = None, progress: Callable[[int, int], None] | None = None
+    model: str,
+    out: Path,
+    options: Options | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    adapter: Path | None = None,
+    name: str | None = None,
+    check: bool = True,
 ) -> Summary:
     """Split `model` (directory, .gguf file or hub id) into out/edge and out/trusted.
 
-    Memory: a few times the largest group of matrices, for a checkpoint of safetensors.
+    Memory: a few times the largest group of matrices, for a checkpoint of safetensors. The check after it takes the
+    original in float32 where there is room for that, see `split.check`.
 
     Args:
         progress: called with (weights done, weights in all).
+        adapter: a LoRA adapter to merge into the model first. `model` may be one itself, of the model `options.base`.
+        name: what the model is called where it is served; by default as its directory or file.
+        check: compare the protected model with the original before it takes its place; off for benchmarks.
 
     Raises:
         UnsupportedModelError: the model cannot be read, or layers of it cannot be protected.
-        BundleError: `out` exists or cannot be written.
+        BundleError: `out` exists or cannot be written, or the protected model is not the original.
     """
     options = options or Options()
-    source = open_source(model)
+    name = _name(model, name)
+    if adapter is None and options.base is not None and only_adapter(Path(model).expanduser()):
+        adapter, model = Path(model).expanduser(), options.base
+    source = open_source(model, adapter)
     with fake_mode():
         skeleton = source.skeleton()
         groups = find_groups(skeleton, rank=options.rank)
         kept = left_out(skeleton, groups)
         tied = dict(getattr(skeleton, "all_tied_weights_keys", {}))
-        plain = _plain_tensors(skeleton, groups, tied)
         routed = any(is_experts(module) for module in skeleton.modules())
     if routed:
         logger.warning("this model routes tokens to experts: the edge sees how many tokens each expert gets")
-    needed = [*plain, *protected_tensors(groups)]
-    stored = _stored_names(needed, tied, source.names())
+    if not continues_text(source.config):
+        logger.warning(
+            "%s does not continue text: `slip trusted` will not serve it, Python will (docs/models.md)",
+            type(skeleton).__name__,
+        )
+    plain, stored = resolve(skeleton, groups, tied, source)
     if missing := set(stored.values()) - source.names():
         # Transformers renames or fuses tensors of this architecture while loading; let it.
         logger.info("loading the whole model: its checkpoint names %d tensors differently", len(missing))
-        source = LoadedSource(source.origin[0])
-        stored = _stored_names(needed, tied, source.names())
+        source = source.whole()
+        plain, stored = resolve(skeleton, groups, tied, source)
         if missing := set(stored.values()) - source.names():
             raise UnsupportedModelError(f"the checkpoint lacks the weight {min(missing)}.")
-    if options.base is None and (said := said_base(Path(source.origin[0]))):
+    if adapter is not None:
+        source = adapted = Adapted(source, adapter, tied)
+        if options.base is not None:
+            for sentence in adapted.exceeding(groups, options.rank, options.camouflage):
+                logger.warning(sentence)
+    elif options.base is None and (said := said_base(Path(source.origin[0]))):
         logger.warning("%s", advice(said))
+    tied = {target: origin for target, origin in tied.items() if not differ(source, target, origin)}
+    plain, stored = resolve(skeleton, groups, tied, source)
     if options.base is not None:
-        source = FineTuned(source, options.base, {stored[m.weight] for group in groups for m in group})
+        weights = {stored[m.weight] for group in groups for m in group}
+        source = FineTuned(source, options.base, weights, set(stored.values()) - weights)
     first = FirstSplit(options.again, groups, options.rank, options.camouflage) if options.again else None
     with bundle.new_directory(out) as partial:
         (partial / "edge").mkdir()
         (partial / "trusted").mkdir(mode=0o700)
-        digest = _write(partial, source, groups, plain, stored, options, skeleton, first, progress)
+        digest = _write(partial, source, groups, plain, stored, options, skeleton, name, first, progress)
+        checked = compare(source, groups, stored, partial / "trusted", options.planes) if check else Checked("", None)
         edge, trusted = (sum(f.stat().st_size for f in (partial / side).iterdir()) for side in ("edge", "trusted"))
     members = [m for group in groups for m in group]
-    weights = sum(m.rows * m.columns for m in members)
-    return Summary(digest, len(groups), len(members), weights, edge, trusted, kept)
+    protected = sum(m.rows * m.columns for m in members)
+    return Summary(digest, len(groups), len(members), protected, edge, trusted, kept, checked.what, checked.error)
 
 
-def _plain_tensors(skeleton: transformers.PreTrainedModel, groups: list[Group], tied: dict[str, str]) -> Layout:
-    """Tensors that stay as they are: name -> dtype, shape. Of tied ones, those that the others are made from."""
-    protected = protected_tensors(groups)
-    owners = {name.rpartition(".")[0] for name in protected}
-    layers = {skeleton.get_submodule(name) for name in owners}
-    for name, module in skeleton.named_modules(remove_duplicate=False):
-        if module in layers and name not in owners:
-            raise UnsupportedModelError(f"{name} ({type(module).__name__}) is a layer that has another name, too.")
-    return {
-        name: (tensor.dtype, tuple(tensor.shape))
-        for name, tensor in skeleton.state_dict().items()
-        if name not in protected and (name not in tied or tied[name] in protected)
-    }
-
-
-def _stored_names(names: list[str], tied: dict[str, str], stored: set[str]) -> dict[str, str]:
-    """Where the checkpoint has each tensor: a tied one may be there under its own name or under the other."""
-    return {name: tied[name] if tied.get(name) in stored else name for name in names}
+def _name(model: str, name: str | None) -> str:
+    if name is not None and not name.strip():
+        raise SlipError("the model's name must not be empty.")
+    path = Path(model).expanduser()
+    own = path.stem if path.suffix == ".gguf" else path.resolve().name
+    return name or own or "model"
 
 
 def _write(
@@ -159,12 +181,16 @@ def _write(
     stored: dict[str, str],
     options: Options,
     skeleton: transformers.PreTrainedModel,
+    name: str,
     first: FirstSplit | None,
     progress: Callable[[int, int], None] | None,
 ) -> str:
     edge, trusted = directory / "edge", directory / "trusted"
     shapes = [(options.planes * rows, columns) for rows, columns in map(size, groups)]
-    layout: Layout = {name: (source.dtype(stored[name]), shape) for name, (_, shape) in plain.items()}
+    for key in sorted(m.weight for group in groups for m in group):
+        if not source.dtype(stored[key]).is_floating_point:
+            raise UnsupportedModelError(f"the weight {key} is stored as {source.dtype(stored[key])}, an integer type.")
+    layout: Layout = {key: (source.dtype(stored[key]), shape) for key, (_, shape) in plain.items()}
     layout[guard(groups)] = GUARD
     for group in groups:
         layout |= group_layout(group, options)
@@ -176,9 +202,9 @@ def _write(
     ]
     q_file, trusted_file = files
     try:
-        for name, (_, shape) in plain.items():
-            _check_shape(name, source.shape(stored[name]), shape)
-            trusted_file.write(name, source.read(stored[name]))
+        for key, (_, shape) in plain.items():
+            _check_shape(key, source.shape(stored[key]), shape)
+            trusted_file.write(key, source.read(stored[key]))
         trusted_file.write(guard(groups), torch.empty(GUARD[1], dtype=GUARD[0]))
         weights = []
         for number, group in enumerate(groups):
@@ -187,11 +213,11 @@ def _write(
                 logger.warning("%s", second_split(others[0]))
             if first:
                 first.check_weights(number, group[0].name, weights[-1])
-            for name, tensor in split_group(source, group, stored, options, first, number):
-                if name == "q":
+            for key, tensor in split_group(source, group, stored, options, first, number):
+                if key == "q":
                     q_file.write(str(number), tensor)
                 else:
-                    trusted_file.write(name, tensor)
+                    trusted_file.write(key, tensor)
             done += sum(m.rows * m.columns for m in group)
             if progress:
                 progress(done, total)
@@ -203,7 +229,7 @@ def _write(
     # A copy, not a link: whoever handles the edge bundle must have no hand in the trusted one.
     shutil.copyfile(edge / bundle.Q_FILE, trusted / bundle.Q_FILE)
     bundle.write_json(trusted / WEIGHTS_FILE, weights)
-    _write_checkpoint_files(trusted, source, groups, options, skeleton)
+    _write_checkpoint_files(trusted, source, groups, options, skeleton, name)
     bundle.write_trusted_manifest(trusted, digest)
     for path in trusted.iterdir():
         path.chmod(0o600)  # the directory is private; so is each file, should it be moved
@@ -258,7 +284,8 @@ def split_group(
         weight = m.matrix(source.read(where, m.part, m.parts).float())
         public, eps = None, 0.0
         if isinstance(source, FineTuned):
-            public = m.matrix(source.public(where, m.part, m.parts).float())
+            base = source.public(where, m.part, m.parts)
+            public = None if base is None else m.matrix(base.float())
             eps = torch.finfo(source.dtype(where)).eps
         factors = first.factors(m.name) if first else None
         a, b, rest[rows, columns] = (
@@ -300,13 +327,21 @@ def _check_shape(name: str, actual: tuple[int, ...], expected: tuple[int, ...]) 
 
 
 def _write_checkpoint_files(
-    trusted: Path, source: Source, groups: list[Group], options: Options, skeleton: transformers.PreTrainedModel
+    trusted: Path,
+    source: Source,
+    groups: list[Group],
+    options: Options,
+    skeleton: transformers.PreTrainedModel,
+    name: str,
 ) -> None:
     """Make `trusted` a checkpoint that `from_pretrained` loads: configuration, generation settings, tokenizer."""
     config = source.config
     config.dtype = torch.float32  # results equal those of the float32 original
+    config.architectures = [type(skeleton).__name__]
+    config.transformers_weights = WITHOUT_SLIPLM
     config.quantization_config = {
         "quant_method": "slip",
+        "name": name,
         "planes": options.planes,
         "rank": options.rank,
         "blinding": options.blinding,
@@ -314,19 +349,20 @@ def _write_checkpoint_files(
         "groups": [[m.name for m in group] for group in groups],
         "sums": [number for number, group in enumerate(groups) if isinstance(group, Sum)],
     }
-    name, arguments = source.origin
+    origin, _ = source.origin
     config.save_pretrained(trusted)
     if skeleton.can_generate():
         try:
-            generation = transformers.GenerationConfig.from_pretrained(name)
+            generation = transformers.GenerationConfig.from_pretrained(origin)
         except OSError:
             generation = transformers.GenerationConfig.from_model_config(config)
         generation.save_pretrained(trusted)
     for file in PREPROCESSING:
-        if (path := Path(name) / file).is_file():
+        if (path := Path(origin) / file).is_file():
             shutil.copyfile(path, trusted / file)
+    where, arguments = source.tokenizer or source.origin
     try:
-        transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False, **arguments).save_pretrained(trusted)
+        transformers.AutoTokenizer.from_pretrained(where, trust_remote_code=False, **arguments).save_pretrained(trusted)
     except (OSError, ValueError, KeyError, ImportError) as error:
         level = logging.WARNING if skeleton.main_input_name == "input_ids" else logging.DEBUG
         logger.log(level, "the model has no tokenizer that Transformers can load (%s)", str(error).splitlines()[0])

@@ -20,6 +20,7 @@ from sliplm import bundle
 from sliplm.errors import LinkError, SlipError, VerificationError, locate
 from sliplm.protocol.link import Field, Link
 from sliplm.protocol.messages import MAX_TOKENS, Chunk, GenerateRequest, RequestError, TooLongError
+from sliplm.split.source import refuse_other_tasks
 from sliplm.trusted.constraint import Constraint, Grammars
 from sliplm.trusted.logprobs import Logprobs, Scored, Scores
 from sliplm.trusted.naming import model_name
@@ -61,6 +62,7 @@ class Engine:
         path = Path(directory)
         self._name = model_name(path, name)
         bundle.open_trusted(path)
+        refuse_other_tasks(path)
         self.model: Any = transformers.AutoModelForCausalLM.from_pretrained(path).eval()
         self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(path)
         self.model.slip.pool.resize(pool_depth)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -21,15 +21,16 @@ from sliplm.errors import BundleError
 from sliplm.protocol.link import InProcessLink
 from sliplm.split.groups import Group, Sum, protected_tensors, size
 from sliplm.split.layers import members
-from sliplm.split.split import Layout, Options, group_layout, guard
+from sliplm.split.split import Options, group_layout, guard
+from sliplm.split.tensors import Layout
 from sliplm.trusted.install import bind, install
 from sliplm.trusted.runtime import Runtime
 
 
 @register_quantization_config("slip")
 class SlipConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """`quantization_config` of a trusted bundle: how it was split, the names of each group's members, and the numbers
-    of the groups that are sums."""
+    """`quantization_config` of a trusted bundle: how it was split, the names of each group's members, the numbers of
+    the groups that are sums, and what the model is called."""
 
     def __init__(
         self,
@@ -39,11 +40,12 @@ class SlipConfig(QuantizationConfigMixin):  # type: ignore[misc]
         camouflage: bool,
         groups: list[list[str]],
         sums: Sequence[int] = (),
+        name: str = "",
         **_: Any,
     ) -> None:
         self.quant_method = "slip"  # type: ignore[assignment] # theirs are an enumeration
         self.planes, self.rank, self.blinding, self.camouflage = planes, rank, blinding, camouflage
-        self.groups, self.sums = groups, list(sums)
+        self.groups, self.sums, self.name = groups, list(sums), name
 
     def members(self, model: nn.Module) -> list[Group]:
         """The groups, their members as they are in `model`. Raises KeyError with the name of one that is not."""
@@ -67,6 +69,12 @@ class SlipQuantizer(HfQuantizer):  # type: ignore[misc]
     quantization_config: SlipConfig
     requires_calibration = True
 
+    def update_attn_implementation(self, config: PretrainedConfig) -> PretrainedConfig:
+        """As it is, but that the weights' file has its usual name: what a bundle says in its place is for those who do
+        not have this quantizer. (Of the hooks that are given the configuration, the one before files are sought.)"""
+        config.transformers_weights = None
+        return config
+
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return torch.float32 if dtype is None else dtype
 
@@ -80,9 +88,8 @@ class SlipQuantizer(HfQuantizer):  # type: ignore[misc]
         try:
             self._groups = self.quantization_config.members(model)
         except KeyError as error:
-            classes = " or ".join(model.config.architectures or ["another class"])
             raise BundleError(
-                f"{type(model).__name__} has no layer {error}, which the bundle protects; load it as {classes}."
+                f"{type(model).__name__} has no layer {error}, which the bundle protects; {_load_it_as(model)}."
             ) from None
         options = self.quantization_config.options
         layout = {name: entry for group in self._groups for name, entry in group_layout(group, options).items()}
@@ -98,6 +105,7 @@ class SlipQuantizer(HfQuantizer):  # type: ignore[misc]
         for target, origin in list(model.all_tied_weights_keys.items()):
             if target in gone or origin in gone:
                 del model.all_tied_weights_keys[target]
+        _check_complete(self._directory / "model.safetensors", model)
 
     def update_weight_conversions(self, weight_conversions: Any, model: Any) -> list[Any]:
         """None: a bundle's tensors have the names that they have in the model."""
@@ -131,3 +139,21 @@ def _check_layout(file: Path, layout: Layout) -> None:
         for name, (_, shape) in layout.items():
             if name not in stored or tuple(tensors.get_slice(name).get_shape()) != shape:
                 raise BundleError(f"{file.parent} was split by another version of this software: split again.")
+
+
+def _check_complete(file: Path, model: PreTrainedModel) -> None:
+    """Raises BundleError if `model` has tensors that the bundle lacks: Transformers would make them up."""
+    with safe_open(file, "pt") as tensors:
+        stored = set(tensors.keys())
+    tied = model.all_tied_weights_keys
+    known = stored | {name for pair in tied.items() for name in pair if stored & set(pair)}
+    optional = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
+    missing = {name for name in model.state_dict() if name not in known and not any(p.search(name) for p in optional)}
+    if missing:
+        raise BundleError(
+            f"{type(model).__name__} needs {min(missing)}, which the bundle does not hold; {_load_it_as(model)}."
+        )
+
+
+def _load_it_as(model: PreTrainedModel) -> str:
+    return f"load it as {' or '.join(model.config.architectures or ['another class'])}"

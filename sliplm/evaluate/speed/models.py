@@ -59,5 +59,5 @@ def protect(
     protecting, so random ones are: that saves minutes and changes no time either. Raises SlipError."""
     directory = keep / f"{Path(name).name}-planes{planes}-rank{rank}"
     if not (directory / "trusted" / MANIFEST).exists():
-        split(source, directory, Options(rank, planes, leading=name not in SHAPES), progress)
+        split(source, directory, Options(rank, planes, leading=name not in SHAPES), progress, check=False)
     return directory
