@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from sliplm.split.groups import Group, Sum, blocks, find_groups, left_out, prote
 from sliplm.split.layers import is_experts
 from sliplm.split.planes import quantise
 from sliplm.split.source import LoadedSource, Source, fake_mode, open_source
+from sliplm.split.tokenizer import read_generation, read_tokenizer, save
 
 logger = logging.getLogger(__name__)
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -93,6 +94,7 @@ def split(
         BundleError: `out` exists or cannot be written.
     """
     options = options or Options()
+    tokenizer, generation = read_tokenizer(model), read_generation(model)  # before anything that takes long
     source = open_source(model)
     with fake_mode():
         skeleton = source.skeleton()
@@ -117,7 +119,7 @@ def split(
     with bundle.new_directory(out) as partial:
         (partial / "edge").mkdir()
         (partial / "trusted").mkdir(mode=0o700)
-        digest = _write(partial, source, groups, plain, stored, options, skeleton, progress)
+        digest = _write(partial, source, groups, plain, stored, options, skeleton, tokenizer, generation, progress)
         edge, trusted = (sum(f.stat().st_size for f in (partial / side).iterdir()) for side in ("edge", "trusted"))
     members = [m for group in groups for m in group]
     weights = sum(m.rows * m.columns for m in members)
@@ -152,6 +154,8 @@ def _write(
     stored: dict[str, str],
     options: Options,
     skeleton: transformers.PreTrainedModel,
+    tokenizer: Any,
+    generation: transformers.GenerationConfig | None,
     progress: Callable[[int, int], None] | None,
 ) -> str:
     edge, trusted = directory / "edge", directory / "trusted"
@@ -188,7 +192,7 @@ def _write(
             file.abort()
     # A copy, not a link: whoever handles the edge bundle must have no hand in the trusted one.
     shutil.copyfile(edge / bundle.Q_FILE, trusted / bundle.Q_FILE)
-    _write_checkpoint_files(trusted, source, groups, options, skeleton)
+    _write_checkpoint_files(trusted, source, groups, options, skeleton, tokenizer, generation)
     bundle.write_trusted_manifest(trusted, digest)
     for path in trusted.iterdir():
         path.chmod(0o600)  # the directory is private; so is each file, should it be moved
@@ -275,7 +279,13 @@ def _check_shape(name: str, actual: tuple[int, ...], expected: tuple[int, ...]) 
 
 
 def _write_checkpoint_files(
-    trusted: Path, source: Source, groups: list[Group], options: Options, skeleton: transformers.PreTrainedModel
+    trusted: Path,
+    source: Source,
+    groups: list[Group],
+    options: Options,
+    skeleton: transformers.PreTrainedModel,
+    tokenizer: Any,
+    generation: transformers.GenerationConfig | None,
 ) -> None:
     """Make `trusted` a checkpoint that `from_pretrained` loads: configuration, generation settings, tokenizer."""
     config = source.config
@@ -289,19 +299,13 @@ def _write_checkpoint_files(
         "groups": [[m.name for m in group] for group in groups],
         "sums": [number for number, group in enumerate(groups) if isinstance(group, Sum)],
     }
-    name, arguments = source.origin
     config.save_pretrained(trusted)
     if skeleton.can_generate():
-        try:
-            generation = transformers.GenerationConfig.from_pretrained(name)
-        except OSError:
-            generation = transformers.GenerationConfig.from_model_config(config)
-        generation.save_pretrained(trusted)
+        save(trusted, generation or transformers.GenerationConfig.from_model_config(config))
     for file in PREPROCESSING:
-        if (path := Path(name) / file).is_file():
+        if (path := Path(source.origin[0]) / file).is_file():
             shutil.copyfile(path, trusted / file)
-    try:
-        transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False, **arguments).save_pretrained(trusted)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        level = logging.WARNING if skeleton.main_input_name == "input_ids" else logging.DEBUG
-        logger.log(level, "the model has no tokenizer that Transformers can load (%s)", str(error).splitlines()[0])
+    if tokenizer is not None:
+        save(trusted, tokenizer)
+    elif skeleton.main_input_name == "input_ids":
+        logger.warning("the model has no tokenizer, so `slip trusted` cannot serve it")
