@@ -106,7 +106,7 @@ def test_chat(client, backend):
         and choice["finish_reason"] == "stop"
     )
     assert answer["usage"] == {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
-    assert backend.asked == [GenerateRequest(messages=[Message("user", "hello")], max_tokens=9, temperature=1.0)]
+    assert backend.asked == [GenerateRequest(messages=[Message("user", "hello")], max_tokens=9, temperature=None)]
 
 
 def test_completion(client, backend):

@@ -123,12 +123,12 @@ def test_a_lie_counts_after_the_reader_has_gone(engine: Engine, honest: int) -> 
 
 def test_a_lie_counts_behind_a_stop_text(engine: Engine) -> None:
     link = engine.model.slip.default_link
-    two = "".join(c.text for c in engine.generate(request(prompt="abc", max_tokens=2), link))
+    two = "".join(c.text for c in engine.generate(request(prompt="xyz", max_tokens=2), link))
     assert two
     link = Lying(link, 9 * 2)
     link.go.set()
     with pytest.raises(VerificationError):
-        for chunk in engine.generate(request(prompt="abc", max_tokens=40, stop=[two]), link):
+        for chunk in engine.generate(request(prompt="xyz", max_tokens=40, stop=[two]), link):
             assert chunk.finish_reason is None
             if chunk.completion_tokens == 1:
                 assert link.asked.wait(10)  # ahead of the reader, who is to stop at the second token

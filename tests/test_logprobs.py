@@ -11,7 +11,8 @@ import torch
 import transformers
 
 from sliplm.protocol.messages import Chunk, GenerateRequest, RequestError, decode_chunk, decode_request, encode
-from sliplm.trusted.engine import Engine, _sampling
+from sliplm.trusted.decoding import Decoding
+from sliplm.trusted.engine import Engine
 from sliplm.trusted.logprobs import NEGLIGIBLE, Logprobs, Scores
 
 
@@ -59,12 +60,10 @@ def test_each_comes_with_its_text(engine: Engine) -> None:
 
 def test_held_back_until_the_text_is_sent() -> None:
     class Letters:
-        all_special_ids = (0,)
-
         def decode(self, ids: list[int]) -> str:
             return "".join("\ufffd" if i > 99 else chr(96 + i) for i in ids)
 
-    waiting = Logprobs(Letters(), 1)
+    waiting = Logprobs(Letters(), 1, silent={0})
     scored = (-0.5, [(2, -0.5)])
     waiting.push(2, scored, 1)  # "b"
     waiting.push(100, scored, 1)  # half of a character
@@ -93,10 +92,11 @@ def test_the_owner_has_to_allow_them(tiny_split: Path) -> None:
 
 def test_penalties_lower_what_was_said(engine: Engine) -> None:
     request = GenerateRequest(prompt="x", frequency_penalty=0.5, presence_penalty=1.0)
-    (penalise,) = _sampling(request, prompt_tokens=2)
+    decoding = Decoding(transformers.GenerationConfig(), ends=[], vocabulary=5)
+    (penalise,) = decoding.processors(request, prompt_tokens=2)
     ids = torch.tensor([[3, 3, 1, 1, 2]])  # the first two are the prompt's
     assert penalise(ids, torch.zeros(1, 5)).tolist() == [[0.0, -2.0, -1.5, 0.0, 0.0]]
-    assert not _sampling(GenerateRequest(prompt="x"), 2)
+    assert not decoding.processors(GenerateRequest(prompt="x"), 2)
 
     def repeats(**what: Any) -> int:
         entries = [e.token for c in ask(engine, max_tokens=60, logprobs=0, **what) for e in c.logprobs]

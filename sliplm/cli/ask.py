@@ -17,7 +17,7 @@ def generate(
     raw: Annotated[bool, typer.Option(help="Continue the text as it stands, without the chat template.")] = False,
     max_tokens: Annotated[int, typer.Option(min=1)] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, max=2.0, help="0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option()] = 1.0,
+    top_p: Annotated[float | None, typer.Option()] = None,
     seed: Annotated[int | None, typer.Option()] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End at this text; may be given more than once.")] = None,
     api_key: ApiKey = None,
@@ -26,9 +26,8 @@ def generate(
     """Ask through an edge's API and stream the answer."""
     from sliplm.edge.client import stream
 
-    body: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "stop": stop or []}
-    if seed is not None:
-        body["seed"] = seed
+    body: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "stop": stop or []}
+    body |= {k: v for k, v in {"top_p": top_p, "seed": seed}.items() if v is not None}
     text, last = "", None
     for event in stream(api, prompt, body, raw, read_api_key(api_key)):
         text += event.text

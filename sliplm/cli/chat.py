@@ -78,7 +78,7 @@ def chat(
     system: Annotated[str, typer.Option(help="Instructions to the model.")] = "",
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")] = 512,
     temperature: Annotated[float, typer.Option(min=0.0, max=2.0, help="0 is greedy.")] = 0.7,
-    top_p: Annotated[float, typer.Option()] = 1.0,
+    top_p: Annotated[float | None, typer.Option()] = None,
     seed: Annotated[int | None, typer.Option()] = None,
     api_key: ApiKey = None,
 ) -> None:
@@ -86,9 +86,8 @@ def chat(
     from sliplm.edge.client import model
 
     key = read_api_key(api_key)
-    options = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
-    if seed is not None:
-        options["seed"] = seed
+    options: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature}
+    options |= {k: v for k, v in {"top_p": top_p, "seed": seed}.items() if v is not None}
     name = model(api, key)
     conversation = Conversation(api, key, options, system)
     by_hand = sys.stdin.isatty() and sys.stdout.isatty()

@@ -60,7 +60,7 @@ def trusted(
     from sliplm.registry import Limits
     from sliplm.trusted.engine import Engine
     from sliplm.trusted.monitor import Monitor, sample
-    from sliplm.trusted.rules import compose
+    from sliplm.trusted.rules import SystemPrompt, compose
     from sliplm.trusted.server import TrustedServer
 
     quiet_transformers()
@@ -70,6 +70,8 @@ def trusted(
     monitor_address = parse_address(metrics) if metrics else None
     chosen = compose(rules, system_prompt)
     engine = Engine(bundle, pads, allow_logprobs, name)
+    if isinstance(chosen, SystemPrompt):
+        engine.rehearse(chosen.text)
     limits = Limits(concurrent, tokens_per_minute, daily_tokens)
     server = TrustedServer(
         engine,

@@ -94,7 +94,8 @@ class GenerateRequest(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=
     """What to generate. Exactly one of `prompt` (plain text) and `messages` (a chat) is given.
 
     `temperature` 0 is greedy; others are 0.01 or more, because logits are divided by it. `top_k` 0 and `top_p` 1
-    switch these filters off; `stop` lists texts that end the generation and are not part of it. The penalties lower
+    switch these filters off. None for one of the three is what the model's own generation settings say, and without
+    them 1, 1 and 0. `stop` lists texts that end the generation and are not part of it. The penalties lower
     the logits of tokens that the answer has already, per occurrence and once. `logprobs` asks for the
     log-probability of every token and for those of so many most likely ones.
 
@@ -106,9 +107,9 @@ class GenerateRequest(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=
     prompt: str | None = None
     messages: list[Message] | None = None
     max_tokens: Annotated[int, Meta(ge=1, le=MAX_TOKENS)] = 256
-    temperature: Annotated[float, Meta(ge=0, le=2)] = 0.0
-    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
-    top_k: Annotated[int, Meta(ge=0, le=1 << 20)] = 0
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = 0.0
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Meta(ge=0, le=1 << 20)] | None = None
     seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)] | None = None
     stop: Annotated[list[StopText], Meta(max_length=16)] = msgspec.field(default_factory=list)
     frequency_penalty: Penalty = 0.0
@@ -124,7 +125,7 @@ class GenerateRequest(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=
             raise ValueError("give either a prompt or messages, and not both")
         if self.messages is not None and not self.messages:
             raise ValueError("messages is empty")
-        if 0 < self.temperature < 0.01:
+        if self.temperature is not None and 0 < self.temperature < 0.01:
             raise ValueError("temperature is 0 (greedy) or at least 0.01")
         names = [tool.name for tool in self.tools]
         if len(set(names)) < len(names):

@@ -50,8 +50,6 @@ class Adapted(Source):
 
     def __init__(self, base: Source, adapter: Path, tied: Mapping[str, str]) -> None:
         self.config, self.origin = base.config, base.origin
-        if (adapter / "tokenizer_config.json").is_file():  # with the chat template that it was trained on
-            self.tokenizer = (str(adapter), {})
         self._base = base
         own = base.names()
         self._at = {name: name for name in own} | {t: s for t, s in tied.items() if t not in own and s in own}

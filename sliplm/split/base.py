@@ -35,7 +35,7 @@ class FineTuned(Source):
     """
 
     def __init__(self, tuned: Source, public: str, weights: Iterable[str], others: Iterable[str]) -> None:
-        self.config, self.origin, self.tokenizer = tuned.config, tuned.origin, tuned.tokenizer
+        self.config, self.origin = tuned.config, tuned.origin
         self._tuned = tuned
         self._base = open_source(public)
         weights = sorted(set(weights))

@@ -30,12 +30,10 @@ class Source(ABC):
     Attributes:
         config: its Transformers configuration, without any quantization.
         origin: what `from_pretrained` takes: (path or id, extra arguments).
-        tokenizer: the same for `AutoTokenizer.from_pretrained`, if it is elsewhere.
     """
 
     config: transformers.PretrainedConfig
     origin: tuple[str, dict[str, Any]]
-    tokenizer: tuple[str, dict[str, Any]] | None = None
 
     def skeleton(self) -> transformers.PreTrainedModel:
         """The model with fake tensors: shapes and code, no memory. Call, and use the result, under `fake_mode()`."""

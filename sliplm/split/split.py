@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from sliplm.split.origin import advice, said_base
 from sliplm.split.planes import quantise
 from sliplm.split.source import Source, continues_text, fake_mode, open_source
 from sliplm.split.tensors import Layout, differ, resolve
+from sliplm.split.tokenizer import read_generation, read_tokenizer, save
 
 logger = logging.getLogger(__name__)
 GUARD = (torch.float32, (0,))
@@ -71,6 +72,14 @@ class Options:
             raise SlipError("the rank must be at least 1.")
         if self.planes not in (1, 2):
             raise SlipError("planes must be 1 or 2.")
+
+
+class Texts(NamedTuple):
+    """What a model that reads and writes text is served with: its name, tokenizer and generation settings."""
+
+    name: str
+    tokenizer: Any
+    generation: transformers.GenerationConfig | None
 
 
 @dataclass(frozen=True)
@@ -119,6 +128,9 @@ def split(
     name = _name(model, name)
     if adapter is None and options.base is not None and only_adapter(Path(model).expanduser()):
         adapter, model = Path(model).expanduser(), options.base
+    # Before anything that takes long; an adapter's own tokenizer has the chat template that it was trained on.
+    tuned = adapter is not None and (adapter / "tokenizer_config.json").is_file()
+    tokenizer, generation = read_tokenizer(str(adapter) if tuned else model), read_generation(model)
     source = open_source(model, adapter)
     with fake_mode():
         skeleton = source.skeleton()
@@ -157,7 +169,8 @@ def split(
     with bundle.new_directory(out) as partial:
         (partial / "edge").mkdir()
         (partial / "trusted").mkdir(mode=0o700)
-        digest = _write(partial, source, groups, plain, stored, options, skeleton, name, first, progress)
+        texts = Texts(name, tokenizer, generation)
+        digest = _write(partial, source, groups, plain, stored, options, skeleton, texts, first, progress)
         checked = compare(source, groups, stored, partial / "trusted", options.planes) if check else Checked("", None)
         edge, trusted = (sum(f.stat().st_size for f in (partial / side).iterdir()) for side in ("edge", "trusted"))
     members = [m for group in groups for m in group]
@@ -181,7 +194,7 @@ def _write(
     stored: dict[str, str],
     options: Options,
     skeleton: transformers.PreTrainedModel,
-    name: str,
+    texts: Texts,
     first: FirstSplit | None,
     progress: Callable[[int, int], None] | None,
 ) -> str:
@@ -229,7 +242,7 @@ def _write(
     # A copy, not a link: whoever handles the edge bundle must have no hand in the trusted one.
     shutil.copyfile(edge / bundle.Q_FILE, trusted / bundle.Q_FILE)
     bundle.write_json(trusted / WEIGHTS_FILE, weights)
-    _write_checkpoint_files(trusted, source, groups, options, skeleton, name)
+    _write_checkpoint_files(trusted, source, groups, options, skeleton, texts)
     bundle.write_trusted_manifest(trusted, digest)
     for path in trusted.iterdir():
         path.chmod(0o600)  # the directory is private; so is each file, should it be moved
@@ -332,7 +345,7 @@ def _write_checkpoint_files(
     groups: list[Group],
     options: Options,
     skeleton: transformers.PreTrainedModel,
-    name: str,
+    texts: Texts,
 ) -> None:
     """Make `trusted` a checkpoint that `from_pretrained` loads: configuration, generation settings, tokenizer."""
     config = source.config
@@ -341,7 +354,7 @@ def _write_checkpoint_files(
     config.transformers_weights = WITHOUT_SLIPLM
     config.quantization_config = {
         "quant_method": "slip",
-        "name": name,
+        "name": texts.name,
         "planes": options.planes,
         "rank": options.rank,
         "blinding": options.blinding,
@@ -349,20 +362,13 @@ def _write_checkpoint_files(
         "groups": [[m.name for m in group] for group in groups],
         "sums": [number for number, group in enumerate(groups) if isinstance(group, Sum)],
     }
-    origin, _ = source.origin
     config.save_pretrained(trusted)
     if skeleton.can_generate():
-        try:
-            generation = transformers.GenerationConfig.from_pretrained(origin)
-        except OSError:
-            generation = transformers.GenerationConfig.from_model_config(config)
-        generation.save_pretrained(trusted)
+        save(trusted, texts.generation or transformers.GenerationConfig.from_model_config(config))
     for file in PREPROCESSING:
-        if (path := Path(origin) / file).is_file():
+        if (path := Path(source.origin[0]) / file).is_file():
             shutil.copyfile(path, trusted / file)
-    where, arguments = source.tokenizer or source.origin
-    try:
-        transformers.AutoTokenizer.from_pretrained(where, trust_remote_code=False, **arguments).save_pretrained(trusted)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        level = logging.WARNING if skeleton.main_input_name == "input_ids" else logging.DEBUG
-        logger.log(level, "the model has no tokenizer that Transformers can load (%s)", str(error).splitlines()[0])
+    if texts.tokenizer is not None:
+        save(trusted, texts.tokenizer)
+    elif skeleton.main_input_name == "input_ids":
+        logger.warning("the model has no tokenizer, so `slip trusted` cannot serve it")

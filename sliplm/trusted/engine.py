@@ -9,22 +9,26 @@ import threading
 from collections.abc import Callable, Generator, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import jinja2
 import torch
 import transformers
 from transformers.generation.streamers import BaseStreamer
 
 from sliplm import bundle
-from sliplm.errors import LinkError, SlipError, VerificationError, locate
+from sliplm.errors import BundleError, LinkError, SlipError, VerificationError, locate
 from sliplm.protocol.link import Field, Link
-from sliplm.protocol.messages import MAX_TOKENS, Chunk, GenerateRequest, RequestError, TooLongError
+from sliplm.protocol.messages import MAX_TOKENS, Chunk, GenerateRequest, Message, RequestError, TooLongError
 from sliplm.split.source import refuse_other_tasks
+from sliplm.split.tokenizer import has_tokenizer
 from sliplm.trusted.constraint import Constraint, Grammars
+from sliplm.trusted.decoding import Decoding
+from sliplm.trusted.detokenise import UNFINISHED, Text, special_tokens
 from sliplm.trusted.logprobs import Logprobs, Scored, Scores
 from sliplm.trusted.naming import model_name
-from sliplm.trusted.tools import Syntax, described, find_syntax, worded
+from sliplm.trusted.stops import StopTexts, end_tokens
+from sliplm.trusted.template import Chat
+from sliplm.trusted.tools import Syntax, find_syntax
 
 GENERATIONS = 16
 """So many may run at a time; each holds a cache as long as its text."""
@@ -39,7 +43,6 @@ DEFAULT_CONTEXT = 1 << 15
 
 _log = logging.getLogger(__name__)
 
-FinishReason = Literal["stop", "length"]
 _Token = tuple[int, Scored | None]
 
 
@@ -49,13 +52,15 @@ class Engine:
     Attributes:
         model: the Transformers model; `model.slip` is its runtime.
         tokenizer: the model's own, which never leaves the trusted side.
+        chat: its chat template.
+        decoding: how tokens are picked, and what ends an answer.
         capacity: how many requests may generate at a time; the caller sees to it.
     """
 
     def __init__(
         self, directory: Path | str, pool_depth: int = 64, allow_logprobs: bool = False, name: str | None = None
     ) -> None:
-        """Load DIR/trusted, all digests checked. Raises BundleError.
+        """Load DIR/trusted, all digests checked. Raises BundleError, also for a bundle without a tokenizer.
 
         Without `allow_logprobs`, requests for them are refused: they say far more about the model than its text.
         `name` is what the model is called, see `naming`."""
@@ -63,9 +68,18 @@ class Engine:
         self._name = model_name(path, name)
         bundle.open_trusted(path)
         refuse_other_tasks(path)
+        self.tokenizer: Any = _tokenizer(path)
         self.model: Any = transformers.AutoModelForCausalLM.from_pretrained(path).eval()
-        self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(path)
         self.model.slip.pool.resize(pool_depth)
+        self.chat = Chat(self.tokenizer)
+        if self.chat.refusal is not None:
+            _log.warning("this model answers plain prompts only, no chats: %s", self.chat.refusal)
+        settings, vocabulary = self.model.generation_config, self.model.config.get_text_config().vocab_size
+        ends = end_tokens(self.tokenizer, settings.eos_token_id, self.chat, vocabulary)
+        self.decoding = Decoding(settings, ends, vocabulary)
+        self.model.generation_config = self.decoding.plain()  # Transformers adds its settings to every request's
+        self._silent = special_tokens(self.tokenizer) | set(ends)
+        self._markers = [t for t in self.tokenizer.convert_ids_to_tokens(sorted(self._silent)) if t]
         self._room = _context(self.model.config.get_text_config(), self.tokenizer)
         self.capacity = 1 if _keeps_positions(self.model.config.to_dict()) else GENERATIONS
         self._allow_logprobs = allow_logprobs
@@ -88,8 +102,7 @@ class Engine:
 
     @cached_property
     def _grammars(self) -> Grammars:
-        ends = self.model.generation_config.eos_token_id
-        return Grammars(self.tokenizer, [ends] if isinstance(ends, int) else ends or [])
+        return Grammars(self.tokenizer, self.decoding.ends)
 
     def _constraint(self, request: GenerateRequest, prompt_tokens: int) -> Constraint | None:
         if not request.must_call and request.schema is None:
@@ -109,7 +122,8 @@ class Engine:
         if request.logprobs is not None and not self._allow_logprobs:
             raise RequestError("logprobs are switched off by the owner of this model.")
         inputs = self._inputs(request)
-        prompt_tokens = inputs["input_ids"].shape[1]
+        prompt: list[int] = inputs["input_ids"][0].tolist()
+        prompt_tokens = len(prompt)
         limit = min(request.max_tokens, self._room - prompt_tokens)
         if limit < 1:
             raise _too_long(request, prompt_tokens, self._room)
@@ -118,55 +132,60 @@ class Engine:
         run = _Run(self, inputs, request, limit, link, constraint)
         run.start()
         try:
-            last = yield from self._stream(run, request, prompt_tokens)
+            last = yield from self._stream(run, request, prompt)
         finally:
             run.cancel()
         yield last
 
-    def _inputs(self, request: GenerateRequest) -> Any:
-        if request.messages is None:
-            inputs = self.tokenizer(request.prompt, return_tensors="pt")
-            if inputs["input_ids"].shape[1] == 0:
-                raise RequestError("the prompt is empty.")
-            return inputs
-        if request.tools or any(m.tool_calls or m.tool_call_id for m in request.messages):
-            _ = self.syntax  # a template without tools would leave them out silently
-        chat, tools = worded(request.messages), described(request.tools)
+    def rehearse(self, system: str) -> None:
+        """Try a chat that begins with the owner's text `system`. Raises SlipError, if none with it can be answered."""
+        if self.chat.refusal is not None:
+            raise SlipError(f"this model takes no chats, so none can begin with a system prompt: {self.chat.refusal}.")
         try:
-            return self.tokenizer.apply_chat_template(
-                chat, tools=tools, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            inputs = self.chat.inputs([Message("system", system), Message("user", "Hello")])
+        except RequestError as error:
+            raise SlipError(f"no chat can begin with this system prompt: {error}") from None
+        if (tokens := inputs["input_ids"].shape[1]) >= self._room:
+            raise SlipError(
+                f"the system prompt is too long: with it a chat has {tokens} tokens, of {self._room} in all."
             )
-        except Exception as error:  # templates are programs of the model's author, and raise what they like
-            # Only a template's own `raise_exception` speaks to users; other texts may quote the trusted side.
-            why = f" ({error})" if type(error) is jinja2.TemplateError else ""
-            raise RequestError(f"the model's chat template refuses these messages{why}.") from None
 
-    def _stream(self, run: _Run, request: GenerateRequest, prompt_tokens: int) -> Generator[Chunk, None, Chunk]:
+    def _inputs(self, request: GenerateRequest) -> Any:
+        if request.messages is not None:
+            if request.tools or any(m.tool_calls or m.tool_call_id for m in request.messages):
+                _ = self.syntax  # a template without tools would leave them out silently
+            return self.chat.inputs(request.messages, request.tools)
+        inputs = self.tokenizer(request.prompt, return_tensors="pt")
+        if inputs["input_ids"].shape[1] == 0:
+            raise RequestError("the prompt is empty.")
+        return inputs
+
+    def _stream(self, run: _Run, request: GenerateRequest, prompt: list[int]) -> Generator[Chunk, None, Chunk]:
         """Yield text as it becomes certain, or none; return the last chunk."""
-        stops = request.stop
-        silent = set(self.tokenizer.all_special_ids)
-        if request.tools:
-            silent -= self.syntax.tokens(self.tokenizer)
-        decoder = _Text(self.tokenizer, silent)
-        logprobs = Logprobs(self.tokenizer, run.last_of_prompt)
+        silent = self._silent - self.syntax.tokens(self.tokenizer) if request.tools else self._silent
+        # A chat's answer is a text of its own; a plain prompt is continued.
+        text = Text(self.tokenizer, silent, [] if request.prompt is None else prompt)
+        stops = StopTexts([*request.stop, *self.decoding.stop], self._markers)
+        logprobs = Logprobs(self.tokenizer, prompt[-1], silent)
         sent = 0
         for token in run.tokens():
             if token is None:
-                yield Chunk("", None, prompt_tokens, decoder.count)
+                yield Chunk("", None, len(prompt), text.count)
                 continue
-            whole = decoder.push(token[0])
-            logprobs.push(*token, len(whole))
-            text, stopped = _cut(whole, stops)
-            if stopped:
-                return Chunk(text[sent:], "stop", prompt_tokens, decoder.count, logprobs.before(len(text)))
-            certain = max(sent, len(text) - _possible_stop(text, stops))
-            yield Chunk(text[sent:certain], None, prompt_tokens, decoder.count, logprobs.before(certain))
+            text.push(token[0])
+            logprobs.push(*token, len(text.shown))
+            if (end := stops.find(text)) is not None:
+                return Chunk(text.shown[sent:end], "stop", len(prompt), text.count, logprobs.before(end))
+            certain = max(sent, stops.certain(text))
+            yield Chunk(text.shown[sent:certain], None, len(prompt), text.count, logprobs.before(certain))
             sent = certain
-        whole = decoder.finish()
-        text, stopped = _cut(whole, stops)
-        finish: FinishReason = "stop" if stopped or run.ended else "length"
-        end = len(text) if stopped else len(whole) + 1
-        return Chunk(text[sent:], finish, prompt_tokens, decoder.count, logprobs.before(end))
+        text.finish()
+        if (end := stops.find(text)) is not None:
+            return Chunk(text.shown[sent:end], "stop", len(prompt), text.count, logprobs.before(end))
+        rest = logprobs.before(len(text.shown) + 1)
+        if run.ended:
+            return Chunk(text.shown[sent:], "stop", len(prompt), text.count, rest)
+        return Chunk(text.shown[sent:].rstrip(UNFINISHED), "length", len(prompt), text.count, rest)
 
 
 class _Run(threading.Thread):
@@ -188,13 +207,12 @@ class _Run(threading.Thread):
         self._cancelled = threading.Event()
         self._link = _Cancellable(link, self._cancelled)
         self._lie: VerificationError | None = None
-        self.last_of_prompt = int(inputs["input_ids"][0, -1])
         self.ended = False
 
     def run(self) -> None:
         model = self._engine.model
         try:
-            processors = _sampling(self._request, self._inputs["input_ids"].shape[1])
+            processors = self._engine.decoding.processors(self._request, self._inputs["input_ids"].shape[1])
             if self._constraint is not None:
                 processors.insert(0, self._constraint)
             scores = None if self._request.logprobs is None else Scores(self._request.logprobs)
@@ -203,14 +221,12 @@ class _Run(threading.Thread):
             with model.slip.using(self._link), torch.inference_mode():
                 out = model.generate(
                     **self._inputs,
-                    max_new_tokens=self._limit,
-                    do_sample=False,
+                    generation_config=self._engine.decoding.plain(self._limit),
                     logits_processor=processors,
                     streamer=_Tokens(self._put, scores),
                     stopping_criteria=[lambda ids, _: torch.full((len(ids),), self._cancelled.is_set())],
                 )
-            ends = model.generation_config.eos_token_id
-            self.ended = int(out[0, -1]) in ([ends] if isinstance(ends, int) else ends or [])
+            self.ended = int(out[0, -1]) in self._engine.decoding.ends
             self._put(None)
         except SlipError as error:
             if isinstance(error, VerificationError):
@@ -281,23 +297,14 @@ class _Tokens(BaseStreamer):
         """`_Run` says when it is over."""
 
 
-class _Text:
-    """Token ids to text. Bytes of an unfinished character are held back."""
-
-    def __init__(self, tokenizer: Any, silent: set[int]) -> None:
-        """Tokens that are `silent` are no part of the text."""
-        self._tokenizer, self._silent = tokenizer, silent
-        self._ids: list[int] = []
-        self.count = 0
-
-    def push(self, token: int) -> str:
-        self.count += 1
-        if token not in self._silent:
-            self._ids.append(token)
-        return self.finish().rstrip("\ufffd")
-
-    def finish(self) -> str:
-        return self._tokenizer.decode(self._ids)
+def _tokenizer(path: Path) -> Any:
+    if not has_tokenizer(path):
+        raise BundleError(f"{path} has no tokenizer, so it cannot serve text: split a model that has one.")
+    try:
+        return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # Transformers raises whatever its parsers do
+        first = str(error).strip().partition("\n")[0]
+        raise BundleError(f"the tokenizer in {path} cannot be read ({type(error).__name__}: {first}).") from None
 
 
 def _context(config: Any, tokenizer: Any) -> int:
@@ -323,47 +330,3 @@ def _keeps_positions(config: Any) -> bool:
     return isinstance(config, dict) and (
         config.get("rope_type") in ("dynamic", "longrope") or any(map(_keeps_positions, config.values()))
     )
-
-
-def _cut(text: str, stops: list[str]) -> tuple[str, bool]:
-    found = [at for stop in stops if (at := text.find(stop)) >= 0]
-    return (text[: min(found)], True) if found else (text, False)
-
-
-def _possible_stop(text: str, stops: list[str]) -> int:
-    """Length of the longest end of `text` that may be the beginning of a stop text."""
-    longest = max((len(s) for s in stops), default=0)
-    return next((n for n in range(min(longest, len(text)), 0, -1) if any(s.startswith(text[-n:]) for s in stops)), 0)
-
-
-def _sampling(request: GenerateRequest, prompt_tokens: int) -> transformers.LogitsProcessorList:
-    """Penalties, temperature, top-k and top-p as Transformers applies them, and a draw from a generator of this
-    request's own: Transformers would draw from the process-wide one, which concurrent requests share."""
-    processors = transformers.LogitsProcessorList()
-
-    def penalise(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        counts = torch.bincount(ids[0, prompt_tokens:], minlength=scores.shape[-1])
-        return scores - request.frequency_penalty * counts - request.presence_penalty * (counts > 0)
-
-    if request.frequency_penalty or request.presence_penalty:
-        processors.append(penalise)
-    if request.temperature == 0:
-        return processors
-    if request.temperature != 1:
-        processors.append(transformers.TemperatureLogitsWarper(request.temperature))
-    if request.top_k:
-        processors.append(transformers.TopKLogitsWarper(request.top_k))
-    if request.top_p < 1:
-        processors.append(transformers.TopPLogitsWarper(request.top_p))
-    generator = torch.Generator()
-    if request.seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(request.seed)
-
-    def draw(_: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        pick = torch.multinomial(scores.float().softmax(-1), 1, generator=generator)
-        return torch.full_like(scores, -torch.inf).scatter_(1, pick, 0.0)
-
-    processors.append(draw)
-    return processors

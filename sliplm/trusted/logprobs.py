@@ -34,10 +34,11 @@ class Scores:
 class Logprobs:
     """Holds the log-probabilities of tokens back until the text that they begin with is sent."""
 
-    def __init__(self, tokenizer: Any, previous: int) -> None:
-        """`previous` is the token before the first one: some tokenizers drop a space where a text begins."""
+    def __init__(self, tokenizer: Any, previous: int, silent: set[int]) -> None:
+        """`previous` is the token before the first one: some tokenizers drop a space where a text begins. Tokens that
+        are `silent` are no part of the text."""
         self._tokenizer, self._previous = tokenizer, previous
-        self._silent = set(tokenizer.all_special_ids)  # no part of the text
+        self._silent = silent
         self._waiting: list[tuple[int, TokenLogprob]] = []
         self._end = 0
 

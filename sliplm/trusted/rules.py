@@ -54,7 +54,7 @@ class SystemPrompt(Rules):
     first. Refuses prompts that are no chat, since those would pass it by."""
 
     def __init__(self, text: str, then: Rules | None = None) -> None:
-        self._text = text
+        self.text = text
         self._rules = then
 
     def request(self, request: GenerateRequest, device: str) -> GenerateRequest:
@@ -64,9 +64,9 @@ class SystemPrompt(Rules):
             raise RequestError("this model takes chat messages only, not a plain prompt")
         first, *rest = request.messages
         if first.role == "system":  # many templates take one system message, at the beginning
-            messages = [Message("system", f"{self._text}\n\n{first.content}"), *rest]
+            messages = [Message("system", f"{self.text}\n\n{first.content}"), *rest]
         else:
-            messages = [Message("system", self._text), first, *rest]
+            messages = [Message("system", self.text), first, *rest]
         return msgspec.structs.replace(request, messages=messages)
 
     def response(self, request: GenerateRequest, device: str, text: str, finished: bool) -> str:

@@ -127,13 +127,13 @@ class Body(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
         raise NotImplementedError
 
     def _request(self, prompt: dict[str, Any], choice: int) -> GenerateRequest:
-        """Absent fields have OpenAI's defaults, except that 256 tokens of plain text are generated and not 16."""
-        temperature = 1.0 if self.temperature is None else self.temperature
+        """Absent fields have OpenAI's defaults, except that 256 tokens of plain text are generated and not 16, and that
+        temperature and filters are the model's own if its owner has set them."""
+        temperature = self.temperature
         # What is meant by a temperature of next to nothing, or by a share of nothing, is the likeliest token.
-        greedy = 0 <= temperature < 0.01 or self.top_p == 0
+        greedy = (temperature is not None and 0 <= temperature < 0.01) or self.top_p == 0
         fields: dict[str, Any] = {
             "max_tokens": self.max_tokens,
-            "temperature": 0.0 if greedy else temperature,
             "top_p": None if greedy and self.top_p == 0 else self.top_p,
             "top_k": self.top_k,
             "seed": None if self.seed is None else _derive(self.seed, choice),
@@ -144,6 +144,7 @@ class Body(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
             **prompt,
         }
         given = {k: v for k, v in fields.items() if v is not None}
+        given["temperature"] = 0.0 if greedy else temperature  # absent, it is not 0
         return _valid(lambda: msgspec.convert(given, GenerateRequest))
 
 

@@ -1,0 +1,86 @@
+"""The model's tokenizer and generation settings: tried before a split begins, written at its end."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from sliplm.errors import BundleError, UnsupportedModelError
+from sliplm.split.source import locate
+
+FILES = ("tokenizer*.json", "tokenizer*.model", "vocab.*", "merges.txt", "spiece.model", "*.tiktoken", "tekken.json")
+GENERATION = "generation_config.json"
+_LFS = b"version https://git-lfs"
+
+
+def has_tokenizer(directory: Path) -> bool:
+    return any(next(directory.glob(pattern), None) for pattern in FILES)
+
+
+def read_tokenizer(model: str) -> Any:
+    """The tokenizer of `model` (directory, .gguf file or hub id), after a try; None if the model has no such files.
+
+    Raises UnsupportedModelError for files that cannot be read."""
+    path, arguments = locate(model)
+    if not arguments and not has_tokenizer(path):
+        return None
+    for pattern in FILES:
+        for file in path.glob(pattern):
+            _check_content(file)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, **arguments)
+        works = bool(tokenizer("Hello")["input_ids"])
+    except Exception as error:  # Transformers raises whatever its parsers do
+        raise UnsupportedModelError(_unreadable(model, f"{type(error).__name__}: {_first_line(error)}")) from None
+    if not works:
+        raise UnsupportedModelError(_unreadable(model, "it makes no token of a word"))
+    return tokenizer
+
+
+def read_generation(model: str) -> transformers.GenerationConfig | None:
+    """The settings in generation_config.json, None if there is no such file.
+
+    Raises UnsupportedModelError for a file that Transformers refuses; it does not load the original then, either."""
+    path, arguments = locate(model)
+    file = path / GENERATION
+    if arguments or not file.exists():
+        return None
+    _check_content(file)
+    try:
+        return transformers.GenerationConfig.from_pretrained(str(path))
+    except Exception as error:  # as above
+        raise UnsupportedModelError(f"{file} cannot be used ({_first_line(error)}).") from None
+
+
+def save(directory: Path, what: Any) -> None:
+    """Write a tokenizer or generation settings. Raises BundleError, for example when the disk is full."""
+    kind = GENERATION if isinstance(what, transformers.GenerationConfig) else "tokenizer"
+    try:
+        what.save_pretrained(str(directory))
+    except Exception as error:  # the tokenizers library raises plain Exceptions for a full disk, too
+        raise BundleError(f"the {kind} cannot be written to {directory.parent}: {_first_line(error)}.") from None
+
+
+def _check_content(file: Path) -> None:
+    try:
+        with file.open("rb") as opened:
+            start = opened.read(len(_LFS))
+    except OSError as error:
+        raise UnsupportedModelError(f"cannot read {file}: {error.strerror}.") from None
+    if start == _LFS:
+        raise UnsupportedModelError(f"{file} is a pointer of Git LFS and not the file: run `git lfs pull` first.")
+    if not start and file.suffix == ".json":
+        raise UnsupportedModelError(f"{file} is empty.")
+
+
+def _unreadable(model: str, why: str) -> str:
+    return f"the tokenizer of {model} cannot be read ({why}): without its files, the split makes a model without one."
+
+
+def _first_line(error: BaseException) -> str:
+    with contextlib.suppress(IndexError):
+        return str(error).strip().splitlines()[0].rstrip(".:")
+    return type(error).__name__

@@ -1,0 +1,97 @@
+"""The model's chat template: a program of its author's, so it is tried at start on what it will be asked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jinja2
+
+from sliplm.protocol.messages import Message, RequestError, Tool
+from sliplm.trusted.tools import described, worded
+
+_SYSTEM, _USER, _ASSISTANT = "Rules-4711", "Question-4711", "Answer-4711"
+"""No template has these words by itself."""
+
+
+class Chat:
+    """Chats as prompts.
+
+    Attributes:
+        refusal: why this model takes no chats, in words for the owner; None if it does.
+        takes_system: whether the template has a system role. If not, a system message at the beginning of a chat
+            becomes the first lines of the user's turn.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self.refusal = self._fault()
+        self.takes_system = self.refusal is None and self._has_system_role()
+
+    def inputs(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> Any:
+        """What the model is run on. Raises RequestError."""
+        if self.refusal is not None:
+            raise RequestError("this model takes no chats, only plain prompts: it has no chat template that works.")
+        if not self.takes_system:
+            messages = _fold(messages)
+        chat, functions = worded(messages), described(tools)
+        try:
+            inputs = self._tokenizer.apply_chat_template(
+                chat, tools=functions, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+        except Exception as error:  # templates raise what they like
+            # Only a template's own `raise_exception` speaks to users; other texts may quote the trusted side.
+            why = f" ({error})" if type(error) is jinja2.TemplateError else ""
+            raise RequestError(f"the model's chat template refuses these messages{why}.") from None
+        if inputs["input_ids"].shape[1] == 0:
+            raise RequestError("the model's chat template makes nothing of these messages.")
+        return inputs
+
+    def end_of_turn(self) -> int | None:
+        """The token with which the template ends an answer, if it is one."""
+        question, answer = Message("user", _USER), Message("assistant", _ASSISTANT)
+        # Some templates end an answer only where another turn follows; others end it in another way there.
+        for turns in ([question, answer], [question, answer, question]):
+            try:
+                after = self._render(turns).rpartition(_ASSISTANT)[2]
+            except Exception:  # templates raise what they like
+                return None
+            for token in self._tokenizer(after, add_special_tokens=False)["input_ids"]:
+                if token in self._tokenizer.added_tokens_decoder and self._tokenizer.decode([token]).strip():
+                    return int(token)
+                if self._tokenizer.decode([token]).strip():
+                    return None  # words end a turn
+        return None
+
+    def _fault(self) -> str | None:
+        if not self._tokenizer.chat_template:
+            return "it has no chat template"
+        try:
+            text = self._render([Message("user", _USER)], add_generation_prompt=True)
+        except Exception as error:  # templates raise what they like
+            first = str(error).strip().partition("\n")[0]
+            return f"its chat template does not work ({type(error).__name__}: {first})"
+        if not text.strip():
+            return "its chat template renders nothing"
+        return None if _USER in text else "its chat template leaves out what the user says"
+
+    def _has_system_role(self) -> bool:
+        try:
+            text = self._render([Message("system", _SYSTEM), Message("user", _USER)], add_generation_prompt=True)
+        except Exception:  # templates raise what they like
+            return False
+        return _SYSTEM in text and _USER in text  # some leave out what they do not know
+
+    def _render(self, messages: Sequence[Message], **how: Any) -> str:
+        text: str = self._tokenizer.apply_chat_template(worded(messages), tokenize=False, **how)
+        return text
+
+
+def _fold(messages: Sequence[Message]) -> list[Message]:
+    """`messages` with a system message at the beginning as the first lines of the user's first turn."""
+    first, *rest = messages
+    if first.role != "system":
+        return [first, *rest]
+    if rest and rest[0].role == "user":
+        return [Message("user", f"{first.content}\n\n{rest[0].content}"), *rest[1:]]
+    return [Message("user", first.content), *rest]
