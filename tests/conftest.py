@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +79,26 @@ def smollm2_split(smollm2: str, tmp_path_factory: pytest.TempPathFactory) -> Pat
     out = tmp_path_factory.mktemp("smollm2") / "bundle"
     split(smollm2, out)
     return out
+
+
+def _skipped(reporter: Any) -> Counter[str]:
+    """Reasons, which say what to install, and how many tests were skipped for each."""
+    return Counter(report.longrepr[2].removeprefix("Skipped: ") for report in reporter.stats.get("skipped", ()))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if reasons := _skipped(terminalreporter):
+        terminalreporter.section("not tested")
+        for reason, count in reasons.items():
+            terminalreporter.line(f"{count} skipped: {reason}")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """With SLIP_SKIP_NOTHING, as in `.ci/run`, what could be installed has to be there."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    wanting = reporter is not None and any("install" in reason for reason in _skipped(reporter))
+    if wanting and os.environ.get("SLIP_SKIP_NOTHING") and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.fixture

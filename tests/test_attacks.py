@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import save_tiny
+from format2 import Rotation
 from typer.testing import CliRunner
 
 from sliplm.cli import app
@@ -19,7 +20,6 @@ from sliplm.evaluate.attacks.null_space import smallest
 from sliplm.evaluate.attacks.stolen import ALL, NONE, Oracles, Stolen, guess_scales, trim
 from sliplm.evaluate.attacks.verdict import verdict
 from sliplm.split import planes
-from sliplm.split.blinding import Rotation
 from sliplm.split.split import Options, split
 
 
@@ -99,8 +99,7 @@ def test_columns_marked_by_their_statistics_are_aligned() -> None:
 
 
 def rotation(n: int, rounds: int, seed: int) -> Rotation:
-    whole = Rotation.random(n, np.random.default_rng(seed))
-    return Rotation(whole.perm[:rounds], whole.sign[:rounds])
+    return Rotation.random(n, np.random.default_rng(seed), rounds)
 
 
 def test_a_public_base_undoes_signed_permutations() -> None:

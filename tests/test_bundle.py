@@ -99,6 +99,14 @@ def test_malformed_manifests(text: str, copy: Path) -> None:
             reader(copy / side)
 
 
+def test_a_bundle_of_an_older_format_is_to_be_split_again_with_the_same_camouflage(copy: Path) -> None:
+    for side, read in (("edge", bundle.EdgeBundle.open), ("trusted", bundle.open_trusted)):
+        path = copy / side / "manifest.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 2}))
+        with pytest.raises(BundleError, match=r"format version 2; .* with the same camouflage .* --again OLD/trusted"):
+            read(copy / side)
+
+
 def test_another_format_version_is_named(copy: Path) -> None:
     path = copy / "edge" / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))

@@ -18,7 +18,7 @@ from sliplm.edge.api import create_app, page
 from sliplm.errors import LinkError, VerificationError
 from sliplm.protocol.messages import Chunk, GenerateRequest
 
-needs_browser = pytest.mark.skipif(browser.find() is None, reason="Chromium is not installed")
+needs_browser = pytest.mark.skipif(browser.find() is None, reason="Chromium is not installed: apt-get install chromium")
 EVIL = '<img src=x onerror="document.title=1"><script>document.title="2"</script>'
 RICH = f"""# A heading
 
@@ -252,3 +252,24 @@ def test_it_fits(tab: browser.Browser, tmp_path: Path, width: int, height: int, 
     tab.screenshot(tmp_path / "page.png")
     assert (tmp_path / "page.png").stat().st_size > 10_000
     tab.resize(1100, 800)
+
+
+@needs_browser
+@pytest.mark.parametrize("allowed", [True, False])
+def test_a_page_from_elsewhere(chromium: browser.Browser, model: Model, allowed: bool) -> None:
+    """As `dangerouslyAllowBrowser` in OpenAI's client: a page of another origin, and an API with a key."""
+    with listening(create_app(model, host="127.0.0.1")) as page_of_somebody:
+        elsewhere = page_of_somebody.replace("127.0.0.1", "localhost")
+        app = create_app(
+            model, host="127.0.0.1", api_key="right", origins=[elsewhere] if allowed else ["https://x.example"]
+        )
+        with listening(app) as api:
+            body = json.dumps({"messages": [{"role": "user", "content": "hello there"}]})
+            headers = '{"Content-Type": "application/json", "Authorization": "Bearer right", "X-Stainless-Lang": "js"}'
+            options = f'{{method: "POST", headers: {headers}, body: {json.dumps(body)}}}'
+            script = f"""fetch("{api}/v1/chat/completions", {options})
+                         .then(r => r.json()).then(a => a.choices[0].message.content).catch(e => e.name)"""
+            chromium.open(f"{elsewhere}/healthz")
+            assert chromium.run(script) == ("hello there" if allowed else "TypeError")
+            assert bool(model.asked) == allowed
+            chromium.open("about:blank")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -84,6 +85,26 @@ def test_devices_are_added_listed_limited_and_revoked(tiny_split: Path, tmp_path
     refused(slip("device", "revoke", "nobody", "-b", bundle), "nobody")
     refused(slip("device", "resume", "laptop", "-b", bundle), "not suspended")
     refused(slip("device", "list", "-b", bundle, "--registry", "nonsense"), "not a URL")
+
+
+@pytest.mark.parametrize("command", ["add", "list", "show", "limit", "revoke", "resume"])
+def test_devices_are_a_trusted_bundles_only(command: str, tiny_split: Path, tmp_path: Path) -> None:
+    """The edge's bundle goes to whoever must not have the authority's key."""
+    bundle = Path(shutil.copytree(tiny_split, tmp_path / "bundle"))
+    before = sorted(bundle.rglob("*"))
+    name = [] if command == "list" else ["x"]
+    output = ["-o", tmp_path / "x.identity"] if command == "add" else []
+    for wrong in (bundle / "edge", bundle, tmp_path / "nothing"):
+        refused(slip("device", command, *name, "-b", wrong, *output), "trusted side")
+    assert sorted(bundle.rglob("*")) == before and not (tmp_path / "x.identity").exists()
+
+
+def test_names_and_origins_that_are_none(tiny_split: Path, tmp_path: Path) -> None:
+    for name in ("", "two\nlines", "x" * 129):
+        refused(slip("trusted", tiny_split / "trusted", "--name", name), "a model's name has 1 to 128 bytes")
+    arguments = ("edge", tiny_split / "edge", "--trusted", "127.0.0.1:1", "--identity", tmp_path / "i")
+    for origin in ("*", "null", "app.example.com", "https://app.example.com/page"):
+        refused(slip(*arguments, "--api-origin", origin), "not the origin of a web page")
 
 
 def test_evaluate_reports_what_it_measured(tiny: Path, tiny_split: Path, tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def makers():
 
 MAKERS = makers()
 once_only = pytest.mark.skipif(INTERPRETED, reason="has nothing to do with the interpreter")
-needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed (requirements-dev.txt)")
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed: pip install -r requirements-dev.txt")
 
 
 @pytest.fixture(params=MAKERS)

@@ -19,11 +19,22 @@ from starlette.testclient import TestClient
 from sliplm.edge.api import create_app, generations
 from sliplm.edge.worker import EdgeWorker
 from sliplm.errors import BundleError, LinkError, VerificationError
-from sliplm.protocol.messages import BusyError, Chunk, GenerateRequest, LimitError, Message, RequestError, TokenLogprob
+from sliplm.protocol.messages import (
+    BusyError,
+    Chunk,
+    GenerateRequest,
+    LimitError,
+    Message,
+    RequestError,
+    TokenLogprob,
+    TooLongError,
+)
 
 CHAT = "/v1/chat/completions"
 PLAIN = "/v1/completions"
 HELLO = {"messages": [{"role": "user", "content": "hello"}]}
+F = {"type": "function", "function": {"name": "f"}}
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 
 
 class Backend:
@@ -175,8 +186,20 @@ def test_what_usual_clients_send(client, backend):
         (CHAT, HELLO | {"top_p": -0.5}, "top_p"),
         (CHAT, {"messages": [{"role": "robot", "content": "x"}]}, "robot"),
         (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "image_url"),
-        (CHAT, HELLO | {"tools": [{"type": "function"}]}, "no tools"),
-        (CHAT, HELLO | {"response_format": {"type": "json_object"}}, "response_format"),
+        (CHAT, HELLO | {"tools": [{"type": "function"}]}, "tools[0].function"),
+        (CHAT, HELLO | {"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
+        (CHAT, HELLO | {"tools": [F, F]}, "same name"),
+        (CHAT, HELLO | {"tools": [F] * 129}, "'tools'"),
+        (CHAT, HELLO | {"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools[0].type"),
+        (CHAT, HELLO | {"tools": [F], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "no tool 'g'"),
+        (CHAT, HELLO | {"functions": [{"name": "f"}]}, "'tools'"),
+        (CHAT, {"messages": [{"role": "tool", "content": "x"}]}, "tool_call_id"),
+        (CHAT, {"messages": [{"role": "user", "content": "x", "tool_call_id": "1"}]}, "tool_call_id"),
+        (CHAT, {"messages": [{"role": "user", "content": "x", "tool_calls": [CALL]}]}, "only an assistant"),
+        (CHAT, HELLO | {"response_format": {"type": "xml"}}, "response_format"),
+        (CHAT, HELLO | {"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        (CHAT, HELLO | {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, "schema.schema"),
+        (PLAIN, {"prompt": "x", "tools": [F]}, "tools"),
         (CHAT, HELLO | {"modalities": ["text", "audio"]}, "modalities"),
         (CHAT, HELLO | {"logit_bias": {"50256": -100}}, "logit_bias"),
         (CHAT, HELLO | {"reasoning_effort": "high"}, "reasoning_effort"),
@@ -219,7 +242,8 @@ def test_what_usual_clients_send(client, backend):
 def test_bad_requests_are_named(client, backend, path, body, says):
     error = error_of(client.post(path, content=json.dumps(body), headers={"content-type": "application/json"}), 400)
     assert says in error["message"] and error["type"] == "invalid_request_error"
-    assert error["code"] and (error["param"] is None) == (body == [] or "valid" in says or "greedy" in says)
+    of_the_whole = body == [] or says in ("valid", "same name") or "greedy" in says
+    assert error["code"] and (error["param"] is None) == of_the_whole
     assert not backend.asked
 
 
@@ -242,6 +266,7 @@ def test_other_refusals(client):
     ("error", "status", "code"),
     [
         (RequestError("the prompt is too long"), 400, "invalid_request"),
+        (TooLongError("This model's maximum context length is 8 tokens."), 400, "context_length_exceeded"),
         (BusyError("too many requests"), 429, "rate_limit_exceeded"),
         (LinkError("the trusted side cannot be reached"), 503, "trusted_unavailable"),
         (BundleError("another split"), 503, "refused"),

@@ -50,6 +50,20 @@ def client(backend: Backend, **options: Any) -> TestClient:
         {"messages": [{"role": "user", "content": "x", "name": "Bob"}]},
         {"messages": [{"role": "assistant", "content": None, "tool_calls": []}, *HELLO["messages"]]},
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "cache_control": {}}]}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "id": "lc_1", "annotations": [1]}]}]},
+        *(
+            {"messages": [{"role": "assistant", "content": "x", key: value}, *HELLO["messages"]]}
+            for key, values in {
+                "provider_specific_fields": [None, {"refusal": None}],
+                "reasoning_content": [None, "let me think"],
+                "thinking_blocks": [None, [{"type": "thinking", "thinking": "hm"}]],
+                "id": [None, "msg_1"],
+                "annotations": [None, [], [{"type": "url_citation"}]],
+                "audio": [None],
+                "whatever comes next": [None, 1, {"deep": [[]]}],
+            }.items()
+            for value in values
+        ),
     ],
 )
 def test_what_asks_for_nothing_is_no_mistake(backend: Backend, more: dict[str, Any]) -> None:

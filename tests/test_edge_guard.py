@@ -118,3 +118,73 @@ def test_names_that_the_api_was_given(backend, host, origin, answered):
     assert here.post(CHAT, json=HELLO, headers=headers).status_code == 401
     assert here.post(CHAT, json=HELLO, headers=headers | {"authorization": "Bearer right"}).status_code == 200
     assert here.get("/", headers=headers).status_code == 200
+
+
+APP = "https://app.example.com"
+PREFLIGHT = {
+    "origin": APP,
+    "access-control-request-method": "POST",
+    "access-control-request-headers": "authorization, content-type, x-stainless-lang",
+    "access-control-request-private-network": "true",
+}
+
+
+@pytest.mark.parametrize("key", [None, "right"])
+def test_web_pages_that_may_ask(backend, key):
+    """A browser asks for leave first, without the key; then it sends the request, and lets the page see the answer."""
+    here = local(create_app(backend, lambda: "m", api_key=key, origins=[APP, "http://localhost:3000"]))
+    leave = here.options(CHAT, headers=PREFLIGHT)
+    assert leave.status_code == 200 and leave.headers["access-control-allow-origin"] == APP
+    assert "POST" in leave.headers["access-control-allow-methods"]
+    assert leave.headers["access-control-allow-headers"] == PREFLIGHT["access-control-request-headers"]
+    assert leave.headers["access-control-allow-private-network"] == "true"
+    with_key = {"origin": APP, "authorization": f"Bearer {key}"}
+    for stream in (False, True):
+        answer = here.post(CHAT, json=HELLO | {"stream": stream}, headers=with_key)
+        assert answer.status_code == 200 and answer.headers["access-control-allow-origin"] == APP
+        assert "Origin" in answer.headers["vary"] and "access-control-allow-credentials" not in answer.headers
+    for wrong in (here.post(CHAT, json={}, headers=with_key), here.get("/nowhere", headers=with_key)):
+        assert wrong.status_code in (400, 404) and wrong.headers["access-control-allow-origin"] == APP
+    if key:
+        refused = here.post(CHAT, json=HELLO, headers={"origin": APP})
+        assert refused.status_code == 401 and refused.headers["access-control-allow-origin"] == APP
+
+
+@pytest.mark.parametrize("origins", [[], [APP]])
+@pytest.mark.parametrize("key", [None, "right"])
+@pytest.mark.parametrize("origin", ["https://evil.example", f"{APP}.evil.example", "http://app.example.com", "null"])
+def test_other_web_pages_get_no_leave(backend, origins, key, origin):
+    here = local(create_app(backend, lambda: "m", api_key=key, origins=origins))
+    leave = here.options(CHAT, headers=PREFLIGHT | {"origin": origin})
+    assert leave.status_code >= 400 and "access-control-allow-origin" not in leave.headers
+    answer = here.post(CHAT, json=HELLO, headers={"origin": origin, "authorization": "Bearer wrong"})
+    assert answer.status_code == (401 if key else 403) and "access-control-allow-origin" not in answer.headers
+    assert not backend.asked
+
+
+def test_a_page_that_may_ask_may_not_rename_this_api(backend):
+    """DNS rebinding from an allowed page's name stays what it is."""
+    here = local(create_app(backend, origins=[APP]))
+    assert here.post(CHAT, json=HELLO, headers={"origin": APP, "host": "app.example.com"}).status_code == 403
+
+
+@pytest.mark.parametrize(
+    ("text", "origin"),
+    [
+        ("https://app.example.com/", APP),
+        ("HTTPS://App.Example.com:443", APP),
+        ("http://localhost:3000", "http://localhost:3000"),
+        ("http://[::1]:80/", "http://[::1]"),
+        ("chrome-extension://abcdefghijklmnop", "chrome-extension://abcdefghijklmnop"),
+    ],
+)
+def test_origins_are_taken_as_browsers_write_them(text, origin):
+    assert guard.read_origin(text) == origin
+
+
+@pytest.mark.parametrize(
+    "text", ["", "*", "null", "app.example.com", f"{APP}/page", f"{APP}?x", "https://a b", "https://*"]
+)
+def test_what_is_no_origin(text):
+    with pytest.raises(IdentityError, match="not the origin"):
+        guard.read_origin(text)

@@ -167,6 +167,17 @@ def test_the_portable_path_gives_the_same_text(run: Any, bundle: Path, tmp_path:
     assert len(texts) == 1
 
 
+def test_the_first_lines_are_the_programs_own(run: Any, tiny_split: Path, tmp_path: Path) -> None:
+    """A first start makes the registry; what the packages that do it have to report is not for the owner."""
+    bundle = Path(shutil.copytree(tiny_split, tmp_path / "bundle"))
+    shutil.rmtree(bundle / "trusted" / "authority", ignore_errors=True)
+    trusted = run("trusted", bundle / "trusted", "--listen", "127.0.0.1:0", "--log-format", "json")
+    trusted.ready()
+    assert trusted.stop() == 0
+    trusted._reader.join(5)
+    assert {json.loads(line)["logger"].partition(".")[0] for line in trusted.lines} == {"sliplm"}
+
+
 def test_an_edge_of_another_split_is_refused(run: Any, tiny: Path, bundle: Path, tmp_path: Path) -> None:
     split(str(tiny), tmp_path / "other", Options(rank=4))
     _, address = start_trusted(run, bundle)

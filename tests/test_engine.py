@@ -14,7 +14,7 @@ import pytest
 
 from sliplm.errors import SlipError, VerificationError
 from sliplm.protocol.link import Link
-from sliplm.protocol.messages import Chunk, GenerateRequest, Message, RequestError
+from sliplm.protocol.messages import MAX_TOKENS, Chunk, GenerateRequest, Message, RequestError, TooLongError
 from sliplm.trusted import engine as engine_module
 from sliplm.trusted.engine import DEFAULT_CONTEXT, Engine, _context, _keeps_positions
 
@@ -175,16 +175,29 @@ def test_a_template_speaks_for_itself_only_on_purpose(
     assert issubclass(jinja2.UndefinedError, jinja2.TemplateError)  # why the exact type is compared
 
 
-def test_a_model_without_a_limit_gets_one(shared: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_without_a_limit_gets_one() -> None:
     def tokenizer(known: float) -> Any:
         return SimpleNamespace(model_max_length=known)
 
     assert _context(SimpleNamespace(max_position_embeddings=128), tokenizer(7)) == 128
     assert _context(SimpleNamespace(), tokenizer(2048)) == 2048
     assert _context(SimpleNamespace(max_position_embeddings=None), tokenizer(int(1e30))) == DEFAULT_CONTEXT
+
+
+@pytest.mark.parametrize(
+    ("what", "says"),
+    [
+        ({"prompt": "x" * 10, "max_tokens": 5}, r"15 tokens \(10 in the prompt, 5 in the completion\)"),
+        ({"prompt": "x" * 12, "max_tokens": MAX_TOKENS}, r"13 tokens \(12 in the prompt, 1 in the completion\)"),
+        ({"messages": [Message("user", "x")], "max_tokens": 5}, r"20 tokens \(15 in the messages, 5 in"),
+    ],
+)
+def test_too_long_prompts_are_refused_in_openais_words(
+    shared: Engine, monkeypatch: pytest.MonkeyPatch, what: dict[str, Any], says: str
+) -> None:
     monkeypatch.setattr(shared, "_room", 10)
-    with pytest.raises(RequestError, match="at most 9"):
-        list(shared.generate(request(prompt="x" * 10), shared.model.slip.default_link))
+    with pytest.raises(TooLongError, match=rf"maximum context length is 10 tokens\. However, you requested {says}"):
+        list(shared.generate(GenerateRequest(**what), shared.model.slip.default_link))
 
 
 @pytest.mark.parametrize(

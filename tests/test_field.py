@@ -17,7 +17,7 @@ def path(request, monkeypatch):
     if request.param == "portable":
         monkeypatch.setattr(field, "native", None)
     elif _core.native is None:
-        pytest.skip("no native core")
+        pytest.skip("no native core: install a C++20 compiler")
     return request.param
 
 
@@ -101,7 +101,7 @@ def test_project_refuses_shapes_that_do_not_match():
 @given(st.lists(st.tuples(elements, st.integers(-128, 127)), min_size=1, max_size=50))
 def test_project_on_every_instruction_set(pairs):
     if _core.native is None:
-        pytest.skip("no native core")
+        pytest.skip("no native core: install a C++20 compiler")
     u = np.array([[a for a, _ in pairs]], np.uint32)
     q = np.array([[b] for _, b in pairs], np.int8)
     for isa in _core.native.isas():

@@ -203,5 +203,5 @@ def test_what_cannot_be_sent_is_a_request_error():
 def test_the_specification_s_json_is_a_request():
     blocks = re.findall(r"```json\n(.*?)```", SPECIFICATION.read_text("utf-8"), re.DOTALL)
     defaults = msgspec.json.decode(blocks[0])
-    assert defaults == msgspec.to_builtins(GenerateRequest(prompt="x")) | {"prompt": None}
+    assert defaults == msgspec.structs.asdict(GenerateRequest(prompt="x")) | {"prompt": None}
     assert decode_chunk(blocks[1].encode()).text == " Paris"

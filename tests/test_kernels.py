@@ -147,7 +147,7 @@ def test_concurrent_products_do_not_disturb_each_other():
     assert not wrong
 
 
-@pytest.mark.skipif(not hasattr(os, "fork") or not ISAS, reason="needs fork and the native core")
+@pytest.mark.skipif(not hasattr(os, "fork") or not ISAS, reason="no fork, or no native core: install a C++20 compiler")
 def test_products_work_in_a_forked_child():
     code = """
 import os, numpy as np

@@ -16,7 +16,7 @@ from sliplm import _core
 from sliplm.split.split import Options, split
 from sliplm.trusted.lean import _Short
 
-pytestmark = pytest.mark.skipif(_core.native is None, reason="the short way needs the native core")
+pytestmark = pytest.mark.skipif(_core.native is None, reason="no native core: install a C++20 compiler")
 
 TINY = {
     "vocab_size": 96,

@@ -17,7 +17,7 @@ from test_end_to_end import Process, eventually
 
 from sliplm.protocol import authority
 
-MODEL = "bundle"
+MODEL = "org/my model"
 HELLO = [{"role": "user", "content": "Hello"}]
 
 
@@ -25,12 +25,12 @@ class Pair:
     """A trusted side and an edge with a key, as processes."""
 
     def __init__(self, directory: Path, split: Path, *options: str) -> None:
-        bundle = Path(shutil.copytree(split, directory / MODEL))
+        bundle = Path(shutil.copytree(split, directory / "bundle"))
         shutil.rmtree(bundle / "trusted" / "authority", ignore_errors=True)
         identity, key = directory / "one.identity", directory / "key"
         authority.add_device(bundle / "trusted" / "authority", "one", identity)
         key.write_text("sk-local-key\n")
-        self.trusted = Process("trusted", bundle / "trusted", "--listen", "127.0.0.1:0", *options)
+        self.trusted = Process("trusted", bundle / "trusted", "--listen", "127.0.0.1:0", "--name", MODEL, *options)
         address = self.trusted.ready()["listening"]
         self.edge = Process(
             "edge", bundle / "edge", "--trusted", address, "--identity", identity, "--api", "127.0.0.1:0",
@@ -145,9 +145,9 @@ def test_penalties_and_notes(client: openai.OpenAI) -> None:
         ({"temperature": 3}, "temperature", "invalid_value"),
         ({"messages": []}, "messages", "invalid_value"),
         ({"extra_body": {"wibble": 1}}, "wibble", "unknown_parameter"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "unsupported_parameter"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "unsupported_parameter"),
-        ({"messages": [{"role": "user", "content": "x" * 500}]}, None, "invalid_request"),  # too long for the model
+        ({"functions": [{"name": "f"}]}, "functions", "unsupported_parameter"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, None, "invalid_request"),  # no place for them
+        ({"messages": [{"role": "user", "content": "x" * 500}]}, None, "context_length_exceeded"),
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
@@ -179,7 +179,7 @@ def curl(pair: Pair, path: str, *options: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
 
 
-@pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")
+@pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed: apt-get install curl")
 def test_curl(pair: Pair) -> None:
     body = json.dumps({"model": MODEL, "messages": HELLO, "max_tokens": 3, "stream": True})
     lines = curl(pair, "/v1/chat/completions", "-N", "--json", body).strip().split("\n\n")

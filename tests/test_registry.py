@@ -33,9 +33,11 @@ from sliplm.registry.usage import Tokens, midnight
 @pytest.fixture(scope="session")
 def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A PostgreSQL server of our own, on a socket in a directory."""
-    program = shutil.which("postgres")
+    # Debian keeps its programs apart, one directory for each version.
+    versions = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"), key=lambda p: int(p.parts[-3]))
+    program = shutil.which("postgres") or next(reversed(versions), None)
     if program is None:
-        pytest.skip("PostgreSQL is not installed")
+        pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
     binaries = Path(program).resolve().parent
     # Its socket's path has to be short, and the server refuses to run as root.
     home = Path(tempfile.mkdtemp(prefix="slip-", dir="/tmp"))
@@ -44,7 +46,7 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         try:
             shutil.chown(home, pwd.getpwnam("postgres").pw_uid)
         except KeyError:
-            pytest.skip("PostgreSQL does not run as root, and there is no user for it")
+            pytest.skip("PostgreSQL does not run as root, and there is no user for it: adduser --system postgres")
         user = "postgres"
     try:
         subprocess.run([binaries / "initdb", "-D", home / "data", "-U", "slip", "-A", "trust", "--no-sync"],

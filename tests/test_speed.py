@@ -72,7 +72,7 @@ def test_the_bench_refuses_a_model_that_is_not_there(tmp_path: Path) -> None:
     assert done.returncode == 1 and "Traceback" not in done.stderr and "nothing" in done.stderr
 
 
-@pytest.mark.skipif(_core.native is None, reason="needs the native core")
+@pytest.mark.skipif(_core.native is None, reason="no native core: install a C++20 compiler")
 def test_waiting_for_input_ends_with_input_with_the_end_and_with_the_time() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:

@@ -84,21 +84,61 @@ void project(uint32_t u, const int8_t* q, size_t n, int64_t* acc) {
     for (size_t k = 0; k < n; k++) acc[k] += int64_t(factor) * int32_t(q[k]);
 }
 
-// Sixteen neighbours; the compiler turns them into what the instruction set has.
 typedef float Sixteen __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint32_t SixteenWords __attribute__((vector_size(64)));
 typedef uint16_t SixteenHalves __attribute__((vector_size(32), aligned(2), may_alias));
-#if defined(__clang__)
-#define SLIP_SHUFFLE __builtin_shufflevector
+
+// Neighbours that fill one register: shuffles of wider vectors would be taken apart, value by value.
+#if defined(__AVX512F__)
+#define SLIP_LANES 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15
+constexpr size_t kLanes = 16;
+#elif defined(__AVX__)
+#define SLIP_LANES 0, 1, 2, 3, 4, 5, 6, 7
+constexpr size_t kLanes = 8;
 #else
-typedef int32_t SixteenIndices __attribute__((vector_size(64)));
-#define SLIP_SHUFFLE(x, _, ...) __builtin_shuffle(x, SixteenIndices{__VA_ARGS__})
+#define SLIP_LANES 0, 1, 2, 3
+constexpr size_t kLanes = 4;
 #endif
+typedef float Lanes __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+typedef int32_t LaneIndices __attribute__((vector_size(4 * kLanes)));
+
+// One level of the transform within a register: sums and differences of values `H` apart.
+template <int H, int... I>
+inline Lanes level(Lanes x) {
+#if defined(__clang__)
+    const Lanes partner = __builtin_shufflevector(x, x, (I ^ H)...);
+#else
+    const Lanes partner = __builtin_shuffle(x, LaneIndices{(I ^ H)...});
+#endif
+    return partner + x * Lanes{(I & H ? -1.0f : 1.0f)...};
+}
+
+// log2(R) levels in one pass over `count` registers: sums and differences of registers h, 2h, ... R/2 h apart.
+template <size_t R>
+inline void levels(Lanes* all, size_t count, size_t h) {
+    for (size_t begin = 0; begin < count; begin += R * h)
+        for (Lanes* a = all + begin; a < all + begin + h; a++) {
+            Lanes x[R];
+#pragma GCC unroll 8
+            for (size_t i = 0; i < R; i++) x[i] = a[i * h];
+#pragma GCC unroll 4
+            for (size_t step = 1; step < R; step *= 2)
+#pragma GCC unroll 8
+                for (size_t i = 0; i < R; i++)
+                    if (!(i & step)) {
+                        const Lanes sum = x[i] + x[i + step];
+                        x[i + step] = x[i] - x[i + step];
+                        x[i] = sum;
+                    }
+#pragma GCC unroll 8
+            for (size_t i = 0; i < R; i++) a[i * h] = x[i];
+        }
+}
 
 // Orthonormal Walsh-Hadamard transform of one block, in place; size is a power of two.
 inline void transform(float* v, size_t size) {
     const float scale = float(1 / std::sqrt(double(size)));
-    if (size < 16) {
+    if (size < kLanes) {
         for (size_t h = 1; h < size; h *= 2)
             for (size_t i = 0; i < size; i++)
                 if (!(i & h)) {
@@ -109,31 +149,18 @@ inline void transform(float* v, size_t size) {
         for (size_t i = 0; i < size; i++) v[i] *= scale;
         return;
     }
-    Sixteen *const all = reinterpret_cast<Sixteen*>(v), *const end = all + size / 16;
-    const Sixteen one = {1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1};
-    const Sixteen two = {1, 1, -1, -1, 1, 1, -1, -1, 1, 1, -1, -1, 1, 1, -1, -1};
-    const Sixteen four = {1, 1, 1, 1, -1, -1, -1, -1, 1, 1, 1, 1, -1, -1, -1, -1};
-    const Sixteen eight = Sixteen{1, 1, 1, 1, 1, 1, 1, 1, -1, -1, -1, -1, -1, -1, -1, -1} * scale;
-    for (Sixteen* a = all; a < end; a++) {  // the first four levels stay within sixteen neighbours
-        Sixteen x = *a;
-        x = SLIP_SHUFFLE(x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14) + x * one;
-        x = SLIP_SHUFFLE(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13) + x * two;
-        x = SLIP_SHUFFLE(x, x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11) + x * four;
-        *a = SLIP_SHUFFLE(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7) * scale + x * eight;
+    Lanes* const all = reinterpret_cast<Lanes*>(v);
+    const size_t count = size / kLanes;
+    for (size_t i = 0; i < count; i++) {
+        Lanes x = level<2, SLIP_LANES>(level<1, SLIP_LANES>(all[i]));
+        if constexpr (kLanes > 4) x = level<4, SLIP_LANES>(x);
+        if constexpr (kLanes > 8) x = level<8, SLIP_LANES>(x);
+        all[i] = x * scale;
     }
     size_t h = 1;
-    for (; 4 * h <= size / 16; h *= 4)  // two levels per pass over the block
-        for (Sixteen* a = all; a < end; a += 3 * h)
-            for (Sixteen* stop = a + h; a < stop; a++) {
-                const Sixteen s = a[0] + a[h], d = a[0] - a[h], t = a[2 * h] + a[3 * h], e = a[2 * h] - a[3 * h];
-                a[0] = s + t, a[h] = d + e, a[2 * h] = s - t, a[3 * h] = d - e;
-            }
-    if (2 * h <= size / 16)
-        for (Sixteen* a = all; a < all + h; a++) {
-            const Sixteen s = a[0] + a[h];
-            a[h] = a[0] - a[h];
-            a[0] = s;
-        }
+    for (; 8 * h <= count; h *= 8) levels<8>(all, count, h);
+    if (4 * h <= count) levels<4>(all, count, h), h *= 4;
+    if (2 * h <= count) levels<2>(all, count, h);
 }
 
 // Blocks of 512, then the binary digits of what is left, largest first.
@@ -171,9 +198,13 @@ inline void backward_round(float* v, const float* turns, size_t n) {
 // costs anyway.
 bool encode(const float* x, const uint32_t* r, size_t n, double length, const Blinding& blinding, float* v,
             uint32_t* masked, double* inv_c) {
-    float peak = 0;
-    for (size_t i = 0; i < n; i++) peak = std::fabs(x[i]) > peak ? std::fabs(x[i]) : peak;
-    const double size = peak > 0 && std::isfinite(peak) ? std::ldexp(1.0, -std::ilogb(peak)) : 1;
+    uint32_t peak = 0;  // of the magnitudes' bits, which are in the magnitudes' order; NaNs are above infinity
+    for (size_t i = 0; i < n; i++) {
+        const uint32_t magnitude = __builtin_bit_cast(uint32_t, x[i]) & 0x7FFFFFFF;
+        peak = magnitude > peak ? magnitude : peak;
+    }
+    if (peak >= 0x7F800000) return false;
+    const double size = peak ? std::ldexp(1.0, -std::ilogb(__builtin_bit_cast(float, peak))) : 1;
     for (size_t i = 0; i < n; i++) v[i] = float(x[i] * size);
     if (blinding.perm) {
         static_assert(Blinding::kRounds == 4, "from v to w and back, twice");
@@ -192,7 +223,6 @@ bool encode(const float* x, const uint32_t* r, size_t n, double length, const Bl
     for (size_t i = even; i < n; i++) part[0] += double(v[i]) * v[i];
     double square = 0;
     for (double s : part) square += s;
-    if (!std::isfinite(square)) return false;
     const double c = square > 0 ? length / std::sqrt(square) : 1;
     *inv_c = 1 / (c * size);
     for (size_t i = 0; i < n; i++) {

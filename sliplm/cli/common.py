@@ -55,10 +55,9 @@ def set_up_logging(verbose: bool, log_format: Format = Format.TEXT) -> None:
     if log_format == Format.JSON:
         handler = logging.StreamHandler()
         handler.setFormatter(JsonFormatter())
-    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler])
+    # Other packages' reports (migrations, requests, loading) tell nothing that the reader has to know.
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("sliplm").setLevel(logging.INFO if verbose else logging.WARNING)
-    for name in ("httpx", "transformers", "uvicorn.error"):
-        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 @contextmanager

@@ -9,7 +9,6 @@ import msgspec
 import typer
 
 from sliplm.cli.common import Json, RegistryUrl, emit
-from sliplm.errors import BundleError
 
 if TYPE_CHECKING:
     from sliplm.registry import Device, Limits, Registry
@@ -132,10 +131,10 @@ def resume(name: Name, bundle: Authority, registry: RegistryUrl = None, as_json:
 
 
 def _authority(bundle: Path) -> Path:
-    from sliplm.bundle import MANIFEST
+    """Raises BundleError for anything but a trusted bundle: an authority's key must never lie in an edge's."""
+    from sliplm.bundle import read_trusted_manifest
 
-    if not (bundle / MANIFEST).is_file():
-        raise BundleError(f"{bundle} is not a bundle for the trusted side: it has no {MANIFEST}.")
+    read_trusted_manifest(bundle)
     return bundle / "authority"
 
 

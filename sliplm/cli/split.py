@@ -18,6 +18,10 @@ def split(
     camouflage: Annotated[bool, typer.Option(help="Plant random components where the sensitive ones were.")] = True,
     blinding: Annotated[bool, typer.Option(help="Give every group a secret basis.")] = True,
     base: Annotated[str | None, typer.Option(help="MODEL fine-tunes this public one: hide what differs.")] = None,
+    again: Annotated[
+        Path | None,
+        typer.Option(help="OLD/trusted, an earlier split of the same weights: use its camouflage again."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Split MODEL into OUTPUT/edge, which anyone may copy, and OUTPUT/trusted, which nobody else may see."""
@@ -27,7 +31,7 @@ def split(
     from sliplm.split.split import split as run
 
     quiet_transformers()
-    options = Options(rank, planes, camouflage, blinding, base)
+    options = Options(rank, planes, camouflage, blinding, base, again)
     for sentence in weaknesses(options):
         err.print(f"slip: warning: {sentence}", style="yellow", markup=False)
     with progress_bar("splitting (weights)") as progress:

@@ -17,6 +17,9 @@ def trusted(
     listen: Annotated[str, typer.Option(help="HOST:PORT for edges to connect to; port 0 takes a free one.")] = (
         "127.0.0.1:7411"
     ),
+    name: Annotated[
+        str | None, typer.Option(help="What the model is called; by default as the split or its directory says.")
+    ] = None,
     pads: Annotated[int, typer.Option(min=0, help="Tokens for which to keep one-time pads ready.")] = 64,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads for the model; 0 takes all.")] = 0,
     allow_logprobs: Annotated[
@@ -66,7 +69,7 @@ def trusted(
     host, port = parse_address(listen)
     monitor_address = parse_address(metrics) if metrics else None
     chosen = compose(rules, system_prompt)
-    engine = Engine(bundle, pads, allow_logprobs)
+    engine = Engine(bundle, pads, allow_logprobs, name)
     limits = Limits(concurrent, tokens_per_minute, daily_tokens)
     server = TrustedServer(
         engine,

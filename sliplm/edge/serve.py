@@ -19,13 +19,20 @@ _log = logging.getLogger(__name__)
 
 class ApiServer:
     """The API of `worker` on `host`:`port` (0: any free port, see `address`), from now until `close`, for clients
-    that send `api_key` if there is one; `names`: others by which they reach it, see `guard`.
+    that send `api_key` if there is one; `names`: others by which they reach it, `origins`: of web pages that may ask,
+    see `guard`.
 
     Raises LinkError if the address cannot be used.
     """
 
     def __init__(
-        self, worker: EdgeWorker, host: str, port: int, api_key: str | None = None, names: Sequence[str] = ()
+        self,
+        worker: EdgeWorker,
+        host: str,
+        port: int,
+        api_key: str | None = None,
+        names: Sequence[str] = (),
+        origins: Sequence[str] = (),
     ) -> None:
         try:
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -36,7 +43,14 @@ class ApiServer:
         if api_key is None and not ipaddress.ip_address(self.address[0]).is_loopback:
             _log.warning("the API has no key, and other machines can reach it: see --api-key")
         app = create_app(
-            worker.generate, lambda: worker.model_name, worker.connected.is_set, host, api_key, worker.counters, names
+            worker.generate,
+            lambda: worker.model_name,
+            worker.connected.is_set,
+            host,
+            api_key,
+            worker.counters,
+            names,
+            origins,
         )
         # Access logs would name what people ask; the worker's own log has what an operator needs.
         config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=2)

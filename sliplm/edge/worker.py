@@ -126,7 +126,7 @@ class EdgeWorker:
     def _connect(self, role: Role, timeout: float) -> Channel:
         digest = self._engine.digest
         channel, welcome = connect(self._address, self._context, role, digest, timeout)
-        self.model_name = welcome.model_name or self.model_name
+        self.model_name = welcome.model_name
         return channel
 
     def _serve(self, channel: Channel) -> bool:

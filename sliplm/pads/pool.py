@@ -2,12 +2,13 @@
 
 A pad for (group, token) is r, uniform in F_p^K, and its image Q r. That no pad is used twice holds by construction:
 
-* r comes from a stream whose key is drawn when the pool is made, is kept in memory only, and moves strictly forward;
+* the r of every batch come from a stream of their own, whose key is drawn for it and forgotten when they are made;
 * `take` moves pads out of the pool under a lock, so no two callers can receive the same one;
 * a `Pad` gives its r once: the second reading raises. Whoever retries after a failure takes a new pad;
 * after fork the child's pool and stream refuse to work.
 
-What this cannot rule out is a machine whose whole memory is copied and resumed twice (docs/security.md).
+What this cannot rule out is a machine whose whole memory is copied and resumed twice: both copies then use the pads
+that lay in the pool, and none that were made later (docs/security.md).
 """
 
 from __future__ import annotations
@@ -65,8 +66,6 @@ class Pool:
         self._levels = [0] * len(self._matrices)
         self._depth = depth
         self._batch = batch
-        self._stream = Stream()
-        self._stream_lock = threading.Lock()
         self._state = threading.Condition()
         self._waiting: list[int] = []  # levels that callers of `wait` wait for
         self._pid = os.getpid()
@@ -152,8 +151,7 @@ class Pool:
 
     def _make(self, group: int, tokens: int, threads: int = 0) -> tuple[Array, Array]:
         matrix = self._matrices[group]
-        with self._stream_lock:
-            mask = self._stream.elements(tokens, matrix.cols)
+        mask = Stream().elements(tokens, matrix.cols)
         return mask, matrix.product(mask, threads=threads)
 
     def _lacking(self) -> bool:

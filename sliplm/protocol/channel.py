@@ -21,7 +21,7 @@ from sliplm.errors import BundleError, IdentityError, LinkError, ProtocolError, 
 from sliplm.protocol import frames, tls
 from sliplm.protocol.authority import SERVER_NAME
 from sliplm.protocol.frames import HEADER, Code, Header, Hello, Kind, Role, Welcome
-from sliplm.protocol.messages import BusyError, LimitError, RefusedError, RequestError
+from sliplm.protocol.messages import BusyError, LimitError, RefusedError, RequestError, TooLongError
 
 Address = tuple[str, int]
 
@@ -234,6 +234,7 @@ _EXCEPTIONS: dict[int, type[SlipError]] = {
     Code.UNVERIFIED: VerificationError,
     Code.LIMITED: LimitError,
     Code.REFUSED: RefusedError,
+    Code.TOO_LONG: TooLongError,
 }
 
 

@@ -26,6 +26,9 @@ MAX_JSON_BYTES = 1 << 20
 MAX_ERROR_BYTES = 1 << 10
 MAX_NAME_BYTES = 128
 
+NAMELESS = "model"
+"""What a model without a name is called: clients take an empty one for none."""
+
 _HELLO = struct.Struct("<4sBBBx32s")
 _WELCOME = struct.Struct("<Bxxx32s")
 
@@ -65,6 +68,7 @@ class Code(enum.IntEnum):
     UNVERIFIED = 7  # an answer of the edge failed its check
     LIMITED = 8  # the device used up its tokens a minute or a day: try again later
     REFUSED = 9  # the owner's rules refuse the request or its answer
+    TOO_LONG = 10  # the prompt leaves no room for an answer
 
 
 class Header(NamedTuple):
@@ -162,7 +166,7 @@ def choose_version(hello: Hello) -> int:
 
 def pack_welcome(welcome: Welcome) -> bytes:
     """The payload of WELCOME: 36 bytes, then the model's public name."""
-    name = clean(welcome.model_name, MAX_NAME_BYTES)
+    name = clean(welcome.model_name, MAX_NAME_BYTES) or NAMELESS
     return _WELCOME.pack(welcome.version, welcome.digest) + name.encode()
 
 
@@ -174,7 +178,7 @@ def parse_welcome(payload: bytes) -> Welcome:
     if not VERSIONS[0] <= version <= VERSIONS[1]:
         raise ProtocolError(f"the trusted side chose protocol version {version}, which was not offered")
     name = payload[_WELCOME.size :].decode("utf-8", "replace")
-    return Welcome(version, digest, clean(name, MAX_NAME_BYTES))
+    return Welcome(version, digest, clean(name, MAX_NAME_BYTES) or NAMELESS)
 
 
 def clean(text: str, limit: int = MAX_ERROR_BYTES) -> str:

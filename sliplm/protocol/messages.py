@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
@@ -13,6 +13,11 @@ from sliplm.protocol.frames import MAX_JSON_BYTES
 Count = Annotated[int, Meta(ge=0)]
 StopText = Annotated[str, Meta(min_length=1, max_length=256)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
+FunctionName = Annotated[str, Meta(pattern=r"\A[a-zA-Z0-9_-]{1,64}\Z")]
+CallId = Annotated[str, Meta(min_length=1, max_length=64)]
+
+MAX_TOOLS = 128
+"""As many functions can a request offer, as with OpenAI, and as many calls has a message."""
 
 MAX_TOKENS = 1 << 20
 """Of an answer; the model's context ends it before."""
@@ -27,6 +32,10 @@ class RequestError(SlipError):
     The sentence is shown to whoever made the request. An engine raises it too, for example for a prompt that
     does not fit the model's context.
     """
+
+
+class TooLongError(RequestError):
+    """The prompt leaves no room for an answer in the model's context. The sentence is OpenAI's, which clients know."""
 
 
 class RefusedError(RequestError):
@@ -46,24 +55,52 @@ class LimitError(BusyError):
     """This device has used up what it may use in a minute or a day."""
 
 
-class Message(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """One turn of a chat."""
+class Tool(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, frozen=True):
+    """A function that the model may call. `parameters` is the JSON Schema of its arguments, an object."""
+
+    name: FunctionName
+    description: str = ""
+    parameters: dict[str, Any] = msgspec.field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return "Tool()"
+
+
+class ToolCall(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """A call that the model made in an earlier turn. `arguments` is the text of a JSON object."""
+
+    id: CallId
+    name: FunctionName
+    arguments: str
+
+    def __repr__(self) -> str:
+        return f"ToolCall({len(self.arguments)} characters)"
+
+
+class Message(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, frozen=True):
+    """One turn of a chat. An assistant's may have `tool_calls`, and one of role `tool` is the result of the call that
+    `tool_call_id` names."""
 
     role: Annotated[str, Meta(min_length=1, max_length=32)]
     content: str
+    tool_calls: Annotated[list[ToolCall], Meta(max_length=MAX_TOOLS)] = msgspec.field(default_factory=list)
+    tool_call_id: CallId | None = None
 
     def __repr__(self) -> str:  # a prompt is its author's business: keep it out of logs
         return f"Message(role={self.role!r}, {len(self.content)} characters)"
 
 
-class GenerateRequest(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+class GenerateRequest(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, frozen=True, kw_only=True):
     """What to generate. Exactly one of `prompt` (plain text) and `messages` (a chat) is given.
 
     `temperature` 0 is greedy; others are 0.01 or more, because logits are divided by it. `top_k` 0 and `top_p` 1
     switch these filters off; `stop` lists texts that end the generation and are not part of it. The penalties lower
     the logits of tokens that the answer has already, per occurrence and once. `logprobs` asks for the
-    log-probability of every token and for those of so many most likely ones. Ranges are checked when a request is
-    decoded.
+    log-probability of every token and for those of so many most likely ones.
+
+    `tools` are functions that the model may call, more than one in an answer if `parallel_calls`, and `must_call` names
+    those of which it has to call one. `schema` is a JSON Schema that an answer without calls follows. Ranges are
+    checked when a request is decoded.
     """
 
     prompt: str | None = None
@@ -77,6 +114,10 @@ class GenerateRequest(msgspec.Struct, forbid_unknown_fields=True, frozen=True, k
     frequency_penalty: Penalty = 0.0
     presence_penalty: Penalty = 0.0
     logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
+    tools: Annotated[list[Tool], Meta(max_length=MAX_TOOLS)] = msgspec.field(default_factory=list)
+    must_call: Annotated[list[FunctionName], Meta(max_length=MAX_TOOLS)] = msgspec.field(default_factory=list)
+    parallel_calls: bool = True
+    schema: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if (self.prompt is None) == (self.messages is None):
@@ -85,6 +126,13 @@ class GenerateRequest(msgspec.Struct, forbid_unknown_fields=True, frozen=True, k
             raise ValueError("messages is empty")
         if 0 < self.temperature < 0.01:
             raise ValueError("temperature is 0 (greedy) or at least 0.01")
+        names = [tool.name for tool in self.tools]
+        if len(set(names)) < len(names):
+            raise ValueError("two tools have the same name")
+        if not set(self.must_call) <= set(names):
+            raise ValueError("a function that must be called is none of the tools")
+        if names and self.messages is None:
+            raise ValueError("tools are for chats, not for a plain prompt")
 
     def __repr__(self) -> str:
         return f"GenerateRequest(max_tokens={self.max_tokens}, temperature={self.temperature})"
@@ -102,15 +150,30 @@ class TokenLogprob(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=Tru
         return f"TokenLogprob({len(self.top)} alternatives)"
 
 
+class CallPiece(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, frozen=True):
+    """A piece of the answer's call number `index`, from 0. The first of each call has its `id` and the function's
+    `name`; the `arguments` of all, joined, are the text that the model wrote as arguments."""
+
+    index: Count
+    id: str | None = None
+    name: str | None = None
+    arguments: str = ""
+
+    def __repr__(self) -> str:
+        return f"CallPiece({self.index}, {len(self.arguments)} characters)"
+
+
 class Chunk(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, frozen=True):
     """A piece of generated text. The last chunk, and only it, has a `finish_reason`; the counts are the
-    totals so far. `logprobs` are those of the tokens that begin in this text, if the request asked for them."""
+    totals so far. `logprobs` are those of the tokens that begin in this text, if the request asked for them; in an
+    answer with `calls`, also those of the tokens that the calls are written with."""
 
     text: str
-    finish_reason: Literal["stop", "length"] | None = None
+    finish_reason: Literal["stop", "length", "tool_calls"] | None = None
     prompt_tokens: Count = 0
     completion_tokens: Count = 0
     logprobs: list[TokenLogprob] = msgspec.field(default_factory=list)
+    calls: list[CallPiece] = msgspec.field(default_factory=list)
 
     def __repr__(self) -> str:
         return f"Chunk({len(self.text)} characters, finish_reason={self.finish_reason!r})"

@@ -65,22 +65,28 @@ def divide(
     generator: torch.Generator,
     public: torch.Tensor | None = None,
     eps: float = 0.0,
+    factors: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The trusted part A (N, r), B (r, K) of `weight` (N, K), r = `trusted_rank`, and the edge's part (N, K); float32.
 
     Merging a LoRA rounds its result to the checkpoint's type, whose machine epsilon is `eps`. That noise depends on
     D, so where D is of low rank but for it, the noise is dropped: the model is then exact to its own rounding.
+
+    `factors`: A and B of an earlier split, to be used again (`split.again`).
     """
     if public is None:
-        a, b = low_rank(weight, leading(weight, rank, generator), camouflage)
+        a, b = factors or low_rank(weight, leading(weight, rank, generator), camouflage)
         return a, b, torch.addmm(weight, a, b, alpha=-1)
     difference = weight - public
-    u, s, vt, _ = leading(difference, trusted_rank(rank, weight.shape[0], weight.shape[1], camouflage), generator)
-    a, b = u * s, vt
+    if factors:
+        a, b = factors
+    else:
+        u, s, vt, _ = leading(difference, trusted_rank(rank, weight.shape[0], weight.shape[1], camouflage), generator)
+        a, b = u * s, vt
     left = float((difference - a @ b).norm())
     if left <= 0.1 * float(difference.norm()) and left <= max(eps, 4e-6) / 4 * float(weight.norm()):
         return a, b, public
-    a, b = low_rank(difference, leading(difference, rank, generator), camouflage)
+    a, b = factors or low_rank(difference, leading(difference, rank, generator), camouflage)
     return a, b, torch.addmm(weight, a, b, alpha=-1)
 
 

@@ -8,15 +8,15 @@ signs, and why a diagonal: with two rounds of signs a thief who has a similar ma
 (`bench/haar.py`), and the diagonal blurs the singular vectors by which a thief would line up what he reads with what he
 knows. It stands after the first round because there its basis is hidden: before the last one it can be stripped off.
 
-One rule goes with it: matrices that share an input are stacked under *one* blinding of outputs. Read apart, with outputs
-blinded one by one, their cross-Gram matrices would give the shared basis away, whatever family it is drawn from.
+One rule goes with it: matrices that share an input are stacked under *one* blinding of outputs. Read apart, each with
+outputs blinded on its own, their cross-Gram matrices would give the shared basis away, whatever family it is from.
 """
 
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -33,8 +33,8 @@ Array = TypeVar("Array", torch.Tensor, NDArray[np.floating])
 class Blinding:
     """x -> H G x[perm] in each round, and times `diagonal` after the first; its repr shows the size only.
 
-    G turns the planes of coordinates (i, i + n/2), H is the orthonormal block Hadamard transform. With one entry for all
-    of `diagonal` this is an orthogonal map.
+    G turns the planes of coordinates (i, i + n/2), H is the orthonormal block Hadamard transform. With ones for
+    `diagonal` it is an orthogonal map.
     """
 
     perm: NDArray[np.int32]
@@ -84,12 +84,14 @@ class Blinding:
     @cached_property
     def turns(self) -> NDArray[np.float32]:
         """(ROUNDS, 2, n // 2): cosines and sines of the angles. Rounded, so that a plane keeps lengths to 2^-24."""
-        return np.stack([np.cos(self.angle, dtype=np.float64), np.sin(self.angle, dtype=np.float64)], 1).astype(np.float32)
+        return np.stack([np.cos(self.angle, dtype=np.float64), np.sin(self.angle, dtype=np.float64)], 1).astype(
+            np.float32
+        )
 
     def dual(self) -> "Blinding":
         """The map S with <S x, self y> = <x, y> for all x and y: what a matrix's rows go through where its inputs go
         through this."""
-        return replace(self, diagonal=1 / self.diagonal)
+        return replace(self, diagonal=np.float32(1) / self.diagonal)
 
     def apply(self, x: Array) -> Array:
         """The blinded `x` (..., n), along its last axis, in its floating type."""
@@ -118,7 +120,7 @@ def stored(tensor: Callable[[str], torch.Tensor], leader: str) -> tuple[Blinding
 
 
 def blind(matrix: Array, inner: Blinding, outer: Blinding) -> Array:
-    """The `matrix` (N, K) in secret bases: blind(W) inner(x) = outer(W x), `inner` of inputs (K), `outer` of outputs."""
+    """The `matrix` (N, K) in secret bases of inputs (K) and outputs (N): blind(W) inner(x) = outer(W x)."""
     return outer.apply(inner.dual().apply(matrix).T).T
 
 
@@ -163,7 +165,7 @@ def _turn(x: Array, turns: NDArray[np.float32]) -> Array:
     return out
 
 
-def _index(perm: NDArray[np.int32], like: Array) -> Array:
+def _index(perm: NDArray[np.int32], like: Array) -> Any:
     return torch.from_numpy(perm).to(like.device) if isinstance(like, torch.Tensor) else perm
 
 

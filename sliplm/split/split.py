@@ -15,11 +15,13 @@ import transformers
 
 from sliplm import bundle
 from sliplm.errors import SlipError, UnsupportedModelError
+from sliplm.split.again import WEIGHTS_FILE, FirstSplit, fingerprint, second_split, siblings
 from sliplm.split.base import FineTuned, divide, divide_anywhere
 from sliplm.split.blinding import Blinding, blind
 from sliplm.split.camouflage import trusted_rank
 from sliplm.split.groups import Group, Sum, blocks, find_groups, left_out, protected_tensors, size
 from sliplm.split.layers import is_experts
+from sliplm.split.origin import advice, said_base
 from sliplm.split.planes import quantise
 from sliplm.split.source import LoadedSource, Source, fake_mode, open_source
 
@@ -46,6 +48,7 @@ class Options:
         planes: int8 matrices per weight on the edge: 2 is exact for all purposes, 1 is fast.
         camouflage, blinding: the hardenings of DESIGN §5; off only to measure what they do.
         base: the public model that this one is a fine-tune of; then only the difference is protected (`split.base`).
+        again: DIR/trusted of an earlier split of the same weights, to use its camouflage again (`split.again`).
         leading: off, random directions are protected in place of the most sensitive ones. This saves most of the time,
             protects nothing, and is for benchmarks on models whose weights are random anyway.
     """
@@ -55,6 +58,7 @@ class Options:
     camouflage: bool = True
     blinding: bool = True
     base: str | None = None
+    again: Path | None = None
     leading: bool = True
 
     def __post_init__(self) -> None:
@@ -112,12 +116,15 @@ def split(
         stored = _stored_names(needed, tied, source.names())
         if missing := set(stored.values()) - source.names():
             raise UnsupportedModelError(f"the checkpoint lacks the weight {min(missing)}.")
+    if options.base is None and (said := said_base(Path(source.origin[0]))):
+        logger.warning("%s", advice(said))
     if options.base is not None:
         source = FineTuned(source, options.base, {stored[m.weight] for group in groups for m in group})
+    first = FirstSplit(options.again, groups, options.rank, options.camouflage) if options.again else None
     with bundle.new_directory(out) as partial:
         (partial / "edge").mkdir()
         (partial / "trusted").mkdir(mode=0o700)
-        digest = _write(partial, source, groups, plain, stored, options, skeleton, progress)
+        digest = _write(partial, source, groups, plain, stored, options, skeleton, first, progress)
         edge, trusted = (sum(f.stat().st_size for f in (partial / side).iterdir()) for side in ("edge", "trusted"))
     members = [m for group in groups for m in group]
     weights = sum(m.rows * m.columns for m in members)
@@ -152,6 +159,7 @@ def _write(
     stored: dict[str, str],
     options: Options,
     skeleton: transformers.PreTrainedModel,
+    first: FirstSplit | None,
     progress: Callable[[int, int], None] | None,
 ) -> str:
     edge, trusted = directory / "edge", directory / "trusted"
@@ -172,8 +180,14 @@ def _write(
             _check_shape(name, source.shape(stored[name]), shape)
             trusted_file.write(name, source.read(stored[name]))
         trusted_file.write(guard(groups), torch.empty(GUARD[1], dtype=GUARD[0]))
+        weights = []
         for number, group in enumerate(groups):
-            for name, tensor in split_group(source, group, stored, options):
+            weights.append(fingerprint(source.read(stored[m.weight], m.part, m.parts) for m in group))
+            if number == 0 and first is None and (others := siblings(directory, weights[0])):
+                logger.warning("%s", second_split(others[0]))
+            if first:
+                first.check_weights(number, group[0].name, weights[-1])
+            for name, tensor in split_group(source, group, stored, options, first, number):
                 if name == "q":
                     q_file.write(str(number), tensor)
                 else:
@@ -188,6 +202,7 @@ def _write(
             file.abort()
     # A copy, not a link: whoever handles the edge bundle must have no hand in the trusted one.
     shutil.copyfile(edge / bundle.Q_FILE, trusted / bundle.Q_FILE)
+    bundle.write_json(trusted / WEIGHTS_FILE, weights)
     _write_checkpoint_files(trusted, source, groups, options, skeleton)
     bundle.write_trusted_manifest(trusted, digest)
     for path in trusted.iterdir():
@@ -224,9 +239,17 @@ def group_layout(group: Group, options: Options) -> Layout:
 
 
 def split_group(
-    source: TensorSource, group: Group, stored: dict[str, str], options: Options
+    source: TensorSource,
+    group: Group,
+    stored: dict[str, str],
+    options: Options,
+    first: FirstSplit | None = None,
+    number: int = 0,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The group's trusted tensors in the order of `group_layout`, and "q"; `stored` says what `source` calls them."""
+    """The group's trusted tensors in the order of `group_layout`, and "q"; `stored` says what `source` calls them.
+
+    first: an earlier split, in which the group has this `number` and whose factors are used again.
+    """
     generator = torch.Generator().manual_seed(0)  # for the sketch of the SVD, which is no secret
     rest = torch.empty(size(group))
     for m, rows, columns in blocks(group):
@@ -237,8 +260,9 @@ def split_group(
         if isinstance(source, FineTuned):
             public = m.matrix(source.public(where, m.part, m.parts).float())
             eps = torch.finfo(source.dtype(where)).eps
+        factors = first.factors(m.name) if first else None
         a, b, rest[rows, columns] = (
-            divide(weight, options.rank, options.camouflage, generator, public, eps)
+            divide(weight, options.rank, options.camouflage, generator, public, eps, factors)
             if options.leading
             else divide_anywhere(weight, trusted_rank(options.rank, m.rows, m.columns, options.camouflage))
         )
@@ -247,6 +271,8 @@ def split_group(
         if m.bias:
             yield f"{m.name}.bias", source.read(stored[m.bias], m.part, m.parts).float().reshape(m.rows)
         del weight, public
+    if first:
+        first.check_length(number, group[0].name, rest)
     # One of inputs and one of outputs for the whole group: see `split.blinding`.
     blindings = [Blinding.random(rest.shape[1]), Blinding.random(rest.shape[0])] if options.blinding else []
     if blindings:

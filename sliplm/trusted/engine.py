@@ -7,6 +7,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,8 +19,11 @@ from transformers.generation.streamers import BaseStreamer
 from sliplm import bundle
 from sliplm.errors import LinkError, SlipError, VerificationError, locate
 from sliplm.protocol.link import Field, Link
-from sliplm.protocol.messages import Chunk, GenerateRequest, RequestError
+from sliplm.protocol.messages import MAX_TOKENS, Chunk, GenerateRequest, RequestError, TooLongError
+from sliplm.trusted.constraint import Constraint, Grammars
 from sliplm.trusted.logprobs import Logprobs, Scored, Scores
+from sliplm.trusted.naming import model_name
+from sliplm.trusted.tools import Syntax, described, find_syntax, worded
 
 GENERATIONS = 16
 """So many may run at a time; each holds a cache as long as its text."""
@@ -47,18 +51,21 @@ class Engine:
         capacity: how many requests may generate at a time; the caller sees to it.
     """
 
-    def __init__(self, directory: Path | str, pool_depth: int = 64, allow_logprobs: bool = False) -> None:
+    def __init__(
+        self, directory: Path | str, pool_depth: int = 64, allow_logprobs: bool = False, name: str | None = None
+    ) -> None:
         """Load DIR/trusted, all digests checked. Raises BundleError.
 
-        Without `allow_logprobs`, requests for them are refused: they say far more about the model than its text."""
+        Without `allow_logprobs`, requests for them are refused: they say far more about the model than its text.
+        `name` is what the model is called, see `naming`."""
         path = Path(directory)
+        self._name = model_name(path, name)
         bundle.open_trusted(path)
         self.model: Any = transformers.AutoModelForCausalLM.from_pretrained(path).eval()
         self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(path)
         self.model.slip.pool.resize(pool_depth)
         self._room = _context(self.model.config.get_text_config(), self.tokenizer)
         self.capacity = 1 if _keeps_positions(self.model.config.to_dict()) else GENERATIONS
-        self._name = path.resolve().parent.name
         self._allow_logprobs = allow_logprobs
 
     @property
@@ -72,12 +79,28 @@ class Engine:
     def model_name(self) -> str:
         return self._name
 
+    @cached_property
+    def syntax(self) -> Syntax:
+        """How this model writes calls. Raises RequestError if it has no tools."""
+        return find_syntax(self.tokenizer)
+
+    @cached_property
+    def _grammars(self) -> Grammars:
+        ends = self.model.generation_config.eos_token_id
+        return Grammars(self.tokenizer, [ends] if isinstance(ends, int) else ends or [])
+
+    def _constraint(self, request: GenerateRequest, prompt_tokens: int) -> Constraint | None:
+        if not request.must_call and request.schema is None:
+            return None
+        return self._grammars.constraint(request, self.syntax if request.tools else None, prompt_tokens)
+
     def generate(self, request: GenerateRequest, link: Link) -> Iterator[Chunk]:
         """Stream the answer to `request`, with its exchanges over `link`. Closing the iterator stops the generation;
         so that it can be closed, an empty chunk comes every half second without text.
 
         Raises:
-            RequestError: the prompt does not fit the model, or logprobs are not allowed.
+            TooLongError: the prompt does not fit the model.
+            RequestError: logprobs are not allowed, or it has no tools or cannot follow the schema.
             LinkError, VerificationError, NumericsError: as they come. VerificationError comes even when the iterator is
             closed: a lie counts, too, when nobody waits for the text any more.
         """
@@ -87,12 +110,13 @@ class Engine:
         prompt_tokens = inputs["input_ids"].shape[1]
         limit = min(request.max_tokens, self._room - prompt_tokens)
         if limit < 1:
-            raise RequestError(f"the prompt has {prompt_tokens} tokens; this model takes at most {self._room - 1}.")
+            raise _too_long(request, prompt_tokens, self._room)
+        constraint = self._constraint(request, prompt_tokens)
         yield Chunk("", None, prompt_tokens)
-        run = _Run(self, inputs, request, limit, link)
+        run = _Run(self, inputs, request, limit, link, constraint)
         run.start()
         try:
-            last = yield from self._stream(run, request.stop, prompt_tokens)
+            last = yield from self._stream(run, request, prompt_tokens)
         finally:
             run.cancel()
         yield last
@@ -103,19 +127,25 @@ class Engine:
             if inputs["input_ids"].shape[1] == 0:
                 raise RequestError("the prompt is empty.")
             return inputs
-        chat = [{"role": m.role, "content": m.content} for m in request.messages]
+        if request.tools or any(m.tool_calls or m.tool_call_id for m in request.messages):
+            _ = self.syntax  # a template without tools would leave them out silently
+        chat, tools = worded(request.messages), described(request.tools)
         try:
             return self.tokenizer.apply_chat_template(
-                chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+                chat, tools=tools, add_generation_prompt=True, return_tensors="pt", return_dict=True
             )
         except Exception as error:  # templates are programs of the model's author, and raise what they like
             # Only a template's own `raise_exception` speaks to users; other texts may quote the trusted side.
             why = f" ({error})" if type(error) is jinja2.TemplateError else ""
             raise RequestError(f"the model's chat template refuses these messages{why}.") from None
 
-    def _stream(self, run: _Run, stops: list[str], prompt_tokens: int) -> Generator[Chunk, None, Chunk]:
+    def _stream(self, run: _Run, request: GenerateRequest, prompt_tokens: int) -> Generator[Chunk, None, Chunk]:
         """Yield text as it becomes certain, or none; return the last chunk."""
-        decoder = _Text(self.tokenizer)
+        stops = request.stop
+        silent = set(self.tokenizer.all_special_ids)
+        if request.tools:
+            silent -= self.syntax.tokens(self.tokenizer)
+        decoder = _Text(self.tokenizer, silent)
         logprobs = Logprobs(self.tokenizer, run.last_of_prompt)
         sent = 0
         for token in run.tokens():
@@ -140,9 +170,18 @@ class Engine:
 class _Run(threading.Thread):
     """`model.generate` in a thread of its own, its tokens in a queue."""
 
-    def __init__(self, engine: Engine, inputs: Any, request: GenerateRequest, limit: int, link: Link) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        inputs: Any,
+        request: GenerateRequest,
+        limit: int,
+        link: Link,
+        constraint: Constraint | None = None,
+    ) -> None:
         super().__init__(name="generate", daemon=True)
         self._engine, self._inputs, self._request, self._limit = engine, inputs, request, limit
+        self._constraint = constraint
         self._queue: queue.Queue[_Token | BaseException | None] = queue.Queue(AHEAD)
         self._cancelled = threading.Event()
         self._link = _Cancellable(link, self._cancelled)
@@ -154,6 +193,8 @@ class _Run(threading.Thread):
         model = self._engine.model
         try:
             processors = _sampling(self._request, self._inputs["input_ids"].shape[1])
+            if self._constraint is not None:
+                processors.insert(0, self._constraint)
             scores = None if self._request.logprobs is None else Scores(self._request.logprobs)
             if scores:
                 processors.insert(0, scores)
@@ -241,20 +282,20 @@ class _Tokens(BaseStreamer):
 class _Text:
     """Token ids to text. Bytes of an unfinished character are held back."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, silent: set[int]) -> None:
+        """Tokens that are `silent` are no part of the text."""
+        self._tokenizer, self._silent = tokenizer, silent
         self._ids: list[int] = []
-
-    @property
-    def count(self) -> int:
-        return len(self._ids)
+        self.count = 0
 
     def push(self, token: int) -> str:
-        self._ids.append(token)
+        self.count += 1
+        if token not in self._silent:
+            self._ids.append(token)
         return self.finish().rstrip("\ufffd")
 
     def finish(self) -> str:
-        return self._tokenizer.decode(self._ids, skip_special_tokens=True)
+        return self._tokenizer.decode(self._ids)
 
 
 def _context(config: Any, tokenizer: Any) -> int:
@@ -263,6 +304,16 @@ def _context(config: Any, tokenizer: Any) -> int:
         return room
     known = tokenizer.model_max_length  # 1e30 if unknown
     return int(known) if 1 < known <= MAX_CONTEXT else DEFAULT_CONTEXT
+
+
+def _too_long(request: GenerateRequest, prompt: int, room: int) -> TooLongError:
+    """In OpenAI's words: other programs look for them. An answer needs a token, however many it may have."""
+    answer = 1 if request.max_tokens == MAX_TOKENS else request.max_tokens
+    where = "prompt" if request.messages is None else "messages"
+    return TooLongError(
+        f"This model's maximum context length is {room} tokens. However, you requested {prompt + answer} tokens "
+        f"({prompt} in the {where}, {answer} in the completion). Please reduce the length of the {where} or completion."
+    )
 
 
 def _keeps_positions(config: Any) -> bool:

@@ -13,8 +13,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 
-OUTCOMES = ("stop", "length", "cancelled", "refused", "invalid", "limited", "busy", "unverified", "interrupted",
-            "failed")  # fmt: skip
+OUTCOMES = ("stop", "length", "tool_calls", "cancelled", "refused", "invalid", "limited", "busy", "unverified",
+            "interrupted", "failed")  # fmt: skip
 
 
 Levels = float | Mapping[str, float]

@@ -29,6 +29,7 @@ from sliplm.protocol.messages import (
     LimitError,
     RefusedError,
     RequestError,
+    TooLongError,
     decode_request,
     encode,
 )
@@ -442,6 +443,8 @@ class TrustedServer:
                 return Code.NO_WORKER, str(error)
             case RefusedError():
                 return Code.REFUSED, str(error)
+            case TooLongError():
+                return Code.TOO_LONG, str(error)
             case RequestError():
                 return Code.REQUEST, str(error)
             case LimitError():

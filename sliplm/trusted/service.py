@@ -15,11 +15,13 @@ from sliplm.errors import LinkError, VerificationError
 from sliplm.protocol.link import Link
 from sliplm.protocol.messages import BusyError, Chunk, GenerateRequest, LimitError, RefusedError, RequestError
 from sliplm.registry import Device, Limits, Registry
+from sliplm.trusted.calls import Calls, find_calls
 from sliplm.trusted.fair import RETRY_SECONDS, FairQueue
 from sliplm.trusted.limits import DEFAULTS, Limiter
 from sliplm.trusted.meter import Meter, Record
 from sliplm.trusted.metrics import Metrics
 from sliplm.trusted.rules import Rules, review_answer, review_request
+from sliplm.trusted.tools import Syntax
 
 QUEUE_SECONDS = 60.0
 
@@ -39,6 +41,11 @@ class Engine(Protocol):
 
     @property
     def capacity(self) -> int: ...
+
+    @property
+    def syntax(self) -> Syntax:
+        """How the model writes calls of tools. Raises RequestError if it knows none. Asked for requests with tools."""
+        ...
 
     def generate(self, request: GenerateRequest, link: Link) -> Iterator[Chunk]:
         """Text, from exchanges over `link`; closing the iterator cancels. The last chunk, and only it, has a
@@ -103,6 +110,9 @@ class Service:
                     contextlib.closing(self._metered(request, device, claim, record, started)) as chunks,
                     contextlib.closing(review_answer(self._rules, chunks, request, device.name)) as reviewed,
                 ):
+                    if request.tools:  # the rules have seen them as the model wrote them
+                        names = {tool.name for tool in request.tools}
+                        reviewed = find_calls(reviewed, Calls(self._engine.syntax, names, request.parallel_calls))
                     for chunk in reviewed:
                         if chunk.finish_reason is not None:
                             outcome = chunk.finish_reason

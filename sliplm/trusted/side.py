@@ -17,6 +17,7 @@ class Trusted:
         bundle: DIR/trusted.
         listen: HOST:PORT for edges; port 0 takes a free one.
         pads: tokens for which to keep one-time pads ready.
+        name: what the model is called, if not as the split or its directory says.
 
     Attributes:
         model, tokenizer: Transformers' own objects, the model's layers protected.
@@ -26,9 +27,11 @@ class Trusted:
         BundleError, LinkError, IdentityError: the bundle, the address or the authority is no good.
     """
 
-    def __init__(self, bundle: Path | str, listen: str = "127.0.0.1:0", pads: int = 64) -> None:
+    def __init__(
+        self, bundle: Path | str, listen: str = "127.0.0.1:0", pads: int = 64, name: str | None = None
+    ) -> None:
         host, port = parse_address(listen)
-        self._engine = Engine(bundle, pads)
+        self._engine = Engine(bundle, pads, name=name)
         self.model: Any = self._engine.model
         self.tokenizer: Any = self._engine.tokenizer
         authority = Path(bundle) / "authority"

@@ -36,6 +36,7 @@ from sliplm.protocol import authority, channel, link
 from sliplm.protocol.channel import Channel
 from sliplm.protocol.frames import HEADER, Code, Kind
 from sliplm.protocol.link import InProcessLink
+from sliplm.protocol.messages import TooLongError
 
 
 def test_exchanges_are_exact(home, identity):
@@ -93,6 +94,16 @@ def test_text_is_generated(home, identity):
             3,
         )
         assert worker.model_name == "fake-model"
+
+
+def test_a_prompt_that_is_too_long_is_told_from_other_mistakes(home, identity):
+    class Short(FakeEngine):
+        def generate(self, request, link):
+            raise TooLongError("This model's maximum context length is 1 tokens.")
+
+    told = pytest.raises(TooLongError, match="maximum context length is 1")
+    with serving(home, Short()) as server, working(server, identity) as worker, told:
+        text(worker)
 
 
 def test_requests_run_at_the_same_time(home, identity):

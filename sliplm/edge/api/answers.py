@@ -8,7 +8,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from sliplm.protocol.messages import Chunk, TokenLogprob
+from sliplm.edge.api.tools import made, pieces
+from sliplm.protocol.messages import CallPiece, Chunk, TokenLogprob
 
 
 class Answer:
@@ -26,13 +27,21 @@ class Answer:
         self._begun = [False] * choices
         self._offsets = [0] * choices
 
-    def whole(self, texts: Sequence[str], logprobs: Sequence[list[TokenLogprob]], last: Sequence[Chunk]) -> Any:
+    def whole(
+        self,
+        texts: Sequence[str],
+        logprobs: Sequence[list[TokenLogprob]],
+        calls: Sequence[list[CallPiece]],
+        last: Sequence[Chunk],
+    ) -> Any:
         """The answer at once: everything by choice."""
         choices = []
         for i, text in enumerate(texts):
             said: dict[str, Any] = {"text": text}
             if self._chat:
                 said = {"message": {"role": "assistant", "content": text, "refusal": None}}
+                if calls[i]:
+                    said["message"] |= {"content": text or None, "tool_calls": made(calls[i])}
             choices.append(self._choice(i, said, logprobs[i], last[i].finish_reason))
         return {**self._head, "choices": choices, "usage": self.usage(last)}
 
@@ -42,6 +51,8 @@ class Answer:
         if self._chat:
             role = {} if self._begun[choice] else {"role": "assistant"}
             said = {"delta": {**role, "content": chunk.text}}
+            if chunk.calls:
+                said = {"delta": {**role, "content": chunk.text or None, "tool_calls": pieces(chunk.calls)}}
         self._begun[choice] = True
         event = self._event([self._choice(choice, said, chunk.logprobs, chunk.finish_reason)])
         return {**event, "usage": None} if self._with_usage else event

@@ -17,6 +17,7 @@ import anyio
 import msgspec
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
@@ -32,7 +33,7 @@ from sliplm.edge.api.metrics import Measured, Metrics
 from sliplm.edge.worker import WorkCounters
 from sliplm.errors import LinkError, SlipError
 from sliplm.protocol.frames import MAX_JSON_BYTES
-from sliplm.protocol.messages import TokenLogprob
+from sliplm.protocol.messages import CallPiece, TokenLogprob
 
 B = TypeVar("B", bound=Body)
 
@@ -43,6 +44,13 @@ BEAT_SECONDS = 10.0
 """A stream without text gets a comment as often: proxies and clients give up what is silent for a minute."""
 
 _COMMENT = b": still at it\n\n"
+_CROSS_ORIGIN: dict[str, Any] = {
+    "allow_methods": ("GET", "POST"),
+    "allow_headers": ("*",),  # clients add headers of their own; none of them says more than the key
+    "expose_headers": ("retry-after",),
+    "allow_private_network": True,  # a page from the internet, an API on this machine
+}
+
 _BREAKS = [(c.encode(), f"\\u{ord(c):04x}".encode()) for c in "\x85\u2028\u2029"]
 """Some clients, httpx among them, take these for ends of lines. In JSON they occur in strings only."""
 
@@ -55,10 +63,12 @@ def create_app(
     api_key: str | None = None,
     work: WorkCounters | None = None,
     names: Sequence[str] = (),
+    origins: Sequence[str] = (),
 ) -> Starlette:
     """The application. `generate` starts a generation, `model_name` is what /v1/models lists (None: not known yet),
     `connected` tells whether the worker is, `host` is what the API is bound to, `names` are others by which it is
-    reached, `api_key` is what clients must send if there is one, and `work` holds the worker's counters:
+    reached, `origins` are those of other web pages that may ask, `api_key` is what clients must send if there is one,
+    and `work` holds the worker's counters:
     `create_app(worker.generate, lambda: worker.model_name, worker.connected.is_set, "127.0.0.1", None,
     worker.counters)`."""
     started = int(time.time())
@@ -138,8 +148,12 @@ def create_app(
     middleware = [
         Middleware(Measured, metrics=metrics, routes=frozenset(r.path for r in routes)),
         # A key is enough: no browser adds it by itself to what another page asks for.
-        Middleware(OwnNamesOnly, host=host, given=names) if api_key is None else Middleware(KeyOnly, key=api_key),
+        Middleware(OwnNamesOnly, host=host, given=names, origins=origins)
+        if api_key is None
+        else Middleware(KeyOnly, key=api_key),
     ]
+    if origins:  # before the guard: browsers ask for leave without a key, and read a refusal only if it lets them
+        middleware.insert(1, Middleware(CORSMiddleware, allow_origins=origins, **_CROSS_ORIGIN))
     handlers = {404: not_found, 405: not_found, 500: on_error, ClientDisconnect: on_hang_up}
     for kind in (SlipError, ApiError):
         handlers[kind] = on_error
@@ -163,7 +177,7 @@ def _event(value: Any) -> bytes:
 
 
 async def _body(request: Request, kind: type[B]) -> B:
-    # A browser cannot send this type to another origin without asking first, and nobody here allows it.
+    # A browser cannot send this type to another origin without asking first, and leave is given to `origins` alone.
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise ApiError(415, "send the request with Content-Type: application/json", "unsupported_media_type")
     data = bytearray()
@@ -177,11 +191,13 @@ async def _body(request: Request, kind: type[B]) -> B:
 async def _collect(choices: Choices, worded: Answer) -> Any:
     texts = [""] * len(choices.last)
     logprobs: list[list[TokenLogprob]] = [[] for _ in texts]
+    calls: list[list[CallPiece]] = [[] for _ in texts]
     while (item := await choices.next()) is not None:
         index, chunk = item
         texts[index] += chunk.text
         logprobs[index] += chunk.logprobs
-    return worded.whole(texts, logprobs, choices.last)
+        calls[index] += chunk.calls
+    return worded.whole(texts, logprobs, calls, choices.last)
 
 
 class _EventStream(StreamingResponse):

@@ -1,6 +1,7 @@
 """What clients send, and what is asked of the trusted side for it.
 
-Nothing is ignored silently: a parameter has its effect, or is known to have none here, or is refused by name.
+No parameter is ignored silently: it has its effect, or is known to have none here, or is refused by name. Of messages
+and their parts, unknown keys are ignored, as OpenAI's service does: clients keep notes of their own there.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import msgspec
 from msgspec import Meta
 
 from sliplm.edge.api.errors import ApiError
-from sliplm.protocol.messages import MAX_TOKENS, GenerateRequest, Message
+from sliplm.edge.api.tools import Call, Choice, Format, FunctionTool, schema, tools
+from sliplm.protocol.messages import MAX_TOKENS, MAX_TOOLS, CallId, GenerateRequest, Message
 
 MAX_CHOICES = 16
 """As many answers can one request have."""
@@ -22,19 +24,15 @@ MAX_CHOICES = 16
 _REFUSED: dict[str, tuple[list[Any], str]] = {
     "audio": ([], "this model speaks text only"),
     "echo": ([False], "the answer does not repeat the prompt"),
-    "function_call": (["none", "auto"], "this API has no tools"),
-    "functions": ([[]], "this API has no tools"),
+    "function_call": (["none", "auto"], "its successor is 'tool_choice'"),
+    "functions": ([[]], "their successor is 'tools'"),
     "logit_bias": ([{}], "this side does not know the model's tokens"),
     "modalities": ([["text"]], "this model speaks text only"),
-    "parallel_tool_calls": ([True, False], "this API has no tools"),
     "prediction": ([], "there are no predicted outputs here"),
     "reasoning_effort": ([], "this model has no such setting"),
-    "response_format": ([{"type": "text"}], "the only response format is text"),
     "service_tier": (["auto", "default"], "there is one tier of service"),
     "store": ([False], "nothing is stored here"),
     "suffix": ([""], "this model continues text and does not fill gaps"),
-    "tool_choice": (["none", "auto"], "this API has no tools"),
-    "tools": ([[]], "this API has no tools"),
     "verbosity": (["medium"], "this model has no such setting"),
     "web_search_options": ([], "there is no web search here"),
 }
@@ -44,33 +42,35 @@ T = TypeVar("T")
 B = TypeVar("B", bound="Body")
 
 
-class _TextPart(msgspec.Struct, forbid_unknown_fields=True):
+class _TextPart(msgspec.Struct):
     type: Literal["text"]
     text: str
-    cache_control: Any = None  # a hint to other services; there is nothing here that it could change
 
 
-class _ChatMessage(msgspec.Struct, forbid_unknown_fields=True):
-    """Clients send answers back as they got them, so the empty fields of answers are accepted. A `name` is accepted
-    and has no effect: chat templates have no place for it."""
+class _ChatMessage(msgspec.Struct):
+    """Clients send answers back as they got them, so the empty fields of answers are accepted, and so is whatever they
+    or other services added. Refused are those keys alone whose content this model would have to read."""
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[_TextPart] | None = None
-    name: str | None = None
     refusal: None = None
     audio: None = None
     function_call: None = None
-    tool_calls: Annotated[list[Any], Meta(max_length=0)] | None = None
-    annotations: Annotated[list[Any], Meta(max_length=0)] | None = None
+    tool_calls: Annotated[list[Call], Meta(max_length=MAX_TOOLS)] | None = None
+    tool_call_id: CallId | None = None
 
     def plain(self) -> Message:
         """Raises ApiError."""
-        if self.content is None:
-            if self.role != "assistant":
-                raise ApiError(400, "a message has no content.", "invalid_value", "messages")
-            return Message(self.role, "")
-        text = self.content if isinstance(self.content, str) else "".join(p.text for p in self.content)
-        return Message("system" if self.role == "developer" else self.role, text)
+        if self.content is None and self.role != "assistant":
+            raise ApiError(400, "a message has no content.", "invalid_value", "messages")
+        if (self.role == "tool") != (self.tool_call_id is not None):
+            sentence = "a message of role 'tool', and only such a one, has a 'tool_call_id'."
+            raise ApiError(400, sentence, "invalid_value", "messages")
+        if self.tool_calls and self.role != "assistant":
+            raise ApiError(400, "only an assistant's message has 'tool_calls'.", "invalid_value", "messages")
+        text = self.content if isinstance(self.content, str) else "".join(p.text for p in self.content or [])
+        calls = [call.plain() for call in self.tool_calls or []]
+        return Message("system" if self.role == "developer" else self.role, text, calls, self.tool_call_id)
 
 
 class _StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
@@ -159,17 +159,21 @@ class ChatBody(Body, kw_only=True):
     function_call: Any = None
     functions: Any = None
     modalities: Any = None
-    parallel_tool_calls: Any = None
+    parallel_tool_calls: bool | None = None
     prediction: Any = None
     reasoning_effort: Any = None
-    response_format: Any = None
-    tool_choice: Any = None
-    tools: Any = None
+    response_format: Format | None = None
+    tool_choice: Literal["none", "auto", "required"] | Choice | None = None
+    tools: Annotated[list[FunctionTool], Meta(max_length=MAX_TOOLS)] | None = None
     verbosity: Any = None
     web_search_options: Any = None
 
     def _prompts(self) -> list[dict[str, Any]]:
-        prompt: dict[str, Any] = {"messages": [m.plain() for m in self.messages]}
+        prompt: dict[str, Any] = {
+            "messages": [m.plain() for m in self.messages],
+            **tools(self.tools or [], self.tool_choice or "auto", self.parallel_tool_calls),
+            "schema": schema(self.response_format),
+        }
         if self.max_tokens is None:
             prompt["max_tokens"] = MAX_TOKENS
         if self.max_completion_tokens is not None:

@@ -9,7 +9,7 @@ import msgspec
 from starlette.responses import Response
 
 from sliplm.errors import LinkError, SlipError, VerificationError, locate
-from sliplm.protocol.messages import BusyError, RequestError
+from sliplm.protocol.messages import BusyError, RequestError, TooLongError
 
 _log = logging.getLogger(__name__)
 
@@ -46,6 +46,8 @@ def translate(error: Exception) -> ApiError:
     match error:
         case ApiError():
             return error
+        case TooLongError():
+            return ApiError(400, str(error), "context_length_exceeded")
         case RequestError():
             return ApiError(400, str(error), "invalid_request")
         case BusyError():

@@ -126,7 +126,7 @@ class _Stream:
             self._admitted = True
         while True:  # an empty chunk only says that the generation goes on
             chunk = await anyio.to_thread.run_sync(self._next, abandon_on_cancel=True, limiter=self._room.threads)
-            if chunk.text or chunk.finish_reason is not None:
+            if chunk.text or chunk.calls or chunk.logprobs or chunk.finish_reason is not None:
                 return chunk
 
     def _next(self) -> Chunk:

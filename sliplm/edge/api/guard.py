@@ -24,10 +24,11 @@ class OwnNamesOnly:
     """Refuses requests that were made for another name than this API's. Somebody's web page can let its own name
     point to this machine (DNS rebinding); the browser then takes the API for a part of that page, but still says
     in Host, and mostly in Origin, where it thinks it is. An address cannot be pointed elsewhere. `given` are names
-    that the API has besides: of a proxy before it, or of its container."""
+    that the API has besides: of a proxy before it, or of its container. Pages of `origins` may ask, too."""
 
-    def __init__(self, app: ASGIApp, host: str, given: Sequence[str] = ()) -> None:
+    def __init__(self, app: ASGIApp, host: str, given: Sequence[str] = (), origins: Sequence[str] = ()) -> None:
         self._app = app
+        self._origins = frozenset(origins)
         self._given = {name.lower() for name in given}
         self._names = {host.lower(), "localhost", "127.0.0.1", "::1"} | self._given
         address = _address(host)
@@ -44,10 +45,10 @@ class OwnNamesOnly:
         name = _name(host)
         if name not in self._names and not (self._any_address and _address(name)):
             return "this API does not go by the name in the Host header: use its address, or start it with --api-name"
-        if (origin := headers.get("origin")) is not None:
+        if (origin := headers.get("origin")) is not None and origin not in self._origins:
             scheme, _, authority = origin.lower().partition("://")  # a proxy may have added TLS, or changed Host
             if scheme not in ("http", "https") or (authority != host and _name(authority) not in self._given):
-                return "this API does not serve other web pages"
+                return "this API does not serve other web pages but those that it was started with --api-origin for"
         return None
 
 
@@ -73,6 +74,16 @@ class KeyOnly:
     def _has_key(self, headers: Headers) -> bool:
         scheme, _, key = headers.get("authorization", "").partition(" ")
         return scheme.lower() == "bearer" and hmac.compare_digest(key.strip().encode(), self._key)
+
+
+def read_origin(text: str) -> str:
+    """The origin in `text`, as browsers send it: scheme, host, and a port that is not the scheme's own. Raises
+    IdentityError; there is no sign for all pages, since those of strangers are some of them."""
+    found = re.fullmatch(r"([a-z][a-z0-9+.-]*)://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:\d{1,5})?/?", text.strip().lower())
+    if not found:
+        raise IdentityError(f"{text[:200]!a} is not the origin of a web page, such as https://app.example.com.")
+    scheme, host, port = found.groups()
+    return f"{scheme}://{host}" + ("" if (scheme, port) in (("http", ":80"), ("https", ":443")) else port or "")
 
 
 def read_key(path: Path) -> str:

@@ -74,7 +74,9 @@ def neighbours(stolen: Stolen, original: Any) -> dict[str, Any]:
     with safe_open(stolen.trusted / "model.safetensors", "pt") as file:
         for i, j in pairwise(readers):
             a, b = (stolen.matrix(n, groups[n], NONE, file, 1.0) for n in (i, j))
-            secret = [stored(file.get_tensor, groups[n][0].name)[0] if stolen.settings["blinding"] else None for n in (i, j)]
+            secret = [
+                stored(file.get_tensor, groups[n][0].name)[0] if stolen.settings["blinding"] else None for n in (i, j)
+            ]
             shares.append(blinding.recovered(a, b, (secret[0], secret[1]))[0])
     return {"columns_matched": sum(shares) / max(1, len(shares)), "chance": 1 / width}
 

@@ -31,6 +31,7 @@ from sliplm.split.blinding import block_sizes, hadamard
 
 GUESSES = (0.9, 0.4)  # mean squared cosines of matched directions that the thief tries
 _SURE = 0.85  # of what it found: the thief looks no further
+_DECIDED = 0.1  # mean square of the signs below which there is nothing to go on with
 _LEAST = 20.0  # log-likelihood of a seed that is taken beside the first
 
 
@@ -108,7 +109,8 @@ def attack(
     for guess in guesses if sides else ():
         r, expected = message_passing.trust(there.values, guess)
         for signs in _signs(list(sides.values()), r):
-            if (decided := float((signs**2).mean())) <= best.sure:
+            decided = float((signs**2).mean())
+            if decided < max(_DECIDED, best.sure):
                 continue
             turned = message_passing.rotations(list(sides.values()), np.diag(signs * r), expected)
             sure = decided * max(map(_orthogonal, turned))

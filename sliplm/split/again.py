@@ -1,0 +1,116 @@
+"""Split the same weights a second time with the camouflage of the first.
+
+Every split draws its camouflage afresh: W = A B + W_edge, with another A B each time. Whoever holds the edge bundles of
+two such splits, and found a common basis for them, would see the protected subspace of W in their difference, exactly.
+So a second split takes A B from the first one's trusted bundle, and draws nothing but its blinding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from sliplm import bundle
+from sliplm.errors import BundleError
+from sliplm.split.groups import Group
+from sliplm.split.planes import dequantise
+
+WEIGHTS_FILE = "weights.json"
+_ALIKE = {1: 3e-4, 2: 1e-6}  # how far rounding to so many planes takes the sum of an edge part's squares, relatively
+
+
+class FirstSplit:
+    """The trusted side of an earlier split, of this or the last format.
+
+    Args:
+        trusted: DIR/trusted. groups, rank, camouflage: of the new split; they must be those of the first.
+
+    Raises:
+        BundleError: it is no trusted bundle, or one of another model or rank.
+    """
+
+    def __init__(self, trusted: Path, groups: list[Group], rank: int, camouflage: bool) -> None:
+        self._path = trusted
+        try:
+            config = json.loads((trusted / "config.json").read_text())["quantization_config"]
+            self._names = [str(name) for names in config["groups"] for name in names]
+            self._planes = int(config["planes"])
+            self._file = safe_open(trusted / "model.safetensors", "pt")
+            self._q = safe_open(trusted / bundle.Q_FILE, "pt")
+            first = int(config["rank"]), bool(config["camouflage"])
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+            raise BundleError(f"{trusted} is not the trusted bundle of an earlier split.") from None
+        if first != (rank, camouflage):
+            shown = f"--rank {first[0]} and {'--camouflage' if first[1] else '--no-camouflage'}"
+            raise BundleError(f"{trusted} was split with {shown}: its camouflage cannot serve another choice.")
+        if self._names != [m.name for group in groups for m in group]:
+            raise BundleError(f"{trusted} protects other layers: it is not a split of this model.")
+        self._known = read_weights(trusted)
+
+    def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """A (N, r) and B (r, K) of the matrix `name`, float32."""
+        try:
+            return tuple(self._file.get_tensor(f"{name}.factor_{side}").float() for side in "ab")  # type: ignore[return-value]
+        except SafetensorError:
+            raise BundleError(f"{self._path} lacks the factors of {name}.") from None
+
+    def check_weights(self, number: int, leader: str, weights: str) -> None:
+        """Refuse a group whose `fingerprint` is not that of the first split's group `number` (before format 3: none).
+
+        Raises:
+            BundleError: the group, led by `leader`, has other weights.
+        """
+        if self._known is not None and self._known[number : number + 1] != [weights]:
+            raise self._other(leader)
+
+    def check_length(self, number: int, leader: str, rest: torch.Tensor) -> None:
+        """The same for formats before 3, by `rest`, W - A B of the group (N, K): their blinding was orthogonal, so the
+        edge's part has kept the sum of its squares, but for rounding."""
+        if self._known is not None:
+            return
+        edge = dequantise(self._q.get_tensor(str(number)), self._file.get_tensor(f"{leader}.scales"))
+        here, there = (float(part.double().square().sum()) for part in (rest, edge))
+        if abs(there - here) > _ALIKE[self._planes] * here:
+            raise self._other(leader)
+
+    def _other(self, leader: str) -> BundleError:
+        return BundleError(
+            f"{self._path} is a split of other weights ({leader} differs): a new version of a model is split without "
+            "--again; docs/security.md says what its old version is worth to a thief."
+        )
+
+
+def fingerprint(parts: Iterable[torch.Tensor]) -> str:
+    """SHA-256 (hex) of the float32 values of a group's matrices, whatever type they are stored in."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.float().contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def read_weights(trusted: Path) -> list[str] | None:
+    """The fingerprints in DIR/trusted, a group each; None if there are none, as before format 3."""
+    try:
+        found = json.loads((trusted / WEIGHTS_FILE).read_text())
+    except (OSError, ValueError):
+        return None
+    return [str(weights) for weights in found] if isinstance(found, list) else None
+
+
+def siblings(out: Path, first: str) -> list[Path]:
+    """Trusted bundles beside `out` that were split from weights whose first group has the fingerprint `first`."""
+    beside = sorted(out.parent.glob(f"*/trusted/{WEIGHTS_FILE}"))
+    return [p.parent for p in beside if p.parents[1] != out and (read_weights(p.parent) or [""])[0] == first]
+
+
+def second_split(first: Path) -> str:
+    """What to tell an owner who splits the weights of `first`, DIR/trusted, once more."""
+    return (
+        f"{first} is a split of the same weights. Whoever gets both edge bundles may find what they hide by comparing "
+        f"them: remove this one, and split with --again {first}."
+    )

@@ -1,0 +1,138 @@
+"""Answers that must follow a JSON Schema, or must be calls: tokens that would leave it are masked before one is picked.
+
+The grammar's work is llguidance's. What a schema may cost, which a device chooses, is limited here: in bytes, in the
+time and memory of compiling it, and in those of every step.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection
+from typing import Any
+
+import llguidance
+import numpy as np
+import torch
+
+from sliplm.protocol.messages import GenerateRequest, RequestError
+from sliplm.trusted.tools import Syntax
+
+MAX_GRAMMAR_BYTES = 1 << 16
+"""Of the schemas of one request."""
+
+TOO_COMPLEX = "the JSON schema is too complex to hold an answer to it."
+
+_LIMITS = llguidance.LLParserLimits(
+    initial_lexer_fuel=200_000,
+    step_lexer_fuel=200_000,
+    max_lexer_states=50_000,
+    max_grammar_size=200_000,
+    precompute_large_lexemes=True,  # without it, some patterns escape the other limits
+    verbose_errors=False,
+)
+_STYLE = {"x-guidance": {"whitespace_flexible": True, "whitespace_pattern": r" ?|\n {0,32}"}}
+"""Space as people write it; a model that may write as much as it likes can go on for ever."""
+
+_MIXING = ("allOf", "if", "not", "dependentSchemas", "patternProperties", "unevaluatedProperties")
+"""Where a schema has one of these, several of its parts may speak of one object."""
+
+
+class Grammars:
+    """Makes the constraints of a model's requests. Takes a second to make itself, for the tokenizer."""
+
+    def __init__(self, tokenizer: Any, ends: Collection[int]) -> None:
+        """`ends` are the tokens that end an answer. Raises RequestError if this model's answers cannot be held to
+        anything."""
+        if not ends:
+            raise RequestError("this model's answers cannot be held to a schema: no token ends them.")
+        try:
+            self._special = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+            self._tokens = llguidance.LLTokenizer(tokenizer.backend_tokenizer.to_str(), eos_token=sorted(ends))
+        except Exception:  # llguidance knows fewer kinds of tokenizers than Transformers
+            sentence = "this model's answers cannot be held to a schema: its tokenizer does not allow it."
+            raise RequestError(sentence) from None
+
+    def constraint(self, request: GenerateRequest, syntax: Syntax | None, prompt_tokens: int) -> Constraint:
+        """For an answer to `request`, whose calls are written in `syntax`. Raises RequestError for schemas that are
+        wrong, not supported, or too much."""
+        rules: dict[str, str] = {}
+        if syntax is not None:
+            names = request.must_call or [t.name for t in request.tools]
+            called = [t for t in request.tools if t.name in names]
+            joint = f"({self._text(syntax.joint)} call)*" if syntax.joint and request.parallel_calls else ""
+            rules["calls"] = f"{self._text(syntax.head)} call {joint} {self._text(syntax.tail)}"
+            rules["call"] = " | ".join(f"call{i}" for i in range(len(called)))
+            for i, tool in enumerate(called):
+                parameters = {"type": "object", **tool.parameters}
+                if parameters["type"] != "object":
+                    raise RequestError(f"the parameters of the function {tool.name} are not an object.")
+                rules[f"call{i}"] = f"{self._text(tool.name + syntax.mid)} {_schema(parameters)}"
+        if request.schema is not None and not request.must_call:
+            rules["content"] = _schema(request.schema)
+        start = " | ".join(rule for rule in ("calls", "content") if rule in rules)
+        grammar = "\n".join([f"start: {start}", *(f"{name}: {body}" for name, body in rules.items())])
+        if len(grammar) > MAX_GRAMMAR_BYTES:
+            raise RequestError(f"the JSON schemas have {len(grammar)} bytes; at most {MAX_GRAMMAR_BYTES} are possible.")
+        matcher = llguidance.LLMatcher(self._tokens, grammar, log_level=0, limits=_LIMITS)
+        if matcher.is_error():
+            raise RequestError(f"the JSON schema is not supported: {_reason(matcher.get_error())}.")
+        matcher.compute_bitmask()
+        if matcher.is_error():
+            raise RequestError(TOO_COMPLEX)
+        return Constraint(matcher, prompt_tokens)
+
+    def _text(self, text: str) -> str:
+        """`text` in a grammar, special tokens by their number."""
+        special = "|".join(map(re.escape, sorted(self._special, key=len, reverse=True)))
+        parts = re.split(f"({special})", text) if special else [text]
+        return " ".join(f"<[{self._special[p]}]>" if p in self._special else json.dumps(p) for p in parts if p)
+
+
+class Constraint:
+    """A logits processor that leaves only tokens with which the answer can still follow the grammar."""
+
+    def __init__(self, matcher: llguidance.LLMatcher, prompt_tokens: int) -> None:
+        self._matcher, self._seen = matcher, prompt_tokens
+
+    def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self._matcher.consume_tokens(ids[0, self._seen :].tolist())
+        self._seen = ids.shape[1]
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        if self._matcher.is_error():
+            raise RequestError(TOO_COMPLEX)
+        width = scores.shape[-1]  # some models have more outputs than their tokenizer has tokens
+        allowed = np.zeros(width, bool)
+        known = np.unpackbits(bits, bitorder="little")[:width]
+        allowed[: len(known)] = known
+        return scores.masked_fill(~torch.from_numpy(allowed), -torch.inf)
+
+
+def _schema(schema: dict[str, Any]) -> str:
+    try:
+        mixed = any(f'"{word}"' in json.dumps(schema) for word in _MIXING)
+        return "%json " + json.dumps({**(schema if mixed else _closed(schema)), **_STYLE})
+    except (ValueError, RecursionError):
+        raise RequestError("the JSON schema cannot be read: it is nested too deeply.") from None
+
+
+def _closed(schema: Any) -> Any:
+    """`schema`, whose objects that name their properties have no others, unless it says that they may: nobody asked for
+    those, and a model that may always add one more can go on for ever. (OpenAI's strict mode wants it said.)"""
+    if not isinstance(schema, dict) or ("properties" in schema and schema.keys() & {"anyOf", "oneOf", "$ref"}):
+        return schema  # what these hold shares its properties
+    closed: dict[str, Any] = {"additionalProperties": False} if isinstance(schema.get("properties"), dict) else {}
+    for word, inner in schema.items():
+        if word in ("properties", "$defs", "definitions") and isinstance(inner, dict):
+            closed[word] = {name: _closed(part) for name, part in inner.items()}
+        elif word in ("anyOf", "oneOf", "prefixItems") and isinstance(inner, list):
+            closed[word] = [_closed(part) for part in inner]
+        else:
+            closed[word] = _closed(inner) if word in ("items", "additionalProperties") else inner
+    return closed
+
+
+def _reason(error: str) -> str:
+    """The sentence in llguidance's message, without the grammar that it quotes."""
+    sentence = error.partition("\n")[0].rpartition("failed to compile JSON schema: ")[2]
+    return re.sub(r"^at \d+\(\d+\): ", "", sentence)[:200].rstrip(". ")

@@ -1,0 +1,158 @@
+"""A second split of the same weights: with the first one's camouflage, or with a warning."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import save_tiny
+from safetensors.torch import load_file, save_file
+
+from sliplm.errors import BundleError
+from sliplm.evaluate.attacks.stolen import ALL, Stolen
+from sliplm.split.again import siblings
+from sliplm.split.origin import said_base
+from sliplm.split.split import Options, split
+
+LAYER = "model.layers.0.mlp.down_proj"
+
+
+def tensors(directory: Path) -> dict[str, torch.Tensor]:
+    return load_file(directory / "trusted" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def again(tiny: Path, tiny_split: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("again") / "second"
+    split(str(tiny), out, Options(rank=4, again=tiny_split / "trusted"))
+    return out
+
+
+def test_factors_are_the_first_ones_and_the_blinding_is_new(tiny_split: Path, again: Path) -> None:
+    first, second = tensors(tiny_split), tensors(again)
+    assert first.keys() == second.keys()
+    for name in first:
+        kind = name.rpartition(".")[2]
+        if kind in ("factor_a", "factor_b"):
+            assert torch.equal(first[name], second[name])
+        elif kind.startswith(("in_", "out_")):
+            assert not torch.equal(first[name], second[name])
+
+
+def test_what_two_edge_bundles_hold_differs_by_rounding_only(tiny: Path, tiny_split: Path, again: Path) -> None:
+    """In a common basis: with another camouflage their difference would have the rank of both trusted parts."""
+    first, second = (Stolen(d).model(ALL).get_parameter(f"{LAYER}.weight").detach() for d in (tiny_split, again))
+    assert float((first - second).norm() / first.norm()) < 1e-3
+    torch.manual_seed(0)
+    other = again.parent / "other"
+    split(str(tiny), other, Options(rank=4))
+    third = Stolen(other).model(ALL).get_parameter(f"{LAYER}.weight").detach()
+    assert float((first - third).norm() / first.norm()) > 0.05
+
+
+@pytest.fixture
+def changed(tiny: Path, tmp_path: Path) -> Path:
+    """The next version of the model: one matrix differs a little."""
+    directory = Path(shutil.copytree(tiny, tmp_path / "changed"))
+    state = load_file(tiny / "model.safetensors")
+    state[f"{LAYER}.weight"] += 0.002 * torch.randn(state[f"{LAYER}.weight"].shape)
+    save_file(state, directory / "model.safetensors", {"format": "pt"})
+    return directory
+
+
+@pytest.mark.parametrize("planes", [1, 2])
+def test_other_weights_are_refused(changed: Path, tiny: Path, tmp_path: Path, planes: int) -> None:
+    first = tmp_path / "first"
+    split(str(tiny), first, Options(rank=4, planes=planes))
+    with pytest.raises(BundleError, match=f"other weights .*{LAYER} differs"):
+        split(str(changed), tmp_path / "out", Options(rank=4, again=first / "trusted"))
+    assert not (tmp_path / "out").exists() and len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_bundle_without_fingerprints_is_told_by_the_length_of_its_edge_part(
+    changed: Path, tiny: Path, tmp_path: Path
+) -> None:
+    """As before format 3, whose blinding was orthogonal; without any blinding that holds, too."""
+    first = tmp_path / "first"
+    split(str(tiny), first, Options(rank=4, blinding=False))
+    (first / "trusted" / "weights.json").unlink()
+    split(str(tiny), tmp_path / "same", Options(rank=4, again=first / "trusted"))
+    with pytest.raises(BundleError, match="other weights"):
+        split(str(changed), tmp_path / "out", Options(rank=4, again=first / "trusted"))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"rank": 5}, "--rank 4 and --camouflage"),
+        ({"rank": 4, "camouflage": False}, "cannot serve another choice"),
+    ],
+)
+def test_another_rank_or_camouflage_is_refused(
+    tiny: Path, tiny_split: Path, tmp_path: Path, options: dict, says: str
+) -> None:
+    with pytest.raises(BundleError, match=says):
+        split(str(tiny), tmp_path / "out", Options(again=tiny_split / "trusted", **options))
+
+
+def test_another_model_or_no_bundle_is_refused(tiny: Path, tiny_split: Path, tmp_path: Path) -> None:
+    other = save_tiny(tmp_path / "other", num_hidden_layers=1)
+    with pytest.raises(BundleError, match="other layers"):
+        split(str(other), tmp_path / "out", Options(rank=4, again=tiny_split / "trusted"))
+    for nothing in (tiny, tiny_split / "edge", tmp_path / "nowhere"):
+        with pytest.raises(BundleError, match="not the trusted bundle"):
+            split(str(tiny), tmp_path / "out", Options(rank=4, again=nothing))
+
+
+def test_a_second_split_beside_the_first_is_noticed(
+    tiny: Path, changed: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    split(str(tiny), tmp_path / "first", Options(rank=4))
+    with caplog.at_level(logging.WARNING):
+        split(str(changed), tmp_path / "next", Options(rank=4))
+        split(str(tiny), tmp_path / "again", Options(rank=4, again=tmp_path / "first" / "trusted"))
+    # The first group of `changed` is untouched, so that it is noticed, too: its old version is a public base for it.
+    assert [str(tmp_path / "first" / "trusted") in r.getMessage() for r in caplog.records] == [True]
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        split(str(tiny), tmp_path / "second", Options(rank=4))
+    assert "--again" in caplog.text
+    weights = json.loads((tmp_path / "first" / "trusted" / "weights.json").read_text())
+    assert siblings(tmp_path / "third", "0" * 64) == [] and len(siblings(tmp_path / "third", weights[0])) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "base"),
+    [
+        ("README.md", "---\nbase_model: acme/public-7b\n---\n# A tune", "acme/public-7b"),
+        ("README.md", "---\nbase_model:\n- acme/one\n- acme/two\n---\n", "acme/one"),
+        ("README.md", "---\nbase_model: [\n---\n", None),
+        ("README.md", "no front matter", None),
+        ("adapter_config.json", '{"base_model_name_or_path": "acme/base"}', "acme/base"),
+        ("adapter_config.json", '{"base_model_name_or_path": 3}', None),
+        ("adapter_config.json", "[1", None),
+        ("config.json", '{"_name_or_path": "acme/from-here"}', "acme/from-here"),
+        ("config.json", '{"_name_or_path": "model/"}', None),
+    ],
+)
+def test_what_a_checkpoint_says_of_its_origin(tmp_path: Path, name: str, text: str, base: str | None) -> None:
+    directory = tmp_path / "model"
+    directory.mkdir()
+    (directory / name).write_text(text)
+    assert said_base(directory) == base
+
+
+def test_the_split_says_what_an_origin_means(tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    directory = Path(shutil.copytree(tiny, tmp_path / "tune"))
+    (directory / "README.md").write_text("---\nbase_model: acme/public\n---\n")
+    with caplog.at_level(logging.WARNING):
+        split(str(directory), tmp_path / "out", Options(rank=4))
+    assert "--base acme/public" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        split(str(directory), tmp_path / "based", Options(rank=4, base=str(tiny)))
+    assert "acme/public" not in caplog.text
