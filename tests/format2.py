@@ -1,6 +1,7 @@
-"""The blinding of bundle format 2, which fell: `rounds` of a signed permutation and a block Hadamard transform.
+"""The blinding of bundle format 2, which fell: `rounds` of a signed permutation and a block Hadamard transform. And
+matrices like those that it fell with.
 
-Kept for the attacks to show what they can do, and for nothing else.
+Kept for the attacks to show what they can do (`evaluate.attacks.unblinding`), and for nothing else.
 """
 
 from __future__ import annotations
@@ -40,3 +41,13 @@ class Rotation:
 
     def dual(self) -> Rotation:
         return self
+
+
+def trained_like(n: int, rng: np.random.Generator, localised: int = 4) -> torch.Tensor:
+    """A matrix (n, n), float32. As in trained ones, the `localised` smallest singular vectors of inputs are almost one
+    coordinate each, with 99 % of their energy; the others are random directions."""
+    right = rng.standard_normal((n, n), np.float32)
+    right[:, :localised] *= 0.1
+    right[range(localised), range(localised)] += n**0.5
+    left, right = (np.linalg.qr(m)[0][:, ::-1] for m in (rng.standard_normal((n, n), np.float32), right))
+    return torch.from_numpy(left * np.linspace(2, 0.2, n, dtype=np.float32) @ right.T)

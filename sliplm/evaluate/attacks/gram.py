@@ -54,10 +54,10 @@ def spectrum(stolen: torch.Tensor, base: torch.Tensor, secret: Blinding | None) 
     return float((a.T * truth).sum(1).square().mean())
 
 
-def without_leading(base: torch.Tensor, rank: int) -> torch.Tensor:
-    """`base` (N, K) with its `rank` leading singular values brought down to the median, as the split does it."""
+def without_leading(base: torch.Tensor, rank: int, filled: bool = True) -> torch.Tensor:
+    """`base` (N, K) with its `rank` leading singular values brought down to the median, as the split does it, or to 0."""
     u, s, vt = torch.linalg.svd(base, full_matrices=False)
-    s[:rank] = s[rank:].median() if len(s) > rank else s[:rank]
+    s[:rank] = (s[rank:].median() if len(s) > rank else s[:rank]) if filled else 0
     return (u * s) @ vt
 
 
