@@ -2,7 +2,7 @@
 
     python bench/unblinding.py [MATRIX ...] [--eps 0.005 ...] [--split base default] [--blinding new old] [--guessed]
 
-MATRIX: qkv3, o3, gateup3, down3, ... of layers 3, 10, 15, 20, 28, or head; all of them by default. Or like2048 for a random
+MATRIX: qkv3, o3, gateup3, down3, ... of layers 3, 10, 15, 20, 28, or head; all by default. Or like2048 for a random
 matrix of that size with localised singular vectors. The fine-tune is synthetic: of full rank, relative size eps,
 singular values i^-0.6, random directions. The thief gets the public model, and the scales of all rows unless --guessed.
 Chance is what the same guess scores against fresh blindings of the same kind.
@@ -30,7 +30,7 @@ from sliplm.split.planes import dequantise, quantise
 from sliplm.split.source import load_whole
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from format2 import Rotation, trained_like  # noqa: E402
+from format2 import Rotation, trained_like
 
 LAYERS = (3, 10, 15, 20, 28)
 KINDS = {"qkv": "self_attn.q_proj", "o": "self_attn.o_proj", "gateup": "mlp.gate_proj", "down": "mlp.down_proj"}
@@ -81,7 +81,8 @@ def main() -> None:
     for kind, scores in found.items():
         most = unblinding.Score(*map(max, zip(*scores, strict=True)))
         fell = sum(score.rotation > 0.3 for score in scores)
-        print(f"{kind}: {fell} of {len(scores)} fell; at most:", ", ".join(f"{k} {v:.4f}" for k, v in most._asdict().items()))
+        worst_of = ", ".join(f"{name} {value:.4f}" for name, value in most._asdict().items())
+        print(f"{kind}: {fell} of {len(scores)} fell; at most: {worst_of}")
 
 
 def edges(public: list[torch.Tensor], eps: float, base: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,11 +1,10 @@
 """Line up the singular vectors of what a thief reads with those of a matrix that it knows.
 
-No change of basis moves singular values, so their order tells which direction goes to which; up to signs, and as far as
-neighbours do not mix. Three things blur that order, and the thief fights two of them. Rows of unknown scale: the thief
-chooses scales that make the spectrum the one it expects (`equalise`). Values that the camouflage planted: it looks for
-the best monotone matching that may leave values out (`match`), as biologists align sequences (Needleman and Wunsch, 1970).
-A secret diagonal between two rotations: there is no row to scale, and nothing is done about it.
-"""
+No change of basis moves singular values, so their order tells which direction goes to which; up to signs, and as far
+as neighbours do not mix. Three things blur that order, and the thief fights two of them. Rows of unknown scale: the
+thief chooses scales that make the spectrum the one it expects (`equalise`). Values that the camouflage planted: it
+looks for the best monotone matching that may leave values out (`match`), as biologists align sequences (Needleman and
+Wunsch, 1970). A secret diagonal between two rotations: there is no row to scale, and nothing is done about it."""
 
 from __future__ import annotations
 
@@ -59,10 +58,10 @@ def equalise(matrix: Array, values: Array, steps: int = 10) -> Array:
 
 
 def match(values: Array, known: Array, skip: float = 3.0) -> tuple[NDArray[np.int64], NDArray[np.int64], float]:
-    """Which of `values` (n,) goes to which of `known` (m,), both descending: the cheapest monotone matching, and its cost.
+    """Which of `values` (n,) goes to which of `known` (m,), both descending: the cheapest monotone matching, its cost.
 
-    A pair costs the square of its logarithms' difference, in units of the local gap between neighbours; a value left out
-    on either side costs `skip`.
+    A pair costs the square of its logarithms' difference, in units of the local gap between neighbours; a value left
+    out on either side costs `skip`.
     """
     a, b = np.log(values + 1e-3 * values[0]), np.log(known + 1e-3 * known[0])
     gap = np.convolve(np.pad(np.abs(np.gradient(b)), 8, mode="edge"), np.ones(17) / 17, "valid") + 1e-6

@@ -55,7 +55,7 @@ def spectrum(stolen: torch.Tensor, base: torch.Tensor, secret: Blinding | None) 
 
 
 def without_leading(base: torch.Tensor, rank: int, filled: bool = True) -> torch.Tensor:
-    """`base` (N, K) with its `rank` leading singular values brought down to the median, as the split does it, or to 0."""
+    """`base` (N, K) with its `rank` leading singular values brought down to the median, as a split does, or to 0."""
     u, s, vt = torch.linalg.svd(base, full_matrices=False)
     s[:rank] = (s[rank:].median() if len(s) > rank else s[:rank]) if filled else 0
     return (u * s) @ vt

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from sliplm.evaluate.attacks import arrow, blinding, gram, subspace
+from sliplm.evaluate.attacks import arrow, blinding, gram, subspace, unblinding
 from sliplm.evaluate.attacks.stolen import NONE, Oracles, Stolen
 from sliplm.split.blinding import stored
 from sliplm.split.factors import Factors, leading
@@ -83,25 +83,33 @@ def neighbours(stolen: Stolen, original: Any) -> dict[str, Any]:
 
 def public_base(stolen: Stolen, original: Any) -> dict[str, Any]:
     """What a public model that is as close as the original plus 2 % noise gives away of the basis: rows matched by
-    their directions, columns by Gram matrices, and directions by the spectrum. Means over groups."""
+    their directions, columns by Gram matrices; singular directions lined up (mean squared cosine), and how far the
+    rotation is undone from there (correlation). Means over groups."""
     rank = stolen.settings["rank"]
-    scores: dict[str, list[float]] = {"rows": [], "columns": [], "spectrum": [], "chance": []}
+    scores: dict[str, list[float]] = {name: [] for name in ("rows", "columns", "directions", "rotation", "chance")}
     generator = torch.Generator().manual_seed(0)
     with safe_open(stolen.trusted / "model.safetensors", "pt") as file:
         for number, group in _some(stolen.groups(original), _FEW):
             rows, columns = size(group)
             if max(rows, columns) > _LARGEST:
                 continue
-            base, rest = torch.empty(rows, columns), torch.empty(rows, columns)
+            base, rest, cut = (torch.empty(rows, columns) for _ in range(3))
             for m, at, across in blocks(group):
                 w = weight(original, m)
                 base[at, across] = w + _NOISE * w.std() * torch.randn(w.shape, generator=generator)
                 rest[at, across] = gram.without_leading(base[at, across], rank)
+                cut[at, across] = gram.without_leading(base[at, across], rank, filled=False)
             inner, outer = stored(file.get_tensor, group[0].name) if stolen.settings["blinding"] else (None, None)
             matrix = stolen.matrix(number, group, NONE, file, 1.0)
             scores["rows"].append(arrow.identified(matrix, base, outer))
             scores["columns"].append(gram.columns(matrix, rest, inner))
-            scores["spectrum"].append(gram.spectrum(matrix, rest, inner))
+            if inner is None or outer is None:  # there is nothing to undo
+                lined_up, undone = 1.0, 1.0
+            else:
+                guess = unblinding.attack(matrix, cut, planted=stolen.settings["camouflage"])
+                lined_up, _, undone = guess.score(inner, outer)
+            scores["directions"].append(lined_up)
+            scores["rotation"].append(undone)
             scores["chance"].append(1 / columns)
     return {name: sum(values) / max(1, len(values)) for name, values in scores.items()}
 

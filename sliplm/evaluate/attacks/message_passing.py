@@ -1,23 +1,24 @@
 """Find the signs of matched singular vectors, and with them a rotation, from what its entries can be.
 
-T (K, K) is the secret rotation of one side, its last public transform undone. A thief holds Y = T V R^T (K, d): V (K, d)
-are the public model's singular vectors and R (d, d) is near to a diagonal of signs times r (d,), how well each was
-matched. Column c of T is then about Y (signs * r * V[c]), and entries of T come from a known distribution (`Entries`). So
-signs say what T is, as far as they are known, and T, as far as its entries are known, says what the signs are. Source: the
-approximate message passing of Donoho, Maleki and Montanari (PNAS 2009) for signs; vector message passing (Rangan, Schniter
-and Fletcher, arXiv 1610.03082) for the rest of R. A start is needed: a column that few directions hold. Trained matrices
-have singular vectors that are almost one coordinate, which show one column of T whole (`seeds`).
-"""
+T (K, K) is the secret rotation of one side, its last public transform undone. A thief holds Y = T V R^T (K, d): V (K,
+d) are the public model's singular vectors and R (d, d) is near to a diagonal of signs times r (d,), how well each was
+matched. Column c of T is then about Y (signs * r * V[c]), and entries of T come from a known distribution (`Entries`).
+So signs say what T is, as far as they are known, and T, as far as its entries are known, says what the signs are.
+Source: the approximate message passing of Donoho, Maleki and Montanari (PNAS 2009) for signs; vector message passing
+(Rangan, Schniter and Fletcher, arXiv 1610.03082) for the rest of R. A start is needed: a column that few directions
+hold. Trained matrices have singular vectors that are almost one coordinate, which show one column of T whole
+(`seeds`)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.float32]
+Array = NDArray[np.floating]
 _CLIP = 60.0
 
 
@@ -40,8 +41,8 @@ class Entries:
         chance = [(blocks.count(b) * (b / n) ** 2) for b in sizes]
         return cls(np.array(sizes, np.float32) ** np.float32(-0.5), np.array(chance, np.float32))
 
-    def posterior(self, seen: Array, gain: Array, noise: Array) -> tuple[Array, Array, Array]:
-        """Of entries `seen` (K, ...) as gain * entry + normal noise of variance `noise` (both broadcast): mean, variance,
+    def posterior(self, seen: Array, gain: Any, noise: Any) -> tuple[Array, Array, Array]:
+        """Of entries `seen` (K, ...) as gain * entry + noise of variance `noise` (both broadcast): mean, variance
         and the log-likelihood ratio against noise alone."""
         if self.normal:
             wide = noise + (gain * self.size[0]) ** 2
@@ -102,7 +103,7 @@ def trust(values: NDArray[np.float64], aligned: float) -> tuple[Array, Array]:
 
 
 def seeds(sides: list[Side], r: Array, count: int = 4, together: tuple[int, ...] = (1, 4, 9)) -> list[Seed]:
-    """The likeliest columns first: of each side's `count` coordinates that few directions hold, from so many `together`,
+    """The likeliest columns first: of each side's `count` coordinates that few directions hold, from so many `together`
     under all their signs."""
     found = []
     for side in sides:
@@ -162,12 +163,13 @@ def rotations(sides: list[Side], mixing: Array, expected: Array, steps: int = 30
     """T of each side, from a first estimate (d, d) of R and the mean squares `expected` of its entries."""
     share = float(np.clip((mixing**2).sum() / len(mixing), 1e-3, 0.98))
     state = [(side.estimate(mixing / share), (1 - share) / (share * len(side.known))) for side in sides]
-    before, found = np.inf, []
+    before = np.inf
+    found: list[tuple[Array, float]] = []
     for _ in range(steps):
         found, heard = [], []
         for side, (seen, noise) in zip(sides, state, strict=True):
             gain, least = _fit(side, seen)
-            seen, noise = seen / gain, max(noise, least / gain**2)
+            seen, noise = seen / gain, max(noise, float(least / gain**2))
             mean, blur, _ = side.entries.posterior(seen, np.float32(1), np.float32(noise))
             variance = min(max(float(blur.mean()), 1e-9), 0.98 * noise)
             extrinsic = 1 / (1 / variance - 1 / noise)
@@ -191,12 +193,12 @@ def _fit(side: Side, seen: Array) -> tuple[np.float32, np.float32]:
     """Gain and variance of the noise that make `seen` (K, K) likeliest."""
     power = float((seen**2).mean())
     some = seen.ravel()[::61]
-    best = -np.inf, 1.0, 1.0
+    best: tuple[float, Any, Any] = (-np.inf, 1.0, 1.0)
     for share in np.linspace(0.02, 0.995, 60):
         gain, noise = np.float32(np.sqrt(share * power * len(seen))), np.float32((1 - share) * power)
         ratio = side.entries.posterior(some, gain, noise)[2]
         best = max(best, (float((ratio - some**2 / (2 * noise)).sum() - len(some) / 2 * np.log(noise)), gain, noise))
-    return np.float32(best[1]), np.float32(best[2])
+    return best[1], best[2]
 
 
 def _smooth(energy: Array, width: int = 6) -> Array:

@@ -7,12 +7,11 @@ Threat model: the thief has a public base of which the owner made a fine-tune, a
 3. *Seed*: a singular vector that is almost one coordinate shows a column of T.
 4. *Message passing* finds the signs of all matched vectors, and from them T (`message_passing`).
 
-It undoes two rounds of signed permutations and Hadamard transforms (bundle format 2), whose T has entries 0 and +-1/sqrt(B):
-in seconds a matrix, at fine-tunes of relative size 0.5 to 5 %. Against four rounds with angles, the thief tries constant
-entries and normal ones. Sides that are longer than the rank of the matrix are left alone: only the shorter is determined
-by what is read. Source: a cryptanalysis of this package; the two files name what it builds on. Oracles: the public base;
-the rows' scales, if given. The secret blindings score the result.
-"""
+It undoes two rounds of signed permutations and Hadamard transforms (bundle format 2), whose T has entries 0 and
++-1/sqrt(B): in seconds a matrix, at fine-tunes of relative size 0.5 to 5 %. Against four rounds with angles, the thief
+tries constant entries and normal ones. Sides that are longer than the rank of the matrix are left alone: only the
+shorter is determined by what is read. Source: a cryptanalysis of this package; the two files name what it builds on.
+Oracles: the public base; the rows' scales, if given. The secret blindings score the result."""
 
 from __future__ import annotations
 
@@ -54,8 +53,8 @@ class Score(NamedTuple):
 
 @dataclass(frozen=True)
 class Guess:
-    """What a thief made of a matrix: matched triplets, means of their signs (d,), T (n, n) of inputs (0) or outputs (1),
-    and how sure it is, from 0 to 1: whether the signs are decided and T is orthogonal."""
+    """What a thief made of a matrix: matched triplets, means of their signs (d,), T (n, n) of inputs (0) and of outputs
+    (1), and how sure it is, from 0 to 1: whether the signs are decided and T is orthogonal."""
 
     here: Triplets
     there: Triplets
@@ -92,7 +91,7 @@ def attack(
     """Try to undo the blinding of `stolen` (N, K).
 
     Args:
-        base: what the thief takes the edge's part for (N, K): the public matrix, or in a split without `--base` the same
+        base: what the thief takes the edge's part for (N, K): the public matrix, or in a split without `--base` that
             without its leading components.
         planted: singular values have been planted: a split without `--base`.
         scales: the rows of `stolen` have their true scales.
@@ -104,7 +103,7 @@ def attack(
         n, d = known.shape
         if d > 0.9 * n:  # matched directions span most of it
             undone = hadamard(seen.T.copy()).T
-            sides[i] = Side(np.float32(undone), np.float32(known), Entries.of(block_sizes(n), normal))
+            sides[i] = Side(undone.astype(np.float32), known.astype(np.float32), Entries.of(block_sizes(n), normal))
     best = Guess(here, there, np.zeros(len(there.values), np.float32), {}, 0.0)
     for guess in guesses if sides else ():
         r, expected = message_passing.trust(there.values, guess)

@@ -36,7 +36,8 @@ def _matrices(found: dict[str, Any]) -> list[str]:
     if b := found.get("public-base"):
         sentences.append(
             f"With a public base 2 % away: {b['rows']:.1%} of rows and {b['columns']:.1%} of columns identified, "
-            f"{b['spectrum']:.1%} of directions by the spectrum (chance {b['chance']:.1%})."
+            f"{b['directions']:.1%} of directions lined up (chance {b['chance']:.1%}); the rotation is undone to a "
+            f"correlation of {b['rotation']:.3f}."
         )
     return sentences
 
