@@ -33,6 +33,7 @@ soak: $(STAMP)
 
 attack: $(STAMP)
 	$(BIN)/python bench/attack.py $(BUDGET)
+	$(BIN)/python bench/unblinding.py gateup10 down3 --eps 0.02
 
 # torch first and pinned: it has a CPU build, and a looser requirement would pull gigabytes of CUDA.
 $(STAMP): requirements.txt requirements-dev.txt pyproject.toml CMakeLists.txt $(wildcard sliplm/_core/*.cpp sliplm/_core/*.h)

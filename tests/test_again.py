@@ -146,8 +146,10 @@ def test_what_a_checkpoint_says_of_its_origin(tmp_path: Path, name: str, text: s
     assert said_base(directory) == base
 
 
-def test_the_split_says_what_an_origin_means(tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    directory = Path(shutil.copytree(tiny, tmp_path / "tune"))
+def test_the_split_says_what_an_origin_means(
+    changed: Path, tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory = changed
     (directory / "README.md").write_text("---\nbase_model: acme/public\n---\n")
     with caplog.at_level(logging.WARNING):
         split(str(directory), tmp_path / "out", Options(rank=4))

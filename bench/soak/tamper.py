@@ -118,7 +118,8 @@ def _lie(here: Site, name: str, worker: Liar, tally: _Tally, truth: str, groups:
             worker.lie(None)
             if worker.told > told:
                 suspended = _suspended(here, name, kind in NUMBERS)
-                tally.record(kind, error, truth.startswith(got) and got != truth, suspended)
+                # It may be the whole truth: an answer's last tokens can be bytes of no character, and have no text.
+                tally.record(kind, error, truth.startswith(got), suspended)
                 if suspended:
                     here.registry.devices.resume(name)
                 break

@@ -21,7 +21,7 @@ from sliplm.split.groups import Group
 from sliplm.split.planes import dequantise
 
 WEIGHTS_FILE = "weights.json"
-_ALIKE = {1: 3e-4, 2: 1e-6}  # how far rounding to so many planes takes the sum of an edge part's squares, relatively
+_ROUNDING = {1: 1e-2, 2: 4e-5}  # of a matrix to so many planes, at most, relative to its length
 
 
 class FirstSplit:
@@ -75,7 +75,9 @@ class FirstSplit:
             return
         edge = dequantise(self._q.get_tensor(str(number)), self._file.get_tensor(f"{leader}.scales"))
         here, there = (float(part.double().square().sum()) for part in (rest, edge))
-        if abs(there - here) > _ALIKE[self._planes] * here:
+        noise = _ROUNDING[self._planes]
+        # What rounding adds: its own square, and twice its product with the matrix, whose entries it does not know.
+        if abs(there - here) > (noise**2 + 12 * noise / rest.numel() ** 0.5) * here:
             raise self._other(leader)
 
     def _other(self, leader: str) -> BundleError:
