@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator
@@ -351,7 +352,6 @@ def _write_checkpoint_files(
     config = source.config
     config.dtype = torch.float32  # results equal those of the float32 original
     config.architectures = [type(skeleton).__name__]
-    config.transformers_weights = WITHOUT_SLIPLM
     config.quantization_config = {
         "quant_method": "slip",
         "name": texts.name,
@@ -363,6 +363,8 @@ def _write_checkpoint_files(
         "sums": [number for number, group in enumerate(groups) if isinstance(group, Sum)],
     }
     config.save_pretrained(trusted)
+    written = json.loads((trusted / "config.json").read_text())  # `save_pretrained` leaves that one key out
+    bundle.write_json(trusted / "config.json", written | {"transformers_weights": WITHOUT_SLIPLM})
     if skeleton.can_generate():
         save(trusted, texts.generation or transformers.GenerationConfig.from_model_config(config))
     for file in PREPROCESSING:
