@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CLIENTS := .venv-clients
 
-.PHONY: demo test test-clients check bench numbers attack soak clean
+.PHONY: demo test test-clients check bench numbers attack finetune soak clean
 
 demo: $(STAMP)
 	$(BIN)/slip demo
@@ -49,6 +49,9 @@ $(CLIENTS)/.installed: requirements-clients.txt tests/clients/package-lock.json
 	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-clients.txt
 	npm ci --prefix tests/clients --no-audit --no-fund
 	touch $@
+
+finetune: $(STAMP)
+	$(BIN)/python -m bench.finetune $(if $(QUICK),--quick)
 
 clean:
 	rm -rf $(VENV) $(CLIENTS) tests/clients/node_modules build
