@@ -233,4 +233,4 @@ def test_both_sides_from_python(tiny: Path, tmp_path: Path) -> None:
             edge.stop()
             working.join(10)
     serving.join(10)
-    assert text == trusted.tokenizer.decode(want, skip_special_tokens=True)
+    assert text == trusted.tokenizer.decode(want, skip_special_tokens=True).rstrip("\ufffd")  # half characters are cut

@@ -289,7 +289,7 @@ def test_closing_the_iterator_stops_the_generation(engine: Engine) -> None:
 
 
 def test_prompts_that_do_not_fit(engine: Engine) -> None:
-    for prompt, reason in (("x" * 128, "at most 127"), ("", "empty")):
+    for prompt, reason in (("x" * 128, "maximum context length is 128 tokens"), ("", "empty")):
         with pytest.raises(RequestError, match=reason):
             ask(engine, prompt=prompt)
     _, last = ask(engine, prompt="x" * 120, max_tokens=100)

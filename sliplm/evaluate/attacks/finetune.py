@@ -47,7 +47,7 @@ def direct(stolen: Stolen, public: Any, based: bool, scales: bool = False) -> Ma
         with safe_open(stolen.trusted / "model.safetensors", "pt") as file:
             theirs = stolen.matrix(number, group, Oracles(scales=scales), file, 1.0)
         values, vectors = _spectrum(known)
-        ratio = _spectrum(theirs)[0] / _spectrum(ours)[0].clamp_min(1e-12)
+        ratio = (_spectrum(theirs)[0] / _spectrum(ours)[0].clamp_min(1e-12)).clamp(0.5, 2)  # the smallest are noise
         if not scales:  # sizes are unknown: the whole keeps its own
             ratio = ratio / ratio.median()
         if not based:  # the leading values are not in the bundle; the others are mixed with planted ones
@@ -115,6 +115,6 @@ def _split_alone(
 
 def _spectrum(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Singular values (d,), descending, and the singular vectors (d, d) of the shorter side."""
-    short = matrix if len(matrix) >= matrix.shape[1] else matrix.T
-    squares, vectors = torch.linalg.eigh((short.T @ short).double())
+    short = (matrix if len(matrix) >= matrix.shape[1] else matrix.T).double()
+    squares, vectors = torch.linalg.eigh(short.T @ short)
     return squares.clamp_min(0).sqrt().flip(0).float(), vectors.flip(1).float()
