@@ -164,7 +164,8 @@ def test_without_sliplm_a_bundle_does_not_load(name: str, tmp_path: Path) -> Non
     )
     command = [sys.executable, "-c", code, str(tmp_path / "out" / "trusted")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1 and "this is a bundle of sliplm: `import sliplm.trusted` before you load it" in done.stderr
+    assert done.returncode == 1
+    assert "this is a bundle of sliplm: `import sliplm.trusted` before you load it" in done.stderr
 
 
 def test_parallel_and_cross_attention_groups() -> None:
