@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import transformers
 
-from bench.finetune import tune, world
+from bench.finetune import tune, undo, world
 from sliplm.demo import find_smollm2
 from sliplm.evaluate.attacks import finetune
 from sliplm.evaluate.attacks.finetune import share
@@ -32,6 +32,7 @@ from sliplm.split.source import load_whole
 from sliplm.split.split import Options, split
 
 RATES = (3e-4, 1e-3)
+FELL = 0.3  # correlation with the true rotation
 WEIGHTS = (0.25, 0.5, 1.0)  # how far the thief follows the bundle's singular values
 
 
@@ -103,6 +104,7 @@ def main() -> None:
         state = {n: t for n, t in tuned["full"].state_dict().items() if "norm" in n or "embed_tokens" in n}
         edge.load_state_dict(state, strict=False)
         note(f"{name}: these and all that is not protected", "0", score(edge))
+    result["blinding undone"] = {name: undone(work, name, stolen, public) for name, stolen in bundles.items()}
     for tokens in (2048, thief) if thief > 2048 else (thief,):
         part = mine[: tokens // LENGTH]
         choosing = max(1, len(part) // 8)
@@ -132,6 +134,22 @@ def main() -> None:
     ]
     result["lora: the edge part, all oracles given, off the public weights by at most"] = max(difference)
     print(json.dumps(result, indent=1))
+
+
+def undone(work: Path, name: str, stolen: Stolen, public: Any) -> dict[str, dict[str, float]]:
+    """For each blinding: matrices that were attacked, those that fell, and the best correlations with the truth."""
+    path = work / f"undone, {name}.jsonl"
+    if not path.exists():
+        found = list(undo.tried(stolen, public, "base" in name))
+        path.write_text("".join(json.dumps(entry) + "\n" for entry in found))
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    table = {}
+    for blinding in dict.fromkeys(entry["blinding"] for entry in entries):
+        those = [entry for entry in entries if entry["blinding"] == blinding]
+        most = {key: max(entry[key] for entry in those) for key in ("alignment", "signs", "rotation", "sure")}
+        table[blinding] = {"tried": len(those), "fell": sum(entry["rotation"] > FELL for entry in those)} | most
+        say(f"{name}, blinding of {blinding}: {json.dumps(table[blinding])}")
+    return table
 
 
 def remember(matrix: finetune.Matrix) -> finetune.Matrix:
