@@ -142,6 +142,8 @@ def test_web_pages_that_may_ask(backend, key):
     for stream in (False, True):
         answer = here.post(CHAT, json=HELLO | {"stream": stream}, headers=with_key)
         assert answer.status_code == 200 and answer.headers["access-control-allow-origin"] == APP
+        # A client in a page sees these two only if it may, and does not know otherwise when to try again.
+        assert answer.headers["access-control-expose-headers"] == "retry-after, x-should-retry"
         assert "Origin" in answer.headers["vary"] and "access-control-allow-credentials" not in answer.headers
     for wrong in (here.post(CHAT, json={}, headers=with_key), here.get("/nowhere", headers=with_key)):
         assert wrong.status_code in (400, 404) and wrong.headers["access-control-allow-origin"] == APP

@@ -97,7 +97,7 @@ class EdgeWorker:
                 _log.warning("%s; trying again", error)
             except (IdentityError, BundleError, ProtocolError):
                 raise
-            except LinkError as error:
+            except SlipError as error:
                 times = 0
                 _log.warning("%s; trying again", error)
             else:
@@ -117,7 +117,7 @@ class EdgeWorker:
     def generate(self, request: GenerateRequest) -> Generation:
         """Start a generation on the trusted side and iterate over its text; close the iterator to cancel.
 
-        Raises LinkError, IdentityError or BundleError if the trusted side cannot be reached or refuses.
+        Raises LinkError, IdentityError, BundleError or InternalError if the trusted side cannot be reached or refuses.
         """
         payload = encode(request)
         channel = self._connect(Role.REQUEST, self._generate_timeout)
@@ -193,8 +193,9 @@ class EdgeWorker:
 class Generation(Iterator[Chunk]):
     """The text of one request, piece by piece; the last chunk has a `finish_reason`.
 
-    Iterating raises the trusted side's error as RequestError, VerificationError or LinkError; text that ends
-    without a `finish_reason` is never passed off as complete. `close` cancels, from any thread.
+    Iterating raises the trusted side's error as RequestError, VerificationError, IdentityError, InternalError or
+    LinkError; text that ends without a `finish_reason` is never passed off as complete. `close` cancels, from any
+    thread.
     """
 
     def __init__(self, channel: Channel, payload: bytes) -> None:

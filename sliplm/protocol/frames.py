@@ -10,7 +10,7 @@ import enum
 import struct
 from typing import NamedTuple
 
-from sliplm.errors import ProtocolError
+from sliplm.errors import ProtocolError, VersionError
 
 VERSIONS = (1, 1)
 """The oldest and the newest protocol version that this code speaks."""
@@ -69,6 +69,7 @@ class Code(enum.IntEnum):
     LIMITED = 8  # the device used up its tokens a minute or a day: try again later
     REFUSED = 9  # the owner's rules refuse the request or its answer
     TOO_LONG = 10  # the prompt leaves no room for an answer
+    INTERNAL = 11  # something inside the trusted side is broken
 
 
 class Header(NamedTuple):
@@ -154,10 +155,10 @@ def parse_hello(payload: bytes) -> Hello:
 
 
 def choose_version(hello: Hello) -> int:
-    """The newest version both sides speak. Raises ProtocolError if there is none."""
+    """The newest version both sides speak. Raises VersionError if there is none."""
     version = min(hello.newest, VERSIONS[1])
     if version < max(hello.oldest, VERSIONS[0]):
-        raise ProtocolError(
+        raise VersionError(
             f"the edge speaks protocol versions {hello.oldest} to {hello.newest}, the trusted side "
             f"{VERSIONS[0]} to {VERSIONS[1]}: update the older one"
         )

@@ -23,7 +23,7 @@ from link_fakes import (
 from test_authority import issue
 
 from sliplm.edge.worker import ATTEMPTS, EdgeWorker
-from sliplm.errors import BundleError, IdentityError, LinkError, ProtocolError
+from sliplm.errors import BundleError, IdentityError, LinkError, VersionError
 from sliplm.protocol import authority, channel, frames, tls
 from sliplm.protocol.channel import connect
 from sliplm.protocol.frames import Hello, Role
@@ -207,6 +207,13 @@ def test_no_common_version(home, identity, monkeypatch):
     with serving(home) as server:
         pack = frames.pack_hello
         monkeypatch.setattr(frames, "pack_hello", lambda hello: pack(Hello(2, 3, hello.role, hello.digest)))
-        refused(server, identity, ProtocolError, "versions 2 to 3")
-        with pytest.raises(ProtocolError, match="update the older one"):
+        refused(server, identity, VersionError, "versions 2 to 3")
+        with pytest.raises(VersionError, match="update the older one"):
             EdgeWorker(make_engine(), server.address, identity).run()
+
+
+def test_an_edge_of_another_kind_is_refused_for_good(home, identity, monkeypatch):
+    with serving(home) as server:
+        pack = frames.pack_hello
+        monkeypatch.setattr(frames, "pack_hello", lambda hello: b"SLOP" + pack(hello)[4:])
+        refused(server, identity, VersionError, "does not speak this protocol")

@@ -47,7 +47,7 @@ _COMMENT = b": still at it\n\n"
 _CROSS_ORIGIN: dict[str, Any] = {
     "allow_methods": ("GET", "POST"),
     "allow_headers": ("*",),  # clients add headers of their own; none of them says more than the key
-    "expose_headers": ("retry-after",),
+    "expose_headers": ("retry-after", "x-should-retry"),
     "allow_private_network": True,  # a page from the internet, an API on this machine
 }
 
