@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 from sliplm.errors import ProtocolError, VersionError
 
-VERSIONS = (1, 1)
-"""The oldest and the newest protocol version that this code speaks."""
+VERSIONS = (2, 2)
+"""The oldest and the newest protocol version that this code speaks. A field of a message or a code that is new needs a
+new one: the other side refuses what it does not know."""
 
 MAGIC = b"SLIP"
 DIGEST_BYTES = 32
@@ -159,10 +160,14 @@ def choose_version(hello: Hello) -> int:
     version = min(hello.newest, VERSIONS[1])
     if version < max(hello.oldest, VERSIONS[0]):
         raise VersionError(
-            f"the edge speaks protocol versions {hello.oldest} to {hello.newest}, the trusted side "
-            f"{VERSIONS[0]} to {VERSIONS[1]}: update the older one"
+            f"the edge speaks protocol {_span(hello.oldest, hello.newest)}, the trusted side "
+            f"{_span(*VERSIONS)}: update the older one"
         )
     return version
+
+
+def _span(oldest: int, newest: int) -> str:
+    return f"version {newest}" if oldest == newest else f"versions {oldest} to {newest}"
 
 
 def pack_welcome(welcome: Welcome) -> bytes:
