@@ -48,8 +48,8 @@ class EdgeWorker:
     """Serves the products of `engine` to the trusted side at `trusted` (HOST:PORT), as the device of
     `identity`.
 
-    `connected` is set while a WORK connection is up; `model_name` is what the trusted side calls its model, and
-    `counters` tell what was done.
+    `connected` is set while a WORK connection is up; `model_name` is what the trusted side calls its model, `failure`
+    is why the last connection was not made, if it was not, and `counters` tell what was done.
     Raises IdentityError or LinkError if the arguments make no sense.
     """
 
@@ -65,6 +65,7 @@ class EdgeWorker:
         self.connected = threading.Event()
         self.counters = WorkCounters()
         self.model_name: str | None = None
+        self.failure: SlipError | None = None
         self._engine = engine
         self._address = parse_address(trusted) if isinstance(trusted, str) else trusted
         self._identity = identity
@@ -125,7 +126,12 @@ class EdgeWorker:
 
     def _connect(self, role: Role, timeout: float) -> Channel:
         digest = self._engine.digest
-        channel, welcome = connect(self._address, self._context, role, digest, timeout)
+        try:
+            channel, welcome = connect(self._address, self._context, role, digest, timeout)
+        except SlipError as error:
+            self.failure = error
+            raise
+        self.failure = None
         self.model_name = welcome.model_name
         return channel
 

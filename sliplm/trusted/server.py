@@ -50,6 +50,7 @@ LOG_BYTES = 200
 """Errors may quote what a device sent: the log takes so much of it, on one line."""
 
 SHUTTING_DOWN = "the trusted side is shutting down"
+NO_WORKER = "this device has no worker connected: start `slip edge` on it, or try again soon"
 NO_REGISTRY = "the trusted side cannot look this device up: try again later"
 
 INTERNAL = "generation failed on the trusted side; its log says why"
@@ -399,7 +400,7 @@ class TrustedServer:
                 while not (alive := [k for k in self._links.get(device.fingerprint, ()) if k.alive]):
                     left = deadline - time.monotonic()
                     if left <= 0 or self._stopping.is_set():
-                        raise _NoWorkerError("this device has no worker connected: start `slip edge` on it")
+                        raise _NoWorkerError(NO_WORKER)
                     self._changed.wait(left)
             link = alive[-1]
             try:

@@ -36,7 +36,7 @@ def test_another_authority_s_edge(home, identity, tmp_path):
     mixed.write_text(stranger.read_text().partition(end)[0] + end + identity.read_text().partition(end)[2])
     with serving(home) as server:
         refused(server, stranger, IdentityError, "the trusted side's certificate was issued by another authority")
-        refused(server, mixed, IdentityError, "this side's certificate was issued by another authority")
+        refused(server, mixed, IdentityError, "the edge's certificate was issued by another authority")
 
 
 def test_an_expired_edge(home, identity, tmp_path):
