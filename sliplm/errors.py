@@ -34,8 +34,17 @@ class ProtocolError(LinkError):
     """The other side sent something the protocol does not allow."""
 
 
+class VersionError(ProtocolError):
+    """The two sides have no version of the protocol in common."""
+
+
 class VerificationError(LinkError):
     """An answer of the edge failed its check (Freivalds). Nothing computed from it is ever returned."""
+
+
+class InternalError(SlipError):
+    """Something inside the trusted side is broken, so the same request would fail again. The text is the same whatever
+    it is; the log there says more."""
 
 
 def locate(error: BaseException) -> str:

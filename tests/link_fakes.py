@@ -27,6 +27,7 @@ from sliplm.protocol.messages import Chunk, GenerateRequest
 from sliplm.trusted.server import TrustedServer
 
 DIGEST = bytes(range(32))
+VERSION = frames.VERSIONS[1]
 SHAPES = [(6, 4), (5, 8)]
 
 
@@ -193,7 +194,7 @@ class Pair:
         thread.join(10)
         self.edge = Channel(edge, "the trusted side", timeout)
         self.trusted = Channel(sides[0], "the edge", timeout)
-        self.edge.version = self.trusted.version = 1
+        self.edge.version = self.trusted.version = VERSION
         self.link = RemoteLink(self.trusted, SHAPES, timeout)
 
     def __enter__(self) -> Pair:
@@ -233,8 +234,8 @@ def scripted(home: Path, script, role_context=tls.server_context):
                 try:
                     c = Channel(context.wrap_socket(sock, server_side=True), "the edge", 10)
                     c.read(c.receive())
-                    c.send(Kind.WELCOME, frames.pack_welcome(Welcome(1, DIGEST, "scripted")))
-                    c.version = 1
+                    c.send(Kind.WELCOME, frames.pack_welcome(Welcome(VERSION, DIGEST, "scripted")))
+                    c.version = VERSION
                     script(c)
                     c.close(drain=True)
                 except (LinkError, OSError) as error:

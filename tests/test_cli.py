@@ -105,6 +105,7 @@ def test_names_and_origins_that_are_none(tiny_split: Path, tmp_path: Path) -> No
     arguments = ("edge", tiny_split / "edge", "--trusted", "127.0.0.1:1", "--identity", tmp_path / "i")
     for origin in ("*", "null", "app.example.com", "https://app.example.com/page"):
         refused(slip(*arguments, "--api-origin", origin), "not the origin of a web page")
+    refused(slip(*arguments, "--api-name", "box.lan:8443"), "without scheme, port or path")
 
 
 def test_evaluate_reports_what_it_measured(tiny: Path, tiny_split: Path, tmp_path: Path) -> None:

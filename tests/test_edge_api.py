@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 
 import httpx
+import openai
 import pytest
 import uvicorn
 from link_fakes import FakeEngine, WrongMatrix, enrol, make_engine, running, serving, wait_until, working
@@ -18,7 +19,15 @@ from starlette.testclient import TestClient
 
 from sliplm.edge.api import create_app, generations
 from sliplm.edge.worker import EdgeWorker
-from sliplm.errors import BundleError, LinkError, VerificationError
+from sliplm.errors import (
+    BundleError,
+    IdentityError,
+    InternalError,
+    LinkError,
+    ProtocolError,
+    VerificationError,
+    VersionError,
+)
 from sliplm.protocol.messages import (
     BusyError,
     Chunk,
@@ -29,6 +38,7 @@ from sliplm.protocol.messages import (
     TokenLogprob,
     TooLongError,
 )
+from sliplm.protocol.tls import HandshakeError
 
 CHAT = "/v1/chat/completions"
 PLAIN = "/v1/completions"
@@ -269,8 +279,13 @@ def test_other_refusals(client):
         (TooLongError("This model's maximum context length is 8 tokens."), 400, "context_length_exceeded"),
         (BusyError("too many requests"), 429, "rate_limit_exceeded"),
         (LinkError("the trusted side cannot be reached"), 503, "trusted_unavailable"),
-        (BundleError("another split"), 503, "refused"),
+        (IdentityError("revoked"), 403, "refused"),
+        (HandshakeError("of another authority"), 403, "refused"),
+        (BundleError("another split"), 403, "refused"),
+        (VersionError("update the older one"), 403, "refused"),
         (VerificationError("failed its check"), 502, "verification_failed"),
+        (ProtocolError("out of turn"), 502, "protocol_error"),
+        (InternalError("generation failed"), 500, "internal_error"),
         (RuntimeError("a secret"), 500, "internal_error"),
     ],
 )
@@ -281,7 +296,31 @@ def test_failures_before_the_first_text_have_a_status(error, status, code, strea
     shown = error_of(response, status)
     assert shown["code"] == code and "secret" not in shown["message"] + caplog.text
     assert (int(response.headers.get("retry-after", 0)) > 0) == (status == 429)
-    assert ("RuntimeError in test_edge_api.py" in caplog.text) == (status == 500)
+    assert ("RuntimeError in test_edge_api.py" in caplog.text) == isinstance(error, RuntimeError)
+
+
+@pytest.mark.parametrize(
+    ("error", "asked"),
+    [
+        (LinkError("the trusted side cannot be reached"), 2),
+        (BusyError("too many requests", 1), 2),
+        (IdentityError("revoked"), 1),
+        (VerificationError("failed its check"), 1),
+        (ProtocolError("out of turn"), 1),
+        (InternalError("generation failed"), 1),
+        (RuntimeError("a bug of the edge"), 1),
+    ],
+)
+def test_openai_s_client_tries_again_only_what_passes(error, asked, monkeypatch):
+    monkeypatch.setattr("openai._base_client.BaseClient._calculate_retry_timeout", lambda *_: 0)
+    backend = Backend(error)
+    client = openai.OpenAI(
+        base_url="http://localhost/v1", api_key="x", max_retries=1, http_client=local(create_app(backend))
+    )
+    with pytest.raises(openai.APIStatusError) as caught:
+        client.completions.create(model="slip", prompt="x")
+    assert len(backend.asked) == asked
+    assert (str(error) in caught.value.message) == (not isinstance(error, RuntimeError))
 
 
 @pytest.mark.parametrize("error", [LinkError("generation stopped"), RuntimeError("a secret")])
@@ -591,5 +630,5 @@ def test_a_cheating_edge_gets_no_text(tmp_path, stream):
             error = error_of(client.post(PLAIN, json={"prompt": "x", "stream": stream}), 502)
             assert error["code"] == "verification_failed"
             wait_until(lambda: raised)  # the trusted side suspends the device
-        error = error_of(client.post(PLAIN, json={"prompt": "x", "stream": stream}), 503)
+        error = error_of(client.post(PLAIN, json={"prompt": "x", "stream": stream}), 403)
         assert error["code"] == "refused" and "suspended" in error["message"]

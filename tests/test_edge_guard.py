@@ -120,6 +120,43 @@ def test_names_that_the_api_was_given(backend, host, origin, answered):
     assert here.get("/", headers=headers).status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("given", "name", "host"),
+    [
+        ("Box.LAN", "box.lan", "BOX.lan:8443"),
+        (" box.lan ", "box.lan", "box.lan"),
+        ("box.lan.", "box.lan", "box.lan:80"),
+        ("box.lan", "box.lan", "box.lan.:8443"),  # the same name, written in full
+        ("my_edge", "my_edge", "my_edge:8411"),
+        ("2001:DB8:0:0::1", "2001:db8::1", "[2001:db8::1]:8411"),
+        ("[2001:db8::1]", "2001:db8::1", "[2001:DB8:0::1]"),
+        ("192.168.0.7", "192.168.0.7", "192.168.0.7:8411"),
+    ],
+)
+def test_names_are_taken_as_the_host_header_has_them(backend, given, name, host):
+    assert guard.read_name(given) == name
+    here = TestClient(create_app(backend, names=[guard.read_name(given)]))
+    assert here.post(CHAT, json=HELLO, headers={"host": host}).status_code == 200
+    for other in ("evil.example", f"evil.{host}", ""):
+        assert here.post(CHAT, json=HELLO, headers={"host": other}).status_code == 403
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", " ", ".", "box.lan:8443", "box.lan:", "[::1]:8411", "http://box.lan", "//box.lan", "box.lan/v1", "*.box.lan",
+     "*", "b\xfccher.example", "two names", "a..b", ".lan", "10.0.0.300", "1234"],
+)  # fmt: skip
+def test_what_is_no_name(text):
+    """It would never match, or, the empty one, match requests without a name."""
+    with pytest.raises(IdentityError, match="without scheme, port or path"):
+        guard.read_name(text)
+
+
+def test_an_address_that_the_api_is_bound_to_has_several_spellings(backend):
+    here = TestClient(create_app(backend, host="2001:DB8:0::1"))
+    assert here.get("/healthz", headers={"host": "[2001:db8::1]:8411"}).status_code == 200
+
+
 APP = "https://app.example.com"
 PREFLIGHT = {
     "origin": APP,
@@ -142,6 +179,8 @@ def test_web_pages_that_may_ask(backend, key):
     for stream in (False, True):
         answer = here.post(CHAT, json=HELLO | {"stream": stream}, headers=with_key)
         assert answer.status_code == 200 and answer.headers["access-control-allow-origin"] == APP
+        # A client in a page sees these two only if it may, and does not know otherwise when to try again.
+        assert answer.headers["access-control-expose-headers"] == "retry-after, x-should-retry"
         assert "Origin" in answer.headers["vary"] and "access-control-allow-credentials" not in answer.headers
     for wrong in (here.post(CHAT, json={}, headers=with_key), here.get("/nowhere", headers=with_key)):
         assert wrong.status_code in (400, 404) and wrong.headers["access-control-allow-origin"] == APP

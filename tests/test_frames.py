@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sliplm.errors import ProtocolError
+from sliplm.errors import ProtocolError, VersionError
 from sliplm.protocol import frames
 from sliplm.protocol.frames import HEADER, Code, Hello, Kind, Role, Welcome
 from sliplm.protocol.messages import (
@@ -26,6 +27,7 @@ from sliplm.protocol.messages import (
 
 SPECIFICATION = Path(__file__).parent.parent / "docs" / "protocol.md"
 DIGEST = bytes(range(32))
+VERSION = frames.VERSIONS[1]
 
 
 def vectors(block: str) -> dict[str, bytes]:
@@ -44,14 +46,14 @@ def array(*numbers: int) -> bytes:
 
 
 MADE = {
-    "hello-work": frame(Kind.HELLO, 0, frames.pack_hello(Hello(1, 1, Role.WORK, DIGEST))),
-    "hello-request": frame(Kind.HELLO, 0, frames.pack_hello(Hello(1, 1, Role.REQUEST, DIGEST))),
-    "welcome": frame(Kind.WELCOME, 0, frames.pack_welcome(Welcome(1, DIGEST, "demo"))),
-    "exchange": frame(Kind.EXCHANGE, 1, array(0, 1, 2**31 - 2, 2, 3, 4), group=1, rows=2, sequence=7),
-    "result": frame(Kind.RESULT, 1, array(10, 11, 12, 13), group=1, rows=2, sequence=7),
+    "hello-work": frame(Kind.HELLO, 0, frames.pack_hello(Hello(*frames.VERSIONS, Role.WORK, DIGEST))),
+    "hello-request": frame(Kind.HELLO, 0, frames.pack_hello(Hello(*frames.VERSIONS, Role.REQUEST, DIGEST))),
+    "welcome": frame(Kind.WELCOME, 0, frames.pack_welcome(Welcome(VERSION, DIGEST, "demo"))),
+    "exchange": frame(Kind.EXCHANGE, VERSION, array(0, 1, 2**31 - 2, 2, 3, 4), group=1, rows=2, sequence=7),
+    "result": frame(Kind.RESULT, VERSION, array(10, 11, 12, 13), group=1, rows=2, sequence=7),
     "error-bundle": frame(Kind.ERROR, 0, b"why?!", group=Code.BUNDLE),
-    "ping": frame(Kind.PING, 1, b"", sequence=8),
-    "pong": frame(Kind.PONG, 1, b"", sequence=8),
+    "ping": frame(Kind.PING, VERSION, b"", sequence=8),
+    "pong": frame(Kind.PONG, VERSION, b"", sequence=8),
 }
 
 
@@ -70,7 +72,7 @@ def test_the_code_reads_the_vectors_of_the_specification(name):
 @pytest.mark.parametrize("name", vectors("refused"))
 def test_the_specification_s_bad_headers_are_refused(name):
     with pytest.raises(ProtocolError):
-        frames.parse_header(vectors("refused")[name], 1)
+        frames.parse_header(vectors("refused")[name], VERSION)
 
 
 def within_limits_or_refused(data: bytes, version: int) -> None:
@@ -93,9 +95,9 @@ def test_random_bytes_are_a_sane_header_or_a_protocol_error(data, version):
 U32 = st.integers(0, 2**32 - 1)
 
 
-@given(st.integers(0, 12), st.integers(0, 2), st.integers(0, 2**16 - 1), st.integers(0, 1100), U32, U32)
+@given(st.integers(0, 12), st.integers(0, 3), st.integers(0, 2**16 - 1), st.integers(0, 1100), U32, U32)
 def test_plausible_headers_too(kind, version, group, rows, sequence, length):
-    within_limits_or_refused(HEADER.pack(kind, version, group, rows, sequence, length), 1)
+    within_limits_or_refused(HEADER.pack(kind, version, group, rows, sequence, length), VERSION)
 
 
 @given(st.binary(max_size=200))
@@ -120,18 +122,41 @@ def test_hello_and_welcome_take_nothing_malformed(data):
     ],
 )
 def test_hello_is_strict(change):
-    good = frames.pack_hello(Hello(1, 1, Role.WORK, DIGEST))
-    assert frames.parse_hello(good) == Hello(1, 1, Role.WORK, DIGEST)
+    good = frames.pack_hello(Hello(*frames.VERSIONS, Role.WORK, DIGEST))
+    assert frames.parse_hello(good) == Hello(*frames.VERSIONS, Role.WORK, DIGEST)
     with pytest.raises(ProtocolError):
         frames.parse_hello(change(good))
 
 
 def test_versions_are_negotiated():
-    assert frames.choose_version(Hello(1, 9, Role.WORK, DIGEST)) == 1
-    with pytest.raises(ProtocolError, match="versions 2 to 3"):
-        frames.choose_version(Hello(2, 3, Role.WORK, DIGEST))
+    assert frames.choose_version(Hello(1, 9, Role.WORK, DIGEST)) == VERSION
+    with pytest.raises(VersionError, match="versions 3 to 4, the trusted side version 2: update the older one"):
+        frames.choose_version(Hello(3, 4, Role.WORK, DIGEST))
+    with pytest.raises(VersionError, match="version 1, the trusted side version 2: update the older one"):
+        frames.choose_version(Hello(1, 1, Role.WORK, DIGEST))
     with pytest.raises(ProtocolError, match="not offered"):
-        frames.parse_welcome(frames.pack_welcome(Welcome(2, DIGEST, "")))
+        frames.parse_welcome(frames.pack_welcome(Welcome(1, DIGEST, "")))
+
+
+WIRE = {2: "41c660d9fab94b06"}
+"""Of each version, the hash of its messages and codes. Never change one that is released: add a version."""
+
+
+def shape(schema):
+    """A JSON schema without its texts for people; a property may be called like one of them."""
+    if isinstance(schema, dict):
+        people = {key for key in ("description", "title") if isinstance(schema.get(key), str)}
+        return {key: shape(value) for key, value in schema.items() if key not in people}
+    return [shape(value) for value in schema] if isinstance(schema, list) else schema
+
+
+def test_a_change_of_what_crosses_the_wire_is_a_new_version():
+    """Otherwise sides of two ages find out at some request, by a refusal that says something else."""
+    messages = shape(msgspec.json.schema_components([GenerateRequest, Chunk])[1])
+    codes = {code.name: code.value for code in Code}
+    kinds = {kind.name: kind.value for kind in Kind}
+    data = msgspec.json.encode([messages, codes, kinds], order="sorted")
+    assert hashlib.sha256(data).hexdigest()[:16] == WIRE[VERSION]
 
 
 @given(st.text())

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from link_fakes import FakeEngine, enrol, serving, working
 
-from sliplm.errors import LinkError
+from sliplm.errors import InternalError, LinkError
 from sliplm.protocol.link import Link
 from sliplm.protocol.messages import Chunk, GenerateRequest, Message, RefusedError, RequestError
 from sliplm.trusted import rules
@@ -249,7 +249,7 @@ def test_failing_rules_tell_the_customer_nothing(home: Path, caplog: pytest.LogC
         def generate(self, request: GenerateRequest, link: Link) -> Iterator[Chunk]:
             yield Chunk("a private answer", "stop", 1, 1)
 
-    fails = pytest.raises(LinkError, match="its log says why")
+    fails = pytest.raises(InternalError, match="its log says why")
     with serving(home, Loud(), rules=Broken()) as server, working(server, enrol(home)) as worker, fails as caught:
         list(worker.generate(PLAIN))
     assert "ValueError in test_rules.py" in caplog.text

@@ -37,6 +37,8 @@ from sliplm.protocol.channel import Channel, connect, parse_address
 from sliplm.protocol.frames import (
     HEADER,
     MAX_JSON_BYTES,
+    VERSIONS,
+    Code,
     Hello,
     Kind,
     Role,
@@ -48,6 +50,7 @@ from sliplm.protocol.frames import (
 )
 from sliplm.protocol.messages import decode_chunk, decode_request
 
+VERSION = VERSIONS[1]
 PROMPT = "The capital of France is"
 TOKENS = 2
 PATIENCE = 15.0
@@ -218,20 +221,22 @@ class HostileEdge(threading.Thread):
     def _hello(self) -> float | None:
         sock = socket.create_connection(self._address, PATIENCE)
         channel = Channel(self._context.wrap_socket(sock, server_hostname="sliplm-trusted"), "it", PATIENCE)
-        hello = frame(Kind.HELLO, 0, pack_hello(Hello(1, 1, Role.REQUEST, self._digest)))
+        hello = frame(Kind.HELLO, 0, pack_hello(Hello(*VERSIONS, Role.REQUEST, self._digest)))
         return self._finish(channel, mutate(hello, self._rng))
 
     def _generate(self) -> float | None:
-        return self._finish(self._connect(Role.REQUEST), mutate(frame(Kind.GENERATE, 1, _json(self._rng)), self._rng))
+        return self._finish(
+            self._connect(Role.REQUEST), mutate(frame(Kind.GENERATE, VERSION, _json(self._rng)), self._rng)
+        )
 
     def _first_answer(self) -> float | None:
         """Speak before being asked: the server takes it for the answer to its first question."""
         m, _ = self._shapes[0]
         answer = self._rng.choice(
             (
-                frame(Kind.RESULT, 1, bytes(4 * m), 0, 1, 1),
-                frame(Kind.PONG, 1, b"", sequence=1),
-                frame(Kind.ERROR, 1, b"no", 3),
+                frame(Kind.RESULT, VERSION, bytes(4 * m), 0, 1, 1),
+                frame(Kind.PONG, VERSION, b"", sequence=1),
+                frame(Kind.ERROR, VERSION, b"no", 3),
             )
         )
         return self._finish(self._connect(Role.WORK), mutate(answer, self._rng))
@@ -248,7 +253,7 @@ class HostileEdge(threading.Thread):
             request.send(Kind.GENERATE, json.dumps({"prompt": PROMPT, "max_tokens": 1}).encode())
             header = work.receive()
             payload = os.urandom(4 * header.rows * self._shapes[header.group][0])
-            answer = frame(Kind.RESULT, 1, payload, header.group, header.rows, header.sequence)
+            answer = frame(Kind.RESULT, VERSION, payload, header.group, header.rows, header.sequence)
             return self._finish(work, mutate(answer, self._rng))
         finally:
             work.close()
@@ -289,7 +294,7 @@ class HostileTrusted:
             return
         try:
             hello = channel.read(channel.receive())
-            welcome = pack_welcome(Welcome(1, self._digest, "model"))
+            welcome = pack_welcome(Welcome(VERSION, self._digest, "model"))
             if hello[6] == Role.WORK:
                 self._work(channel, welcome)
             else:
@@ -301,7 +306,7 @@ class HostileTrusted:
 
     def _work(self, channel: Channel, welcome: bytes) -> None:
         channel.send(Kind.WELCOME, welcome)
-        channel.version = 1
+        channel.version = VERSION
         if self._tally.done:  # leave it in peace, so that it can be looked at
             channel.set_timeout(3600)
             channel.receive()
@@ -315,9 +320,9 @@ class HostileTrusted:
         rows = rng.randrange(1, 4)
         question = rng.choice(
             (
-                frame(Kind.EXCHANGE, 1, os.urandom(4 * rows * self._shapes[group][1]), group, rows, 2),
-                frame(Kind.PING, 1, b"", sequence=2),
-                frame(Kind.ERROR, 1, b"no such thing", rng.randrange(9)),
+                frame(Kind.EXCHANGE, VERSION, os.urandom(4 * rows * self._shapes[group][1]), group, rows, 2),
+                frame(Kind.PING, VERSION, b"", sequence=2),
+                frame(Kind.ERROR, VERSION, b"no such thing", rng.randrange(len(Code))),
             )
         )
         with contextlib.suppress(OSError):
@@ -332,10 +337,10 @@ class HostileTrusted:
             data, what = mutate(frame(Kind.WELCOME, 0, welcome), rng), "WELCOME"
         else:
             channel.send(Kind.WELCOME, welcome)
-            channel.version = 1
+            channel.version = VERSION
             channel.read(channel.receive())
             text = json.dumps({"text": "x", "finish_reason": rng.choice((None, "stop"))}).encode()
-            data, what = mutate(frame(rng.choice((Kind.TEXT, Kind.DONE)), 1, text), rng), "TEXT"
+            data, what = mutate(frame(rng.choice((Kind.TEXT, Kind.DONE)), VERSION, text), rng), "TEXT"
         with contextlib.suppress(OSError):
             channel._sock.sendall(data)
         self._tally.record(what, _until_closed(channel))
@@ -401,13 +406,17 @@ def _attack_parsers(size: int, seed: int) -> dict[str, Any]:
 
 _Reader = tuple[bytes, int, Callable[[bytes], object]]
 _READERS: list[Callable[[random.Random], _Reader]] = [
-    lambda rng: (frame(Kind.HELLO, 0, pack_hello(Hello(1, 1, Role.WORK, rng.randbytes(32)))), 0, parse_hello),
-    lambda rng: (frame(Kind.WELCOME, 0, pack_welcome(Welcome(1, rng.randbytes(32), "model"))), 0, parse_welcome),
-    lambda rng: (frame(Kind.GENERATE, 1, _json(rng)), 1, decode_request),
-    lambda rng: (frame(Kind.TEXT, 1, b'{"text":"x","prompt_tokens":1}'), 1, decode_chunk),
-    lambda rng: (frame(Kind.EXCHANGE, 1, rng.randbytes(48), rng.randrange(9), 3, rng.getrandbits(32)), 1, decode_chunk),
-    lambda rng: (frame(Kind.ERROR, 1, rng.randbytes(20), rng.randrange(9)), 1, decode_chunk),
-    lambda rng: (frame(Kind.PONG, 1, b"", sequence=rng.getrandbits(32)), 1, decode_chunk),
+    lambda rng: (frame(Kind.HELLO, 0, pack_hello(Hello(*VERSIONS, Role.WORK, rng.randbytes(32)))), 0, parse_hello),
+    lambda rng: (frame(Kind.WELCOME, 0, pack_welcome(Welcome(VERSION, rng.randbytes(32), "model"))), 0, parse_welcome),
+    lambda rng: (frame(Kind.GENERATE, VERSION, _json(rng)), VERSION, decode_request),
+    lambda rng: (frame(Kind.TEXT, VERSION, b'{"text":"x","prompt_tokens":1}'), VERSION, decode_chunk),
+    lambda rng: (
+        frame(Kind.EXCHANGE, VERSION, rng.randbytes(48), rng.randrange(9), 3, rng.getrandbits(32)),
+        VERSION,
+        decode_chunk,
+    ),
+    lambda rng: (frame(Kind.ERROR, VERSION, rng.randbytes(20), rng.randrange(len(Code))), VERSION, decode_chunk),
+    lambda rng: (frame(Kind.PONG, VERSION, b"", sequence=rng.getrandbits(32)), VERSION, decode_chunk),
 ]
 """A valid frame, the version agreed on, and what decodes its payload."""
 

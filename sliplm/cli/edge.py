@@ -35,7 +35,7 @@ def edge(
     set_up_logging(True, log_format)
     from sliplm import kernels
     from sliplm.bundle import EdgeBundle
-    from sliplm.edge.api.guard import read_key, read_origin
+    from sliplm.edge.api.guard import read_key, read_name, read_origin
     from sliplm.edge.engine import EdgeEngine
     from sliplm.edge.serve import ApiServer
     from sliplm.edge.worker import EdgeWorker
@@ -43,6 +43,7 @@ def edge(
 
     address = parse_address(api) if api else None
     key = read_key(api_key) if api_key else None
+    names = [read_name(text) for text in api_name or ()]
     origins = [read_origin(text) for text in api_origin or ()]
     engine = EdgeEngine.from_bundle(EdgeBundle.open(bundle))
     worker = EdgeWorker(engine, trusted, identity)
@@ -59,7 +60,7 @@ def edge(
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     thread = threading.Thread(target=work, name="worker", daemon=True)
-    server = ApiServer(worker, *address, key, api_name or (), origins) if address else None
+    server = ApiServer(worker, *address, key, names, origins) if address else None
     try:
         thread.start()
         while not stop.is_set() and not worker.connected.wait(0.1):

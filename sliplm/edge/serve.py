@@ -51,6 +51,7 @@ class ApiServer:
             worker.counters,
             names,
             origins,
+            lambda: worker.failure,
         )
         # Access logs would name what people ask; the worker's own log has what an operator needs.
         config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=2)

@@ -48,8 +48,8 @@ class EdgeWorker:
     """Serves the products of `engine` to the trusted side at `trusted` (HOST:PORT), as the device of
     `identity`.
 
-    `connected` is set while a WORK connection is up; `model_name` is what the trusted side calls its model, and
-    `counters` tell what was done.
+    `connected` is set while a WORK connection is up; `model_name` is what the trusted side calls its model, `failure`
+    is why the last connection was not made, if it was not, and `counters` tell what was done.
     Raises IdentityError or LinkError if the arguments make no sense.
     """
 
@@ -65,6 +65,7 @@ class EdgeWorker:
         self.connected = threading.Event()
         self.counters = WorkCounters()
         self.model_name: str | None = None
+        self.failure: SlipError | None = None
         self._engine = engine
         self._address = parse_address(trusted) if isinstance(trusted, str) else trusted
         self._identity = identity
@@ -97,7 +98,7 @@ class EdgeWorker:
                 _log.warning("%s; trying again", error)
             except (IdentityError, BundleError, ProtocolError):
                 raise
-            except LinkError as error:
+            except SlipError as error:
                 times = 0
                 _log.warning("%s; trying again", error)
             else:
@@ -117,7 +118,7 @@ class EdgeWorker:
     def generate(self, request: GenerateRequest) -> Generation:
         """Start a generation on the trusted side and iterate over its text; close the iterator to cancel.
 
-        Raises LinkError, IdentityError or BundleError if the trusted side cannot be reached or refuses.
+        Raises LinkError, IdentityError, BundleError or InternalError if the trusted side cannot be reached or refuses.
         """
         payload = encode(request)
         channel = self._connect(Role.REQUEST, self._generate_timeout)
@@ -125,7 +126,12 @@ class EdgeWorker:
 
     def _connect(self, role: Role, timeout: float) -> Channel:
         digest = self._engine.digest
-        channel, welcome = connect(self._address, self._context, role, digest, timeout)
+        try:
+            channel, welcome = connect(self._address, self._context, role, digest, timeout)
+        except SlipError as error:
+            self.failure = error
+            raise
+        self.failure = None
         self.model_name = welcome.model_name
         return channel
 
@@ -193,8 +199,9 @@ class EdgeWorker:
 class Generation(Iterator[Chunk]):
     """The text of one request, piece by piece; the last chunk has a `finish_reason`.
 
-    Iterating raises the trusted side's error as RequestError, VerificationError or LinkError; text that ends
-    without a `finish_reason` is never passed off as complete. `close` cancels, from any thread.
+    Iterating raises the trusted side's error as RequestError, VerificationError, IdentityError, InternalError or
+    LinkError; text that ends without a `finish_reason` is never passed off as complete. `close` cancels, from any
+    thread.
     """
 
     def __init__(self, channel: Channel, payload: bytes) -> None:

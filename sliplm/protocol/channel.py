@@ -17,7 +17,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sliplm._core import native
-from sliplm.errors import BundleError, IdentityError, LinkError, ProtocolError, SlipError, VerificationError
+from sliplm.errors import (
+    BundleError,
+    IdentityError,
+    InternalError,
+    LinkError,
+    ProtocolError,
+    SlipError,
+    VerificationError,
+    VersionError,
+)
 from sliplm.protocol import frames, tls
 from sliplm.protocol.authority import SERVER_NAME
 from sliplm.protocol.frames import HEADER, Code, Header, Hello, Kind, Role, Welcome
@@ -226,7 +235,7 @@ class Channel:
 
 
 _EXCEPTIONS: dict[int, type[SlipError]] = {
-    Code.VERSION: ProtocolError,
+    Code.VERSION: VersionError,
     Code.IDENTITY: IdentityError,
     Code.BUNDLE: BundleError,
     Code.BUSY: BusyError,
@@ -235,6 +244,7 @@ _EXCEPTIONS: dict[int, type[SlipError]] = {
     Code.LIMITED: LimitError,
     Code.REFUSED: RefusedError,
     Code.TOO_LONG: TooLongError,
+    Code.INTERNAL: InternalError,
 }
 
 
@@ -279,7 +289,7 @@ def connect(
     """The edge's end of a new connection, after HELLO and WELCOME; `timeout` holds from then on.
 
     Raises IdentityError, BundleError or ProtocolError where trying again cannot help, tls.HandshakeError where it
-    might, and LinkError where it can.
+    might, and LinkError, or InternalError, where it can.
     """
     peer = "the trusted side"
     where = f"{address[0]}:{address[1]}"

@@ -10,10 +10,11 @@ import enum
 import struct
 from typing import NamedTuple
 
-from sliplm.errors import ProtocolError
+from sliplm.errors import ProtocolError, VersionError
 
-VERSIONS = (1, 1)
-"""The oldest and the newest protocol version that this code speaks."""
+VERSIONS = (2, 2)
+"""The oldest and the newest protocol version that this code speaks. A field of a message or a code that is new needs a
+new one: the other side refuses what it does not know."""
 
 MAGIC = b"SLIP"
 DIGEST_BYTES = 32
@@ -69,6 +70,7 @@ class Code(enum.IntEnum):
     LIMITED = 8  # the device used up its tokens a minute or a day: try again later
     REFUSED = 9  # the owner's rules refuse the request or its answer
     TOO_LONG = 10  # the prompt leaves no room for an answer
+    INTERNAL = 11  # something inside the trusted side is broken
 
 
 class Header(NamedTuple):
@@ -154,14 +156,18 @@ def parse_hello(payload: bytes) -> Hello:
 
 
 def choose_version(hello: Hello) -> int:
-    """The newest version both sides speak. Raises ProtocolError if there is none."""
+    """The newest version both sides speak. Raises VersionError if there is none."""
     version = min(hello.newest, VERSIONS[1])
     if version < max(hello.oldest, VERSIONS[0]):
-        raise ProtocolError(
-            f"the edge speaks protocol versions {hello.oldest} to {hello.newest}, the trusted side "
-            f"{VERSIONS[0]} to {VERSIONS[1]}: update the older one"
+        raise VersionError(
+            f"the edge speaks protocol {_span(hello.oldest, hello.newest)}, the trusted side "
+            f"{_span(*VERSIONS)}: update the older one"
         )
     return version
+
+
+def _span(oldest: int, newest: int) -> str:
+    return f"version {newest}" if oldest == newest else f"versions {oldest} to {newest}"
 
 
 def pack_welcome(welcome: Welcome) -> bytes:

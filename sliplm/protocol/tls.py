@@ -95,30 +95,31 @@ _VERIFY = {
     62: "does not belong to a trusted side",
 }
 
-# TLS alerts, as OpenSSL spells them (the prefix varies), -> what the peer thought of our certificate.
+# TLS alerts, as OpenSSL spells them (the prefix varies), -> what the peer thought of our certificate. Clients of an
+# edge's API read them too, so "this side" would say nothing.
 _ALERTS = {
-    "ALERT_CERTIFICATE_EXPIRED": "this side's certificate has expired",
-    "ALERT_CERTIFICATE_REVOKED": "this side's certificate was revoked",
+    "ALERT_CERTIFICATE_EXPIRED": "{us}'s certificate has expired",
+    "ALERT_CERTIFICATE_REVOKED": "{us}'s certificate was revoked",
     "ALERT_CERTIFICATE_REQUIRED": "the other side requires a certificate",
-    "ALERT_UNKNOWN_CA": "this side's certificate was issued by another authority",
-    "ALERT_BAD_CERTIFICATE": "the other side rejected this side's certificate",
-    "ALERT_CERTIFICATE_UNKNOWN": "the other side rejected this side's certificate",
-    "ALERT_UNSUPPORTED_CERTIFICATE": "this side's certificate is of the wrong kind",
-    "ALERT_ACCESS_DENIED": "the other side rejected this side's certificate",
-    "ALERT_DECRYPT_ERROR": "this side's certificate was issued by another authority",
+    "ALERT_UNKNOWN_CA": "{us}'s certificate was issued by another authority",
+    "ALERT_BAD_CERTIFICATE": "{us}'s certificate was rejected",
+    "ALERT_CERTIFICATE_UNKNOWN": "{us}'s certificate was rejected",
+    "ALERT_UNSUPPORTED_CERTIFICATE": "{us}'s certificate is of the wrong kind",
+    "ALERT_ACCESS_DENIED": "{us}'s certificate was rejected",
+    "ALERT_DECRYPT_ERROR": "{us}'s certificate was issued by another authority",
 }
 
 
 def explain(error: ssl.SSLError, peer: str) -> SlipError:
     """`error` as a HandshakeError if a certificate is at fault, otherwise as a LinkError. `peer` names the
-    other side, for example "the trusted side"."""
+    other side: "the trusted side" or "the edge"."""
     if isinstance(error, ssl.SSLCertVerificationError):
         why = _VERIFY.get(error.verify_code, f"was rejected ({error.verify_message})")
         return HandshakeError(f"{peer}'s certificate {why}")
     reason = error.reason or ""
     for alert, sentence in _ALERTS.items():
         if alert in reason:
-            return HandshakeError(sentence)
+            return HandshakeError(sentence.format(us="the edge" if peer == "the trusted side" else "the trusted side"))
     if isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError):
         return LinkError(f"{peer} closed the connection")
     what = reason.replace("_", " ").lower() or "unknown reason"

@@ -50,6 +50,11 @@ LOG_BYTES = 200
 """Errors may quote what a device sent: the log takes so much of it, on one line."""
 
 SHUTTING_DOWN = "the trusted side is shutting down"
+NO_WORKER = "this device has no worker connected: start `slip edge` on it, or try again soon"
+NO_REGISTRY = "the trusted side cannot look this device up: try again later"
+
+INTERNAL = "generation failed on the trusted side; its log says why"
+"""What an edge is told of every fault inside: a sentence for each would tell it about activations, layers and rules."""
 
 _log = logging.getLogger(__name__)
 
@@ -304,8 +309,9 @@ class TrustedServer:
             header = channel.receive()
             if header.kind != Kind.HELLO:
                 raise ProtocolError("the edge did not start with HELLO")
-            hello = frames.parse_hello(channel.read(header))
+            payload = channel.read(header)
             code = Code.VERSION
+            hello = frames.parse_hello(payload)
             version = frames.choose_version(hello)
             code = Code.IDENTITY
             device = self._watch.admit(authority.fingerprint(channel.certificate()))
@@ -315,11 +321,15 @@ class TrustedServer:
             self._identify(_Known(sock, device.fingerprint, hello.role))
         except RegistryError:  # its text names a path, and the device may well be enrolled
             with contextlib.suppress(LinkError):
-                channel.send_error(Code.FAILED, "the trusted side cannot look this device up: try again later")
+                channel.send_error(Code.FAILED, NO_REGISTRY)
             raise
         except SlipError as error:
             with contextlib.suppress(LinkError):
                 channel.send_error(code, str(error))
+            raise
+        except Exception:  # without a word, the edge would take it for a broken connection
+            with contextlib.suppress(LinkError):
+                channel.send_error(Code.INTERNAL, INTERNAL)
             raise
         channel.send(Kind.WELCOME, frames.pack_welcome(Welcome(version, self._digest, self._engine.model_name())))
         channel.version = version
@@ -390,7 +400,7 @@ class TrustedServer:
                 while not (alive := [k for k in self._links.get(device.fingerprint, ()) if k.alive]):
                     left = deadline - time.monotonic()
                     if left <= 0 or self._stopping.is_set():
-                        raise _NoWorkerError("this device has no worker connected: start `slip edge` on it")
+                        raise _NoWorkerError(NO_WORKER)
                     self._changed.wait(left)
             link = alive[-1]
             try:
@@ -455,10 +465,12 @@ class TrustedServer:
                 return Code.UNVERIFIED, "an answer of this edge failed its check, so generation stopped"
             case LinkError():
                 return Code.FAILED, f"generation stopped: {SHUTTING_DOWN if self._stopping.is_set() else error}"
-            case IdentityError() if not isinstance(error, RegistryError):
+            case RegistryError():
+                return Code.FAILED, NO_REGISTRY
+            case IdentityError():
                 return Code.IDENTITY, str(error)
             case _:
-                return Code.FAILED, "generation failed on the trusted side; its log says why"
+                return Code.INTERNAL, INTERNAL
 
     def _send(self, channel: Channel, chunks: Generator[Chunk, None, None]) -> None:
         with contextlib.closing(chunks):

@@ -23,7 +23,7 @@ from link_fakes import (
 from test_authority import issue
 
 from sliplm.edge.worker import ATTEMPTS, EdgeWorker
-from sliplm.errors import BundleError, IdentityError, LinkError, ProtocolError
+from sliplm.errors import BundleError, IdentityError, LinkError, VersionError
 from sliplm.protocol import authority, channel, frames, tls
 from sliplm.protocol.channel import connect
 from sliplm.protocol.frames import Hello, Role
@@ -36,7 +36,7 @@ def test_another_authority_s_edge(home, identity, tmp_path):
     mixed.write_text(stranger.read_text().partition(end)[0] + end + identity.read_text().partition(end)[2])
     with serving(home) as server:
         refused(server, stranger, IdentityError, "the trusted side's certificate was issued by another authority")
-        refused(server, mixed, IdentityError, "this side's certificate was issued by another authority")
+        refused(server, mixed, IdentityError, "the edge's certificate was issued by another authority")
 
 
 def test_an_expired_edge(home, identity, tmp_path):
@@ -206,7 +206,14 @@ def test_the_edge_checks_the_digest_itself(home, identity):
 def test_no_common_version(home, identity, monkeypatch):
     with serving(home) as server:
         pack = frames.pack_hello
-        monkeypatch.setattr(frames, "pack_hello", lambda hello: pack(Hello(2, 3, hello.role, hello.digest)))
-        refused(server, identity, ProtocolError, "versions 2 to 3")
-        with pytest.raises(ProtocolError, match="update the older one"):
+        monkeypatch.setattr(frames, "pack_hello", lambda hello: pack(Hello(1, 1, hello.role, hello.digest)))
+        refused(server, identity, VersionError, "the edge speaks protocol version 1, the trusted side version 2")
+        with pytest.raises(VersionError, match="update the older one"):
             EdgeWorker(make_engine(), server.address, identity).run()
+
+
+def test_an_edge_of_another_kind_is_refused_for_good(home, identity, monkeypatch):
+    with serving(home) as server:
+        pack = frames.pack_hello
+        monkeypatch.setattr(frames, "pack_hello", lambda hello: b"SLOP" + pack(hello)[4:])
+        refused(server, identity, VersionError, "does not speak this protocol")

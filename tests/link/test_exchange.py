@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from link_fakes import (
     SHAPES,
+    VERSION,
     FakeEngine,
     Pair,
     WrongMatrix,
@@ -168,9 +169,9 @@ def result(edge: Channel, header, sequence=0, group=0, extra_rows=0, extra_cols=
             r"answered: no \[2J memory",
         ),
         (lambda e, h: e._write(b"\xff" * 16), ProtocolError, "unknown kind"),
-        (lambda e, h: e._write(HEADER.pack(4, 1, 0, 2, h.sequence, 1 << 31)), ProtocolError, "announced"),
+        (lambda e, h: e._write(HEADER.pack(4, VERSION, 0, 2, h.sequence, 1 << 31)), ProtocolError, "announced"),
         (
-            lambda e, h: e._write(HEADER.pack(4, 1, 0, 2, h.sequence, 48) + b"abc") or e.close(),
+            lambda e, h: e._write(HEADER.pack(4, VERSION, 0, 2, h.sequence, 48) + b"abc") or e.close(),
             LinkError,
             "closed the connection",
         ),
@@ -204,7 +205,9 @@ def test_an_answer_sent_twice_is_refused_the_second_time(home, identity):
             pair.link.exchange(0, rows(2))
 
 
-@pytest.mark.parametrize("partly", [b"", HEADER.pack(4, 1, 0, 2, 1, 48), HEADER.pack(4, 1, 0, 2, 1, 48) + b"abc"])
+@pytest.mark.parametrize(
+    "partly", [b"", HEADER.pack(4, VERSION, 0, 2, 1, 48), HEADER.pack(4, VERSION, 0, 2, 1, 48) + b"abc"]
+)
 def test_a_stalled_edge_is_given_up(home, identity, partly):
     with Pair(home, identity, timeout=0.2) as pair, pair.answering(lambda e, h: e._write(partly)):
         with pytest.raises(LinkError, match=r"did not answer within 0\.2 s"):
@@ -215,7 +218,7 @@ def test_a_stalled_edge_is_given_up(home, identity, partly):
 def test_a_dripping_edge_is_given_up(home, identity):
     def drip(edge: Channel, header) -> None:
         with contextlib.suppress(LinkError):
-            edge._write(HEADER.pack(Kind.RESULT, 1, 0, 2, header.sequence, 48))
+            edge._write(HEADER.pack(Kind.RESULT, VERSION, 0, 2, header.sequence, 48))
             for _ in range(47):
                 edge._write(b"\0")
                 time.sleep(0.1)
@@ -228,7 +231,7 @@ def test_a_dripping_edge_is_given_up(home, identity):
 def test_a_dripping_header_is_given_up(home, identity):
     def drip(edge: Channel, header) -> None:
         with contextlib.suppress(LinkError):
-            for byte in HEADER.pack(Kind.RESULT, 1, 0, 2, header.sequence, 48):
+            for byte in HEADER.pack(Kind.RESULT, VERSION, 0, 2, header.sequence, 48):
                 edge._write(bytes([byte]))
                 time.sleep(0.1)
 

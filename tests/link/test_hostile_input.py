@@ -71,7 +71,7 @@ def test_garbage_in_frames_disturbs_nobody(live, data, greet):
     server, worker, context = live
     with context.wrap_socket(socket.create_connection(server.address, 10), server_hostname="sliplm-trusted") as sock:
         if greet:
-            hello = frames.pack_hello(Hello(1, 1, Role.REQUEST, DIGEST))
+            hello = frames.pack_hello(Hello(*frames.VERSIONS, Role.REQUEST, DIGEST))
             data = HEADER.pack(Kind.HELLO, 0, 0, 0, 0, len(hello)) + hello + data
         sock.sendall(data)
         channel.socket.socket.shutdown(sock, socket.SHUT_WR)

@@ -16,6 +16,7 @@ from link_fakes import (
     ask,
     enrol,
     make_engine,
+    refused,
     running,
     serving,
     text,
@@ -25,11 +26,13 @@ from link_fakes import (
 )
 
 from sliplm.edge.worker import EdgeWorker
-from sliplm.errors import LinkError
+from sliplm.errors import BundleError, InternalError, LinkError, NumericsError, SlipError
 from sliplm.protocol import tls
 from sliplm.protocol.channel import connect, parse_address
 from sliplm.protocol.frames import Role
 from sliplm.protocol.messages import RequestError
+from sliplm.registry import RegistryError
+from sliplm.trusted.rules import RulesError
 from sliplm.trusted.server import TrustedServer
 
 
@@ -124,7 +127,7 @@ def test_shutting_down_ends_requests_with_a_sentence(home, identity):
 def test_failures_of_the_engine_tell_the_edge_nothing(home, identity, caplog, prompt):
     caplog.set_level(logging.DEBUG, logger="sliplm")
     with serving(home) as server, working(server, identity) as worker:
-        with pytest.raises(LinkError, match="its log says why") as caught:
+        with pytest.raises(InternalError, match="its log says why") as caught:
             text(worker, ask(prompt))
         assert "layers.3" not in str(caught.value)
         assert text(worker)
@@ -132,10 +135,56 @@ def test_failures_of_the_engine_tell_the_edge_nothing(home, identity, caplog, pr
     assert ("RuntimeError in link_fakes.py" if prompt == "boom" else "layers.3") in caplog.text
 
 
+FAULTS = [NumericsError("model.layers.3 is not finite"), RulesError("rules.py, line 3"), BundleError("a file"),
+          MemoryError("3 GiB"), KeyError("a secret"), SlipError("a layer")]  # fmt: skip
+
+
+def test_every_fault_inside_is_the_same_to_the_edge(home, identity):
+    """Which it is would tell about activations, layers and rules."""
+    left = list(FAULTS)
+
+    def fail(request, link):
+        raise left.pop()
+
+    engine = FakeEngine()
+    engine.generate = fail  # type: ignore[method-assign]
+    sentences = set()
+    with serving(home, engine) as server, working(server, identity) as worker:
+        while left:
+            with pytest.raises(InternalError) as caught:
+                text(worker)
+            sentences.add(str(caught.value))
+    assert sentences == {"generation failed on the trusted side; its log says why"}
+
+
+def test_a_registry_that_does_not_answer_is_no_fault_inside(home, identity):
+    def fail(request, link):
+        raise RegistryError("/secret/registry.db is locked")
+
+    engine = FakeEngine()
+    engine.generate = fail  # type: ignore[method-assign]
+    passes = pytest.raises(LinkError, match="try again later")
+    with serving(home, engine) as server, working(server, identity) as worker, passes as caught:
+        text(worker)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_fault_in_the_greeting_is_said_and_the_worker_comes_back(home, identity, monkeypatch):
+    with serving(home) as server:
+        admit = server._watch.admit
+        monkeypatch.setattr(server._watch, "admit", lambda _: {}["a secret"])
+        refused(server, identity, InternalError, "^generation failed on the trusted side; its log says why$")
+        worker = EdgeWorker(make_engine(), server.address, identity)
+        with running(worker.run, worker.stop) as raised:
+            assert not worker.connected.wait(0.3)
+            monkeypatch.setattr(server._watch, "admit", admit)
+            assert worker.connected.wait(10), raised
+
+
 def test_an_engine_that_stops_early_is_not_taken_for_done(home, identity):
     engine = FakeEngine()
     engine.generate = lambda request, link: iter(())  # type: ignore[method-assign]
-    with serving(home, engine) as server, working(server, identity) as worker, pytest.raises(LinkError):
+    with serving(home, engine) as server, working(server, identity) as worker, pytest.raises(InternalError):
         text(worker)
 
 

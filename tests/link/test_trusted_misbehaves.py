@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from link_fakes import (
+    VERSION,
     ask,
     make_engine,
     scripted,
@@ -21,11 +22,11 @@ from sliplm.protocol.messages import RequestError
 @pytest.mark.parametrize(
     ("send", "says"),
     [
-        (lambda c: c._write(HEADER.pack(3, 1, 9, 1, 1, 16)), "no group 9"),
-        (lambda c: c._write(HEADER.pack(3, 1, 0, 1, 1, 32)), "rows of 4 numbers"),
-        (lambda c: c._write(HEADER.pack(3, 1, 0, 1024, 1, 256 << 20)), "rows of 4 numbers"),
-        (lambda c: c._write(HEADER.pack(3, 1, 0, 1025, 1, 1025 * 16)), "1025 rows"),
-        (lambda c: c._write(HEADER.pack(3, 1, 0, 1, 1, 16) + b"\xff" * 16), "outside the field"),
+        (lambda c: c._write(HEADER.pack(3, VERSION, 9, 1, 1, 16)), "no group 9"),
+        (lambda c: c._write(HEADER.pack(3, VERSION, 0, 1, 1, 32)), "rows of 4 numbers"),
+        (lambda c: c._write(HEADER.pack(3, VERSION, 0, 1024, 1, 256 << 20)), "rows of 4 numbers"),
+        (lambda c: c._write(HEADER.pack(3, VERSION, 0, 1025, 1, 1025 * 16)), "1025 rows"),
+        (lambda c: c._write(HEADER.pack(3, VERSION, 0, 1, 1, 16) + b"\xff" * 16), "outside the field"),
         (lambda c: c.send(Kind.TEXT, b"{}"), "TEXT out of turn"),
         (lambda c: c._write(b"GET / HTTP/1.1\r\n"), "unknown kind"),
     ],

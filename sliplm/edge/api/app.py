@@ -43,11 +43,13 @@ EARLY_SECONDS = 10.0
 BEAT_SECONDS = 10.0
 """A stream without text gets a comment as often: proxies and clients give up what is silent for a minute."""
 
+NOT_REACHED = "the trusted side, which knows the model's name, has not been reached yet: try again later"
+
 _COMMENT = b": still at it\n\n"
 _CROSS_ORIGIN: dict[str, Any] = {
     "allow_methods": ("GET", "POST"),
     "allow_headers": ("*",),  # clients add headers of their own; none of them says more than the key
-    "expose_headers": ("retry-after",),
+    "expose_headers": ("retry-after", "x-should-retry"),
     "allow_private_network": True,  # a page from the internet, an API on this machine
 }
 
@@ -64,11 +66,12 @@ def create_app(
     work: WorkCounters | None = None,
     names: Sequence[str] = (),
     origins: Sequence[str] = (),
+    failure: Callable[[], SlipError | None] = lambda: None,
 ) -> Starlette:
     """The application. `generate` starts a generation, `model_name` is what /v1/models lists (None: not known yet),
     `connected` tells whether the worker is, `host` is what the API is bound to, `names` are others by which it is
     reached, `origins` are those of other web pages that may ask, `api_key` is what clients must send if there is one,
-    and `work` holds the worker's counters:
+    `work` holds the worker's counters, and `failure` tells why the trusted side was not reached, if that is known:
     `create_app(worker.generate, lambda: worker.model_name, worker.connected.is_set, "127.0.0.1", None,
     worker.counters)`."""
     started = int(time.time())
@@ -77,7 +80,8 @@ def create_app(
 
     def model() -> dict[str, Any]:
         if (name := model_name()) is None:
-            raise LinkError("the trusted side, which knows the model's name, has not been reached yet: try again later")
+            # Translated, as it was raised before: whoever raises one error again and again makes its traceback longer.
+            raise translate(failure() or LinkError(NOT_REACHED))
         return {"id": name, "object": "model", "created": started, "owned_by": "sliplm"}
 
     async def models(_: Request) -> Response:

@@ -8,7 +8,16 @@ from typing import Any
 import msgspec
 from starlette.responses import Response
 
-from sliplm.errors import LinkError, SlipError, VerificationError, locate
+from sliplm.errors import (
+    BundleError,
+    IdentityError,
+    InternalError,
+    LinkError,
+    ProtocolError,
+    VerificationError,
+    VersionError,
+    locate,
+)
 from sliplm.protocol.messages import BusyError, RequestError, TooLongError
 
 _log = logging.getLogger(__name__)
@@ -41,8 +50,15 @@ def busy(message: str, seconds: float = RETRY_SECONDS) -> ApiError:
     return ApiError(429, message, "rate_limit_exceeded", headers={"retry-after": str(max(1, round(seconds)))})
 
 
+def final(status: int, message: str, code: str) -> ApiError:
+    """The same request fails again, so that clients that try again on their own must not: OpenAI's do it at every 5xx
+    unless this header, which is theirs, says no."""
+    return ApiError(status, message, code, headers={"x-should-retry": "false"})
+
+
 def translate(error: Exception) -> ApiError:
-    """What the client gets to see of `error`. The log gets no more of an unexpected one than its place."""
+    """What the client gets to see of `error`; 503 is for what passes. The log gets no more of an unexpected one than
+    its place."""
     match error:
         case ApiError():
             return error
@@ -52,12 +68,17 @@ def translate(error: Exception) -> ApiError:
             return ApiError(400, str(error), "invalid_request")
         case BusyError():
             return busy(str(error), error.retry_after or RETRY_SECONDS)
+        case IdentityError() | BundleError() | VersionError():
+            # Not 409, which OpenAI's clients try again: somebody has to enrol, copy or update something first.
+            return final(403, str(error), "refused")
         case VerificationError():
-            return ApiError(502, str(error), "verification_failed")
+            return final(502, str(error), "verification_failed")
+        case ProtocolError():
+            return final(502, str(error), "protocol_error")
         case LinkError():
             return ApiError(503, str(error), "trusted_unavailable")
-        case SlipError():
-            return ApiError(503, str(error), "refused")
+        case InternalError():
+            return final(500, str(error), "internal_error")
         case _:
             _log.error("a request failed: %s", locate(error))
-            return ApiError(500, "the edge failed to handle this request", "internal_error")
+            return final(500, "the edge failed to handle this request", "internal_error")

@@ -24,13 +24,14 @@ class OwnNamesOnly:
     """Refuses requests that were made for another name than this API's. Somebody's web page can let its own name
     point to this machine (DNS rebinding); the browser then takes the API for a part of that page, but still says
     in Host, and mostly in Origin, where it thinks it is. An address cannot be pointed elsewhere. `given` are names
-    that the API has besides: of a proxy before it, or of its container. Pages of `origins` may ask, too."""
+    that the API has besides, from `read_name`: of a proxy before it, or of its container. Pages of `origins`, from
+    `read_origin`, may ask, too."""
 
     def __init__(self, app: ASGIApp, host: str, given: Sequence[str] = (), origins: Sequence[str] = ()) -> None:
         self._app = app
         self._origins = frozenset(origins)
-        self._given = {name.lower() for name in given}
-        self._names = {host.lower(), "localhost", "127.0.0.1", "::1"} | self._given
+        self._given = frozenset(given)
+        self._names = {_plain(host), "localhost", "127.0.0.1", "::1"} | self._given
         address = _address(host)
         self._any_address = address is not None and address.is_unspecified
 
@@ -76,6 +77,18 @@ class KeyOnly:
         return scheme.lower() == "bearer" and hmac.compare_digest(key.strip().encode(), self._key)
 
 
+def read_name(text: str) -> str:
+    """The name in `text`, as the Host header has it before its port: names are answered on every port. Raises
+    IdentityError for what would never match."""
+    name = _plain(text.strip().removeprefix("[").removesuffix("]"))
+    # No name ends in a number, or a browser takes it for an address; and it writes other letters than these as xn--.
+    if _address(name) is None and not re.fullmatch(r"([a-z0-9_-]+\.)*[a-z0-9_-]*[a-z_-][a-z0-9_-]*", name):
+        raise IdentityError(
+            f"{text[:200]!a} is not a name of this API: write it as slip.example.com, without scheme, port or path."
+        )
+    return name
+
+
 def read_origin(text: str) -> str:
     """The origin in `text`, as browsers send it: scheme, host, and a port that is not the scheme's own. Raises
     IdentityError; there is no sign for all pages, since those of strangers are some of them."""
@@ -99,7 +112,15 @@ def read_key(path: Path) -> str:
 
 
 def _name(authority: str) -> str:
-    return re.sub(r":\d*$", "", authority).removeprefix("[").removesuffix("]")
+    """The host of an authority, which may have a port."""
+    return _plain(re.sub(r":\d*$", "", authority).removeprefix("[").removesuffix("]"))
+
+
+def _plain(name: str) -> str:
+    """The one spelling of a name or an address, of which there are several."""
+    name = name.lower().removesuffix(".")
+    address = _address(name)
+    return name if address is None else str(address)
 
 
 def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
