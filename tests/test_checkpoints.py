@@ -7,15 +7,14 @@ import logging
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 import transformers
 from conftest import save_tiny
+from outputs import error, logits, protected
 from safetensors.torch import load_file, save_file
 
 from sliplm.errors import BundleError, SlipError, UnsupportedModelError
@@ -24,19 +23,6 @@ from sliplm.split.split import Options, Summary, split
 from sliplm.trusted.engine import Engine
 
 DOWN = "model.layers.0.mlp.down_proj.weight"
-
-
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return model.eval()(torch.arange(40)[None]).logits
-
-
-def error(want: torch.Tensor, got: torch.Tensor) -> float:
-    return float((want - got).std() / want.std())
-
-
-def protected(out: Path) -> torch.Tensor:
-    return logits(transformers.AutoModelForCausalLM.from_pretrained(out / "trusted"))
 
 
 def is_what_transformers_loads(directory: Path, out: Path, **options: Any) -> Summary:
@@ -114,85 +100,6 @@ def test_a_stored_head_of_a_tied_model(tmp_path: Path, same: bool) -> None:
     state["lm_head.weight"] = head if same else head.roll(1, 0).contiguous()
     save_file(state, directory / "model.safetensors", {"format": "pt"})
     is_what_transformers_loads(directory, tmp_path / "out")
-
-
-# Adapters (3)
-
-
-@pytest.fixture
-def adapted(tiny: Path, tmp_path: Path) -> Callable[..., tuple[Path, torch.Tensor]]:
-    def make(**settings: Any) -> tuple[Path, torch.Tensor]:
-        """An adapter of the tiny model, as PEFT saves it, and the logits of the two merged by PEFT."""
-        base = transformers.AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
-        given = {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"]} | settings
-        tuned = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", **given))
-        torch.manual_seed(1)
-        for name, parameter in tuned.named_parameters():
-            if "lora_" in name or "modules_to_save" in name:
-                parameter.data += 0.05 * torch.randn(parameter.shape)
-        tuned.save_pretrained(tmp_path / "adapter")
-        return tmp_path / "adapter", logits(tuned.merge_and_unload())
-
-    return make
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"use_rslora": True},
-        {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.1.self_attn.q_proj": 24}},
-        {"modules_to_save": ["lm_head"]},
-        {"target_modules": "all-linear", "bias": "none"},
-    ],
-    ids=["plain", "rslora", "patterns", "modules_to_save", "all-linear"],
-)
-def test_an_adapter_is_merged_as_peft_does_it(
-    settings: dict[str, Any], adapted: Any, tiny: Path, tmp_path: Path
-) -> None:
-    adapter, want = adapted(**settings)
-    split(str(tiny), tmp_path / "merged", Options(rank=4), adapter=adapter)
-    assert error(want, protected(tmp_path / "merged")) < 1e-3
-    split(str(adapter), tmp_path / "alone", Options(rank=4, base=str(tiny)))
-    assert error(want, protected(tmp_path / "alone")) < 1e-3
-
-
-def test_an_adapter_is_never_dropped(adapted: Any, tiny: Path, model: Path, tmp_path: Path) -> None:
-    adapter, _ = adapted()
-    for file in ("adapter_config.json", "adapter_model.safetensors"):
-        shutil.copyfile(adapter / file, model / file)
-    with pytest.raises(UnsupportedModelError, match=r"holds an adapter beside the model .* --adapter"):
-        split(str(model), tmp_path / "out", Options(rank=4))
-    with pytest.raises(UnsupportedModelError, match=r"is an adapter, not a model: .* --base"):
-        split(str(adapter), tmp_path / "out", Options(rank=4))
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("settings", "says"),
-    [
-        ({"use_dora": True}, "use_dora"),
-        ({"peft_type": "IA3"}, "only LoRA"),
-        ({"init_lora_weights": "pissa"}, "changes the base"),
-        ({"lora_alpha": "much"}, "no usable lora_alpha"),
-        ({"something_new": {"a": 1}}, "something_new"),
-    ],
-)
-def test_other_adapters_are_refused(
-    settings: dict[str, Any], says: str, adapted: Any, tiny: Path, tmp_path: Path
-) -> None:
-    adapter, _ = adapted()
-    file = adapter / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
-    with pytest.raises(UnsupportedModelError, match=says):
-        split(str(tiny), tmp_path / "out", Options(rank=4), adapter=adapter)
-
-
-def test_an_adapter_of_another_model_is_refused(adapted: Any, tmp_path: Path) -> None:
-    adapter, _ = adapted()
-    small = save_tiny(tmp_path / "small", num_hidden_layers=1)
-    with pytest.raises(UnsupportedModelError, match="belongs to nothing here"):
-        split(str(small), tmp_path / "out", Options(rank=4), adapter=adapter)
 
 
 # Classes (4) and code of the model's own (18)

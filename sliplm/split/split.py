@@ -16,7 +16,7 @@ import transformers
 
 from sliplm import bundle
 from sliplm.errors import SlipError, UnsupportedModelError
-from sliplm.split.adapter import Adapted
+from sliplm.split.adapter import Adapted, Lora
 from sliplm.split.again import WEIGHTS_FILE, FirstSplit, fingerprint, second_split, siblings
 from sliplm.split.base import FineTuned, divide, divide_anywhere
 from sliplm.split.blinding import Blinding, blind
@@ -133,8 +133,12 @@ def split(
     tuned = adapter is not None and (adapter / "tokenizer_config.json").is_file()
     tokenizer, generation = read_tokenizer(str(adapter) if tuned else model), read_generation(model)
     source = open_source(model, adapter)
+    lora = None if adapter is None else Lora(adapter)
     with fake_mode():
         skeleton = source.skeleton()
+        if lora is not None and (tokens := lora.vocabulary(skeleton)) is not None:
+            source.config.get_text_config().vocab_size = tokens
+            skeleton = source.skeleton()
         groups = find_groups(skeleton, rank=options.rank)
         kept = left_out(skeleton, groups)
         tied = dict(getattr(skeleton, "all_tied_weights_keys", {}))
@@ -154,8 +158,8 @@ def split(
         plain, stored = resolve(skeleton, groups, tied, source)
         if missing := set(stored.values()) - source.names():
             raise UnsupportedModelError(f"the checkpoint lacks the weight {min(missing)}.")
-    if adapter is not None:
-        source = adapted = Adapted(source, adapter, tied)
+    if lora is not None:
+        source = adapted = Adapted(source, lora, skeleton, tied)
         if options.base is not None:
             for sentence in adapted.exceeding(groups, options.rank, options.camouflage):
                 logger.warning(sentence)
