@@ -174,8 +174,8 @@ class Adapted(Source):
         if not found:
             return []
         return [
-            f"the adapter has rank {self._lora.rank}, and at --rank {rank} the trusted side takes less: the edge gets a part "
-            f"of what it adds to {len(found)} matrices; split with a higher --rank to keep all of it."
+            f"the adapter has rank {self._lora.rank}, and at --rank {rank} the trusted side takes less: the edge gets "
+            f"a part of what it adds to {len(found)} matrices; split with a higher --rank to keep all of it."
         ]
 
     def _changed(self, name: str) -> bool:

@@ -31,11 +31,13 @@ class FirstSplit:
         trusted: DIR/trusted. groups, rank, camouflage: of the new split; they must be those of the first.
 
     Raises:
-        BundleError: it is no trusted bundle, or one of another model or rank.
+        BundleError: it is no trusted bundle, a damaged one, or one of another model or rank.
     """
 
     def __init__(self, trusted: Path, groups: list[Group], rank: int, camouflage: bool) -> None:
         self._path = trusted
+        # Its factors are all that this split protects: damaged ones would give an edge bundle with everything in it.
+        bundle.open_trusted(trusted, bundle.LAST_FORMAT)
         try:
             config = json.loads((trusted / "config.json").read_text())["quantization_config"]
             self._names = [str(name) for names in config["groups"] for name in names]
