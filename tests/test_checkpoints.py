@@ -18,7 +18,8 @@ from outputs import error, logits, protected
 from safetensors.torch import load_file, save_file
 
 from sliplm.errors import BundleError, SlipError, UnsupportedModelError
-from sliplm.split import check
+from sliplm.split import check, renaming
+from sliplm.split.source import fake_mode, open_source
 from sliplm.split.split import Options, Summary, split
 from sliplm.trusted.engine import Engine
 
@@ -41,6 +42,12 @@ def model(tiny: Path, tmp_path: Path) -> Path:
 def other(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Another save: the same names, other values."""
     return {name: t.roll(1, -1).contiguous() for name, t in state.items()}
+
+
+def no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if there were no memory for the original."""
+    monkeypatch.setattr(check, "_sizes", lambda *_: (2, 0))
+    monkeypatch.setattr(check, "available_memory", lambda: 1)
 
 
 # Which files are the model (1)
@@ -87,6 +94,46 @@ def test_other_names_are_no_model(model: Path, tmp_path: Path) -> None:
         transformers.AutoModelForCausalLM.from_pretrained(model)
     with pytest.raises(UnsupportedModelError, match=r"model\.safetensors.* only weights\.safetensors"):
         split(str(model), tmp_path / "out", Options(rank=4))
+
+
+# Names that Transformers changes while it loads
+
+
+def without_prefix(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name.removeprefix("model."): t for name, t in state.items()}
+
+
+def test_names_without_the_model_s_prefix(model: Path, tmp_path: Path) -> None:
+    state = load_file(model / "model.safetensors")
+    save_file(without_prefix(state), model / "model.safetensors", {"format": "pt"})
+    is_what_transformers_loads(model, tmp_path / "out")
+
+
+@pytest.mark.parametrize("names", [["norm.weight"], None], ids=["one", "all"])
+def test_two_tensors_for_one_place_are_refused(
+    names: list[str] | None, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All names of the model are there, and Transformers loads the others."""
+    no_room(monkeypatch)
+    state = load_file(model / "model.safetensors")
+    second = without_prefix(other(state))
+    save_file(state | {n: second[n] for n in names or second}, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UnsupportedModelError, match=r"which are both loaded as model\."):
+        split(str(model), tmp_path / "out", Options(rank=4))
+
+
+def test_a_tensor_that_is_converted_under_its_own_name_is_no_longer_itself(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.core_model_loading import Transpose, WeightConverter
+
+    source = open_source(str(tiny))
+    with fake_mode():
+        skeleton = source.skeleton()
+    assert not source.renamed(skeleton)
+    change = WeightConverter("self_attn.o_proj.weight", "self_attn.o_proj.weight", [Transpose(0, 1)])
+    monkeypatch.setattr(renaming, "get_model_conversion_mapping", lambda *_: [change])
+    assert source.renamed(skeleton)
 
 
 # Tied tensors that are both there and differ (2)
@@ -196,8 +243,7 @@ def test_the_error_is_what_the_planes_give(tiny: Path, tmp_path: Path, planes: i
 def test_without_room_for_the_original_each_matrix_is_checked(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(check, "_sizes", lambda *_: (2, 0))
-    monkeypatch.setattr(check, "available_memory", lambda: 1)
+    no_room(monkeypatch)
     with caplog.at_level(logging.WARNING):
         done = split(str(tiny), tmp_path / "out", Options(rank=4))
     assert done.checked == "products" and done.error is not None and done.error < 1e-3

@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from sliplm.errors import BundleError, UnsupportedModelError
 from sliplm.split import dtypes
 from sliplm.split.files import ADAPTER_CONFIG, checkpoint_files, has_adapter, refuse_adapter, tensors_in
+from sliplm.split.renaming import renames
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +63,11 @@ class Source(ABC):
         """The model as Transformers loads it, whole, in float32, ready to run; None if a package is missing for that.
         Raises UnsupportedModelError."""
 
+    def renamed(self, model: transformers.PreTrainedModel) -> bool:
+        """Whether tensors have other names here, or other contents, than in the `model` that Transformers makes of
+        them. Raises UnsupportedModelError if two are for one place."""
+        return False
+
     def whole(self) -> Source:
         """The same model, with the names that its tensors have once Transformers has loaded it."""
         return LoadedSource(self.origin[0], **self.origin[1])
@@ -99,6 +105,9 @@ class SafetensorsSource(Source):
             return _finite(name, self._read(name, part, parts).float())
         whole = dtypes.dequantise(name, self._read(name), self._read(scale))
         return _finite(name, whole if parts == 1 else whole[_piece(len(whole), part, parts)].clone())
+
+    def renamed(self, model: transformers.PreTrainedModel) -> bool:
+        return renames(model, self.names())
 
     def load(self) -> Any:
         if self._method == "compressed-tensors" and importlib.util.find_spec("compressed_tensors") is None:
