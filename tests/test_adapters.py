@@ -166,3 +166,20 @@ def test_an_adapter_of_another_model_is_refused(adapted: Any, tmp_path: Path) ->
     small = save_tiny(tmp_path / "small", num_hidden_layers=1)
     with pytest.raises(UnsupportedModelError, match="which this model lacks"):
         split(str(small), tmp_path / "out", Options(rank=4), adapter=adapter)
+
+
+def test_an_adapter_s_tokenizer_is_taken_if_it_is_whole(
+    adapted: Any, tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    adapter, _ = adapted()
+    own = byte_tokenizer()
+    own.chat_template = "{{ messages[0].content }} as tuned"
+    own.save_pretrained(adapter)
+    split(str(tiny), tmp_path / "own", Options(rank=4), adapter=adapter)
+    (adapter / "tokenizer.json").unlink()
+    (adapter / "chat_template.jinja").unlink()
+    assert (adapter / "tokenizer_config.json").is_file() and "no vocabulary" not in caplog.text
+    split(str(tiny), tmp_path / "base", Options(rank=4), adapter=adapter)
+    assert "no vocabulary: the model's own tokenizer is taken" in caplog.text
+    found = [transformers.AutoTokenizer.from_pretrained(tmp_path / d / "trusted") for d in ("own", "base")]
+    assert ["as tuned" in tokenizer.chat_template for tokenizer in found] == [True, False]

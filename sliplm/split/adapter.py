@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sliplm.errors import UnsupportedModelError
 from sliplm.split.camouflage import trusted_rank
-from sliplm.split.files import ADAPTER_CONFIG, adapter_config
+from sliplm.split.files import ADAPTER_CONFIG, adapter_config, refuse_pointer
 from sliplm.split.layers import Member
 from sliplm.split.source import Source
 from sliplm.split.tensors import token_table
@@ -216,6 +216,7 @@ def _tensors(adapter: Path) -> dict[str, torch.Tensor]:
     path = adapter / _WEIGHTS
     if not path.is_file():
         raise UnsupportedModelError(f"{adapter} holds no {_WEIGHTS} (pickled adapters are not read).")
+    refuse_pointer(path)
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:

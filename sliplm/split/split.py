@@ -29,7 +29,7 @@ from sliplm.split.origin import advice, said_base
 from sliplm.split.planes import quantise
 from sliplm.split.source import Source, continues_text, fake_mode, open_source
 from sliplm.split.tensors import Layout, differ, resolve
-from sliplm.split.tokenizer import read_generation, read_tokenizer, save
+from sliplm.split.tokenizer import has_tokenizer, has_vocabulary, read_generation, read_tokenizer, save
 
 logger = logging.getLogger(__name__)
 GUARD = (torch.float32, (0,))
@@ -129,10 +129,12 @@ def split(
     name = _name(model, name)
     if adapter is None and options.base is not None and only_adapter(Path(model).expanduser()):
         adapter, model = Path(model).expanduser(), options.base
+    source = open_source(model, adapter)  # its configuration first: Transformers reads the tokenizer by it
     # Before anything that takes long; an adapter's own tokenizer has the chat template that it was trained on.
-    tuned = adapter is not None and (adapter / "tokenizer_config.json").is_file()
+    tuned = adapter is not None and has_vocabulary(adapter)
+    if adapter is not None and not tuned and has_tokenizer(adapter):
+        logger.warning("the adapter has settings of a tokenizer and no vocabulary: the model's own tokenizer is taken")
     tokenizer, generation = read_tokenizer(str(adapter) if tuned else model), read_generation(model)
-    source = open_source(model, adapter)
     lora = None if adapter is None else Lora(adapter)
     with fake_mode():
         skeleton = source.skeleton()

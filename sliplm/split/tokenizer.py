@@ -9,15 +9,22 @@ from typing import Any
 import transformers
 
 from sliplm.errors import BundleError, UnsupportedModelError
+from sliplm.split.files import refuse_pointer
 from sliplm.split.source import locate
 
 FILES = ("tokenizer*.json", "tokenizer*.model", "vocab.*", "merges.txt", "spiece.model", "*.tiktoken", "tekken.json")
 GENERATION = "generation_config.json"
-_LFS = b"version https://git-lfs"
+SETTINGS = "tokenizer_config.json"
+TEMPLATES = ("*.jinja", "additional_chat_templates/*.jinja")
 
 
 def has_tokenizer(directory: Path) -> bool:
     return any(next(directory.glob(pattern), None) for pattern in FILES)
+
+
+def has_vocabulary(directory: Path) -> bool:
+    """Whether there are files of a tokenizer, and not its settings alone."""
+    return any(file.name != SETTINGS for pattern in FILES for file in directory.glob(pattern))
 
 
 def read_tokenizer(model: str) -> Any:
@@ -27,7 +34,7 @@ def read_tokenizer(model: str) -> Any:
     path, arguments = locate(model)
     if not arguments and not has_tokenizer(path):
         return None
-    for pattern in FILES:
+    for pattern in FILES + TEMPLATES:
         for file in path.glob(pattern):
             _check_content(file)
     try:
@@ -65,14 +72,8 @@ def save(directory: Path, what: Any) -> None:
 
 
 def _check_content(file: Path) -> None:
-    try:
-        with file.open("rb") as opened:
-            start = opened.read(len(_LFS))
-    except OSError as error:
-        raise UnsupportedModelError(f"cannot read {file}: {error.strerror}.") from None
-    if start == _LFS:
-        raise UnsupportedModelError(f"{file} is a pointer of Git LFS and not the file: run `git lfs pull` first.")
-    if not start and file.suffix == ".json":
+    refuse_pointer(file)
+    if file.suffix == ".json" and not file.stat().st_size:
         raise UnsupportedModelError(f"{file} is empty.")
 
 
