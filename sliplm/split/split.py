@@ -177,7 +177,7 @@ def split(
         (partial / "edge").mkdir()
         (partial / "trusted").mkdir(mode=0o700)
         texts = Texts(name, tokenizer, generation)
-        digest = _write(partial, source, groups, plain, stored, options, skeleton, texts, first, progress)
+        digest = _write(partial, out, source, groups, plain, stored, options, skeleton, texts, first, progress)
         checked = compare(source, groups, stored, partial / "trusted", options.planes) if check else Checked("", None)
         edge, trusted = (sum(f.stat().st_size for f in (partial / side).iterdir()) for side in ("edge", "trusted"))
     members = [m for group in groups for m in group]
@@ -195,6 +195,7 @@ def _name(model: str, name: str | None) -> str:
 
 def _write(
     directory: Path,
+    out: Path,
     source: Source,
     groups: list[Group],
     plain: Layout,
@@ -229,8 +230,6 @@ def _write(
         weights = []
         for number, group in enumerate(groups):
             weights.append(fingerprint(source.read(stored[m.weight], m.part, m.parts) for m in group))
-            if number == 0 and first is None and (others := siblings(directory, weights[0])):
-                logger.warning("%s", second_split(others[0]))
             if first:
                 first.check_weights(number, group[0].name, weights[-1])
             for key, tensor in split_group(source, group, stored, options, first, number):
@@ -241,6 +240,8 @@ def _write(
             done += sum(m.rows * m.columns for m in group)
             if progress:
                 progress(done, total)
+        if first is None and (others := siblings(out, weights)):
+            logger.warning("%s", second_split(*others[0], len(groups)))
         digest = bundle.write_edge_manifest(edge, shapes, q_file.close())
         trusted_file.close()
     finally:
