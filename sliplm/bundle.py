@@ -110,22 +110,32 @@ class TensorWriter:
 
 @contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
-    """A temporary directory beside `path` that takes its name when the block succeeds and vanishes when it does not.
+    """A temporary directory that takes the name `path` when the block succeeds and vanishes when it does not.
+
+    Where `path` is an empty directory it stays, as it may be a mount or the one we are in: the temporary one is inside,
+    and its files take their places one by one.
 
     Raises:
-        BundleError: `path` exists and is not an empty directory, or its parent cannot be written.
+        BundleError: `path` exists and is not an empty directory, or it or its parent cannot be written.
     """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise BundleError(f"{path} already exists; choose another output directory or remove it first.")
+    there = path.is_dir()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
+        if os.path.lexists(path) and (not there or any(path.iterdir())):
+            raise BundleError(f"{path} already exists; choose another output directory or remove it first.")
+        where = path if there else path.parent
+        where.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=where))
     except OSError as error:
-        raise BundleError(f"cannot write beside {path}: {error.strerror}.") from error
+        raise BundleError(f"cannot write {'in' if there else 'beside'} {path}: {error.strerror}.") from error
     try:
         yield partial
-        partial.chmod(0o755)
-        partial.replace(path)
+        if there:
+            for made in sorted(partial.iterdir()):
+                made.rename(path / made.name)
+            partial.rmdir()
+        else:
+            partial.chmod(0o755)
+            partial.replace(path)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
