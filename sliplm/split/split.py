@@ -28,8 +28,8 @@ from sliplm.split.layers import is_experts
 from sliplm.split.origin import advice, said_base
 from sliplm.split.planes import quantise
 from sliplm.split.source import Source, continues_text, fake_mode, open_source
-from sliplm.split.tensors import Layout, differ, resolve
-from sliplm.split.tokenizer import has_tokenizer, has_vocabulary, read_generation, read_tokenizer, save
+from sliplm.split.tensors import Layout, differ, resolve, token_table
+from sliplm.split.tokenizer import check_ids, has_tokenizer, has_vocabulary, read_generation, read_tokenizer, save
 
 logger = logging.getLogger(__name__)
 GUARD = (torch.float32, (0,))
@@ -145,6 +145,8 @@ def split(
         kept = left_out(skeleton, groups)
         tied = dict(getattr(skeleton, "all_tied_weights_keys", {}))
         routed = any(is_experts(module) for module in skeleton.modules())
+    if tokenizer is not None and (rows := token_table(skeleton)[1]):
+        check_ids(tokenizer, rows)
     if routed:
         logger.warning("this model routes tokens to experts: the edge sees how many tokens each expert gets")
     if not continues_text(source.config):

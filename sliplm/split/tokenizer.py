@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from sliplm.errors import BundleError, UnsupportedModelError
 from sliplm.split.files import refuse_pointer
 from sliplm.split.source import locate
 
+logger = logging.getLogger(__name__)
 FILES = ("tokenizer*.json", "tokenizer*.model", "vocab.*", "merges.txt", "spiece.model", "*.tiktoken", "tekken.json")
 GENERATION = "generation_config.json"
 SETTINGS = "tokenizer_config.json"
@@ -45,6 +47,37 @@ def read_tokenizer(model: str) -> Any:
     if not works:
         raise UnsupportedModelError(_unreadable(model, "it makes no token of a word"))
     return tokenizer
+
+
+def check_ids(tokenizer: Any, rows: int) -> None:
+    """Compare the tokens with a model that has `rows` of them: a warning names those that it lacks.
+
+    Raises:
+        UnsupportedModelError: the model lacks what every prompt, or every chat, gets from the server.
+    """
+    beyond = {i: token for token, i in sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1]) if i >= rows}
+    if not beyond:
+        return
+    given = {"every prompt": tokenizer("")["input_ids"], "its chat template": _chat(tokenizer)}
+    for what, ids in given.items():
+        if lacking := [beyond[i] for i in ids if i in beyond]:
+            raise UnsupportedModelError(
+                f"the tokenizer puts {lacking[0]} into {what}, and the model has no such token: it has {rows}, and the "
+                f"tokenizer {max(beyond) + 1}; the two do not belong together."
+            )
+    shown = ", ".join(list(beyond.values())[:4]) + (f" and {len(beyond) - 4} more" if len(beyond) > 4 else "")
+    logger.warning("the tokenizer has tokens that the model lacks, and prompts with them are refused: %s", shown)
+
+
+def _chat(tokenizer: Any) -> list[int]:
+    """What the chat template makes of one message; nothing if there is none, or it cannot be used."""
+    try:
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": ""}], tokenize=False, add_generation_prompt=True
+        )
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    except Exception:  # templates raise what they like; the server says then that it has no chats
+        return []
 
 
 def read_generation(model: str) -> transformers.GenerationConfig | None:
