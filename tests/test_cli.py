@@ -133,7 +133,6 @@ def test_evaluate_refuses_halves_of_two_splits(tiny: Path, tiny_split: Path, tmp
 SLOW_SPLIT = """
 import signal, sys, time
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever runs the tests may have them ignored
-signal.signal(signal.SIGINT, signal.default_int_handler)
 import sliplm.split.split as module
 from sliplm.bundle import new_directory
 from sliplm.cli import main
@@ -148,7 +147,7 @@ main()
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_split_that_is_ended_leaves_nothing(number: signal.Signals, tmp_path: Path) -> None:
     command = [sys.executable, "-c", SLOW_SPLIT, "split", "model", "-o", str(tmp_path / "out")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
