@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from sliplm.errors import BundleError
 
 FORMAT = 3
+LAST_FORMAT = 2  # of which the trusted bundle is still read, for a second split of the same weights
 MANIFEST = "manifest.json"
 Q_FILE = "q.safetensors"
 TRUSTED_FILES = {"config.json", "model.safetensors", Q_FILE}
@@ -109,22 +110,32 @@ class TensorWriter:
 
 @contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
-    """A temporary directory beside `path` that takes its name when the block succeeds and vanishes when it does not.
+    """A temporary directory that takes the name `path` when the block succeeds and vanishes when it does not.
+
+    Where `path` is an empty directory it stays, as it may be a mount or the one we are in: the temporary one is inside,
+    and its files take their places one by one.
 
     Raises:
-        BundleError: `path` exists and is not an empty directory, or its parent cannot be written.
+        BundleError: `path` exists and is not an empty directory, or it or its parent cannot be written.
     """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise BundleError(f"{path} already exists; choose another output directory or remove it first.")
+    there = path.is_dir()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
+        if os.path.lexists(path) and (not there or any(path.iterdir())):
+            raise BundleError(f"{path} already exists; choose another output directory or remove it first.")
+        where = path if there else path.parent
+        where.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=where))
     except OSError as error:
-        raise BundleError(f"cannot write beside {path}: {error.strerror}.") from error
+        raise BundleError(f"cannot write {'in' if there else 'beside'} {path}: {error.strerror}.") from error
     try:
         yield partial
-        partial.chmod(0o755)
-        partial.replace(path)
+        if there:
+            for made in sorted(partial.iterdir()):
+                made.rename(path / made.name)
+            partial.rmdir()
+        else:
+            partial.chmod(0o755)
+            partial.replace(path)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -155,7 +166,7 @@ def write_trusted_manifest(directory: Path, edge_digest: str) -> None:
     write_json(directory / MANIFEST, TrustedManifest(FORMAT, edge_digest, files))
 
 
-def _read_manifest(directory: Path, kind: type[Any], side: str) -> tuple[Any, bytes]:
+def _read_manifest(directory: Path, kind: type[Any], side: str, oldest: int = FORMAT) -> tuple[Any, bytes]:
     path = directory / MANIFEST
     try:
         raw = path.read_bytes()
@@ -165,7 +176,7 @@ def _read_manifest(directory: Path, kind: type[Any], side: str) -> tuple[Any, by
         raise BundleError(f"cannot read {path}: {error.strerror}.") from error
     try:
         version = msgspec.json.decode(raw).get("format")
-        if version != FORMAT:
+        if version not in range(oldest, FORMAT + 1):
             raise BundleError(_other_format(path, version))
         return msgspec.json.decode(raw, type=kind), raw
     except (ValueError, AttributeError, RecursionError) as error:  # msgspec's and Unicode's are ValueErrors
@@ -174,7 +185,7 @@ def _read_manifest(directory: Path, kind: type[Any], side: str) -> tuple[Any, by
 
 def _other_format(path: Path, version: Any) -> str:
     found = f"{path} has format version {version}; this release reads version {FORMAT}"
-    if not isinstance(version, int) or not 0 < version < FORMAT:
+    if not isinstance(version, int) or not LAST_FORMAT <= version < FORMAT:
         return f"{found}."
     # Another camouflage for the same weights would give them away to whoever holds both edge bundles.
     return f"{found}: split the model again with the same camouflage (slip split MODEL -o NEW --again OLD/trusted)."
@@ -258,17 +269,18 @@ class EdgeBundle:
         self._q.forget(group)
 
 
-def read_trusted_manifest(path: Path | str) -> TrustedManifest:
+def read_trusted_manifest(path: Path | str, oldest: int = FORMAT) -> TrustedManifest:
     """The manifest of DIR/trusted; the files themselves are not looked at. Raises BundleError, also for an edge's."""
     manifest: TrustedManifest
-    manifest, _ = _read_manifest(Path(path), TrustedManifest, "trusted side")
+    manifest, _ = _read_manifest(Path(path), TrustedManifest, "trusted side", oldest)
     return manifest
 
 
-def open_trusted(path: Path | str) -> TrustedManifest:
-    """Check DIR/trusted, every digest of it, and return its manifest. Raises BundleError."""
+def open_trusted(path: Path | str, oldest: int = FORMAT) -> TrustedManifest:
+    """Check DIR/trusted, of the `oldest` format or a later one, every digest of it, and return its manifest. Raises
+    BundleError."""
     directory = Path(path)
-    manifest = read_trusted_manifest(directory)
+    manifest = read_trusted_manifest(directory, oldest)
     if missing := TRUSTED_FILES - manifest.files.keys():
         raise BundleError(f"{directory / MANIFEST} does not list {min(missing)}, so nothing vouches for it.")
     for name, expected in manifest.files.items():

@@ -247,3 +247,25 @@ def test_new_directory_is_all_or_nothing(tmp_path: Path) -> None:
     with bundle.new_directory(tmp_path / "deep" / "x") as partial:
         (partial / "whole").write_text("written")
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["x"]
+
+
+def test_an_empty_directory_is_filled_and_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be the working directory, or a mount, which nothing can take the place of."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    before = (tmp_path / "here").stat().st_ino
+    with pytest.raises(RuntimeError), bundle.new_directory(Path()) as partial:
+        (partial / "half").write_text("written")
+        raise RuntimeError
+    assert list(Path().iterdir()) == []
+    with bundle.new_directory(Path()) as partial:
+        (partial / "whole").mkdir()
+    assert [str(p) for p in Path().iterdir()] == ["whole"] and (tmp_path / "here").stat().st_ino == before
+
+
+@pytest.mark.parametrize("name", ["link", "file"])
+def test_what_cannot_become_a_directory_is_refused_before_any_work(tmp_path: Path, name: str) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BundleError, match="already exists"), bundle.new_directory(tmp_path / name):
+        raise AssertionError("never reached")

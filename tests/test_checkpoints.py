@@ -7,36 +7,23 @@ import logging
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 import transformers
 from conftest import save_tiny
+from outputs import error, logits, protected
 from safetensors.torch import load_file, save_file
 
 from sliplm.errors import BundleError, SlipError, UnsupportedModelError
-from sliplm.split import check
+from sliplm.split import check, renaming
+from sliplm.split.source import fake_mode, open_source
 from sliplm.split.split import Options, Summary, split
 from sliplm.trusted.engine import Engine
 
 DOWN = "model.layers.0.mlp.down_proj.weight"
-
-
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return model.eval()(torch.arange(40)[None]).logits
-
-
-def error(want: torch.Tensor, got: torch.Tensor) -> float:
-    return float((want - got).std() / want.std())
-
-
-def protected(out: Path) -> torch.Tensor:
-    return logits(transformers.AutoModelForCausalLM.from_pretrained(out / "trusted"))
 
 
 def is_what_transformers_loads(directory: Path, out: Path, **options: Any) -> Summary:
@@ -55,6 +42,12 @@ def model(tiny: Path, tmp_path: Path) -> Path:
 def other(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Another save: the same names, other values."""
     return {name: t.roll(1, -1).contiguous() for name, t in state.items()}
+
+
+def no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if there were no memory for the original."""
+    monkeypatch.setattr(check, "_sizes", lambda *_: (2, 0))
+    monkeypatch.setattr(check, "available_memory", lambda: 1)
 
 
 # Which files are the model (1)
@@ -103,6 +96,46 @@ def test_other_names_are_no_model(model: Path, tmp_path: Path) -> None:
         split(str(model), tmp_path / "out", Options(rank=4))
 
 
+# Names that Transformers changes while it loads
+
+
+def without_prefix(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name.removeprefix("model."): t for name, t in state.items()}
+
+
+def test_names_without_the_model_s_prefix(model: Path, tmp_path: Path) -> None:
+    state = load_file(model / "model.safetensors")
+    save_file(without_prefix(state), model / "model.safetensors", {"format": "pt"})
+    is_what_transformers_loads(model, tmp_path / "out")
+
+
+@pytest.mark.parametrize("names", [["norm.weight"], None], ids=["one", "all"])
+def test_two_tensors_for_one_place_are_refused(
+    names: list[str] | None, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All names of the model are there, and Transformers loads the others."""
+    no_room(monkeypatch)
+    state = load_file(model / "model.safetensors")
+    second = without_prefix(other(state))
+    save_file(state | {n: second[n] for n in names or second}, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UnsupportedModelError, match=r"which are both loaded as model\."):
+        split(str(model), tmp_path / "out", Options(rank=4))
+
+
+def test_a_tensor_that_is_converted_under_its_own_name_is_no_longer_itself(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.core_model_loading import Transpose, WeightConverter
+
+    source = open_source(str(tiny))
+    with fake_mode():
+        skeleton = source.skeleton()
+    assert not source.renamed(skeleton)
+    change = WeightConverter("self_attn.o_proj.weight", "self_attn.o_proj.weight", [Transpose(0, 1)])
+    monkeypatch.setattr(renaming, "get_model_conversion_mapping", lambda *_: [change])
+    assert source.renamed(skeleton)
+
+
 # Tied tensors that are both there and differ (2)
 
 
@@ -114,85 +147,6 @@ def test_a_stored_head_of_a_tied_model(tmp_path: Path, same: bool) -> None:
     state["lm_head.weight"] = head if same else head.roll(1, 0).contiguous()
     save_file(state, directory / "model.safetensors", {"format": "pt"})
     is_what_transformers_loads(directory, tmp_path / "out")
-
-
-# Adapters (3)
-
-
-@pytest.fixture
-def adapted(tiny: Path, tmp_path: Path) -> Callable[..., tuple[Path, torch.Tensor]]:
-    def make(**settings: Any) -> tuple[Path, torch.Tensor]:
-        """An adapter of the tiny model, as PEFT saves it, and the logits of the two merged by PEFT."""
-        base = transformers.AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
-        given = {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"]} | settings
-        tuned = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", **given))
-        torch.manual_seed(1)
-        for name, parameter in tuned.named_parameters():
-            if "lora_" in name or "modules_to_save" in name:
-                parameter.data += 0.05 * torch.randn(parameter.shape)
-        tuned.save_pretrained(tmp_path / "adapter")
-        return tmp_path / "adapter", logits(tuned.merge_and_unload())
-
-    return make
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"use_rslora": True},
-        {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.1.self_attn.q_proj": 24}},
-        {"modules_to_save": ["lm_head"]},
-        {"target_modules": "all-linear", "bias": "none"},
-    ],
-    ids=["plain", "rslora", "patterns", "modules_to_save", "all-linear"],
-)
-def test_an_adapter_is_merged_as_peft_does_it(
-    settings: dict[str, Any], adapted: Any, tiny: Path, tmp_path: Path
-) -> None:
-    adapter, want = adapted(**settings)
-    split(str(tiny), tmp_path / "merged", Options(rank=4), adapter=adapter)
-    assert error(want, protected(tmp_path / "merged")) < 1e-3
-    split(str(adapter), tmp_path / "alone", Options(rank=4, base=str(tiny)))
-    assert error(want, protected(tmp_path / "alone")) < 1e-3
-
-
-def test_an_adapter_is_never_dropped(adapted: Any, tiny: Path, model: Path, tmp_path: Path) -> None:
-    adapter, _ = adapted()
-    for file in ("adapter_config.json", "adapter_model.safetensors"):
-        shutil.copyfile(adapter / file, model / file)
-    with pytest.raises(UnsupportedModelError, match=r"holds an adapter beside the model .* --adapter"):
-        split(str(model), tmp_path / "out", Options(rank=4))
-    with pytest.raises(UnsupportedModelError, match=r"is an adapter, not a model: .* --base"):
-        split(str(adapter), tmp_path / "out", Options(rank=4))
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("settings", "says"),
-    [
-        ({"use_dora": True}, "use_dora"),
-        ({"peft_type": "IA3"}, "only LoRA"),
-        ({"init_lora_weights": "pissa"}, "changes the base"),
-        ({"lora_alpha": "much"}, "no usable lora_alpha"),
-        ({"something_new": {"a": 1}}, "something_new"),
-    ],
-)
-def test_other_adapters_are_refused(
-    settings: dict[str, Any], says: str, adapted: Any, tiny: Path, tmp_path: Path
-) -> None:
-    adapter, _ = adapted()
-    file = adapter / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
-    with pytest.raises(UnsupportedModelError, match=says):
-        split(str(tiny), tmp_path / "out", Options(rank=4), adapter=adapter)
-
-
-def test_an_adapter_of_another_model_is_refused(adapted: Any, tmp_path: Path) -> None:
-    adapter, _ = adapted()
-    small = save_tiny(tmp_path / "small", num_hidden_layers=1)
-    with pytest.raises(UnsupportedModelError, match="belongs to nothing here"):
-        split(str(small), tmp_path / "out", Options(rank=4), adapter=adapter)
 
 
 # Classes (4) and code of the model's own (18)
@@ -289,8 +243,7 @@ def test_the_error_is_what_the_planes_give(tiny: Path, tmp_path: Path, planes: i
 def test_without_room_for_the_original_each_matrix_is_checked(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(check, "_sizes", lambda *_: (2, 0))
-    monkeypatch.setattr(check, "available_memory", lambda: 1)
+    no_room(monkeypatch)
     with caplog.at_level(logging.WARNING):
         done = split(str(tiny), tmp_path / "out", Options(rank=4))
     assert done.checked == "products" and done.error is not None and done.error < 1e-3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -128,3 +129,33 @@ def test_evaluate_refuses_halves_of_two_splits(tiny: Path, tiny_split: Path, tmp
     (tmp_path / "mixed" / "edge").symlink_to(tmp_path / "other" / "edge")
     (tmp_path / "mixed" / "trusted").symlink_to(tiny_split / "trusted")
     refused(slip("evaluate", tmp_path / "mixed", "--reference", tiny), "two different splits")
+
+
+SLOW_SPLIT = """
+import signal, sys, time
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever runs the tests may have them ignored
+import sliplm.split.split as module
+from sliplm.bundle import new_directory
+from sliplm.cli import main
+
+def split(model, out, *_, **__):
+    with new_directory(out):
+        print("begun", flush=True)
+        time.sleep(60)
+
+module.split = split
+main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_split_that_is_ended_leaves_nothing(number: signal.Signals, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", SLOW_SPLIT, "split", "model", "-o", str(tmp_path / "out")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None and run.stdout.readline() == "begun\n"
+        run.send_signal(number)
+        try:
+            assert run.wait(30) == 128 + number
+        finally:
+            run.kill()
+    assert list(tmp_path.iterdir()) == []

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import save_tiny
+from conftest import byte_tokenizer, save_tiny
+from tokenizers import AddedToken
 
 from sliplm.errors import BundleError, UnsupportedModelError
 from sliplm.split import tokenizer as tokenizer_module
@@ -98,3 +99,48 @@ def test_a_disk_that_is_full_before_the_tokenizer_is_written(tmp_path: Path, mon
         split(str(model), tmp_path / "out", Options(rank=4))
     assert "too large" in str(caught.value).lower()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+)
+
+
+def with_tokens(tmp_path: Path, tokens: int, template: str | None = None) -> Path:
+    """A model of so many tokens with a tokenizer of 259."""
+    model = save_tiny(tmp_path / "model", vocab_size=tokens)
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens([AddedToken("<|im_start|>", special=True), AddedToken("<|im_end|>", special=True)])
+    tokenizer.chat_template = template or tokenizer.chat_template
+    tokenizer.save_pretrained(model)
+    return model
+
+
+def test_tokens_that_the_model_lacks_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    split(str(with_tokens(tmp_path, 257)), tmp_path / "out", Options(rank=4))
+    assert "tokens that the model lacks, and prompts with them are refused: <|im_start|>, <|im_end|>" in caplog.text
+
+
+def test_a_chat_template_that_the_model_lacks_tokens_for_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"puts <\|im_end\|> into its chat template.*has 258.*259"):
+        split(str(with_tokens(tmp_path, 258, CHATML)), tmp_path / "out", Options(rank=4))
+
+
+def test_a_beginning_that_the_model_lacks_is_refused(tmp_path: Path) -> None:
+    model = with_tokens(tmp_path, 257)
+    value = json.loads((model / "tokenizer.json").read_text())
+    begin = {"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}
+    value["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [begin, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [begin, {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {"<|im_start|>": {"id": "<|im_start|>", "ids": [257], "tokens": ["<|im_start|>"]}},
+    }
+    (model / "tokenizer.json").write_text(json.dumps(value))
+    with pytest.raises(UnsupportedModelError, match=r"puts <\|im_start\|> into every prompt"):
+        split(str(model), tmp_path / "out", Options(rank=4))
+
+
+def test_a_model_with_room_to_spare_is_split_in_silence(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    split(str(with_tokens(tmp_path, 320, CHATML)), tmp_path / "out", Options(rank=4))
+    assert caplog.text == ""

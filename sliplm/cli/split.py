@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -28,6 +30,9 @@ def split(
 ) -> None:
     """Split MODEL into OUTPUT/edge, which anyone may copy, and OUTPUT/trusted, which nobody else may see."""
     set_up_logging(False)
+    for number in (signal.SIGTERM, signal.SIGHUP):  # as an interrupt: half a bundle is removed
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
     from sliplm.split.advice import weaknesses
     from sliplm.split.split import Options
     from sliplm.split.split import split as run

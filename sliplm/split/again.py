@@ -31,11 +31,13 @@ class FirstSplit:
         trusted: DIR/trusted. groups, rank, camouflage: of the new split; they must be those of the first.
 
     Raises:
-        BundleError: it is no trusted bundle, or one of another model or rank.
+        BundleError: it is no trusted bundle, a damaged one, or one of another model or rank.
     """
 
     def __init__(self, trusted: Path, groups: list[Group], rank: int, camouflage: bool) -> None:
         self._path = trusted
+        # Its factors are all that this split protects: damaged ones would give an edge bundle with everything in it.
+        bundle.open_trusted(trusted, bundle.LAST_FORMAT)
         try:
             config = json.loads((trusted / "config.json").read_text())["quantization_config"]
             self._names = [str(name) for names in config["groups"] for name in names]
@@ -104,15 +106,26 @@ def read_weights(trusted: Path) -> list[str] | None:
     return [str(weights) for weights in found] if isinstance(found, list) else None
 
 
-def siblings(out: Path, first: str) -> list[Path]:
-    """Trusted bundles beside `out` that were split from weights whose first group has the fingerprint `first`."""
-    beside = sorted(out.parent.glob(f"*/trusted/{WEIGHTS_FILE}"))
-    return [p.parent for p in beside if p.parents[1] != out and (read_weights(p.parent) or [""])[0] == first]
+def siblings(out: Path, weights: list[str]) -> list[tuple[Path, bool, int]]:
+    """Trusted bundles beside `out` of which some group has a fingerprint of `weights`: each with whether all agree, and
+    how many of `weights` it has; first those that have most."""
+    own, found = set(weights), []
+    for path in sorted(out.resolve().parent.glob(f"*/trusted/{WEIGHTS_FILE}")):
+        theirs = set(read_weights(path.parent) or ())
+        if path.parents[1] != out.resolve() and own & theirs:
+            found.append((path.parent, own == theirs, sum(w in theirs for w in weights)))
+    return sorted(found, key=lambda sibling: (not sibling[1], -sibling[2]))
 
 
-def second_split(first: Path) -> str:
-    """What to tell an owner who splits the weights of `first`, DIR/trusted, once more."""
+def second_split(first: Path, same: bool, shared: int, groups: int) -> str:
+    """What to tell an owner who splits once more weights that `first`, DIR/trusted, has: the same, or some of them."""
+    if same:
+        return (
+            f"{first} is a split of the same weights. Whoever gets both edge bundles may find what they hide by "
+            f"comparing them: remove this one, and split with --again {first}."
+        )
     return (
-        f"{first} is a split of the same weights. Whoever gets both edge bundles may find what they hide by comparing "
-        f"them: remove this one, and split with --again {first}."
+        f"{first} is a split of another model with some of the same weights: {shared} of {groups} groups of matrices. "
+        "Whoever gets both edge bundles may find what they hide of these by comparing them (docs/security.md, Pooled "
+        "bundles)."
     )

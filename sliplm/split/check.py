@@ -2,7 +2,8 @@
 
 The original is what Transformers itself loads from the owner's files, so this also shows a split that read other
 tensors than Transformers does. Where there is no room for the whole original in float32, or a package is missing to
-load it, every protected matrix is compared with the weight it stands for, on random inputs.
+load it, every protected matrix is compared with the weight it stands for, on random inputs, and the protected model has
+to run at least.
 """
 
 from __future__ import annotations
@@ -13,15 +14,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import transformers
 
-from sliplm.errors import BundleError
+from sliplm.errors import BundleError, SlipError, locate
 from sliplm.split.base import FineTuned
 from sliplm.split.example import example_inputs
-from sliplm.split.source import LoadedSource, Source, model_class
+from sliplm.split.source import LoadedSource, Source, fake_mode, model_class
 
 if TYPE_CHECKING:
     from sliplm.split.groups import Group
@@ -56,7 +57,8 @@ def compare(source: Source, groups: list[Group], stored: dict[str, str], trusted
     protected model and one matrix.
 
     Raises:
-        BundleError: they differ by more than `planes` explain.
+        BundleError: they differ by more than `planes` explain, or the protected one does not run and the original does.
+        UnsupportedModelError: the model's code wants the values of a protected weight.
     """
     whole, protected = _sizes(source, stored, trusted)
     room = available_memory()
@@ -64,13 +66,21 @@ def compare(source: Source, groups: list[Group], stored: dict[str, str], trusted
         if room is not None and protected > room:
             logger.warning("the split was not checked: there is no memory to load the protected model")
             return Checked("", None)
-        error = None
         if room is not None and whole > room:
             logger.warning("there is no memory to load the original: each matrix is checked by itself")
+            original = None
+        elif (original := source.load()) is None:
+            logger.warning("a package is missing to load the original: each matrix is checked by itself")
+        answer = None if original is None else _original_answer(original)
+        without, original = original is None, None
+        gc.collect()
+        model = _protected(source, trusted)
+        if answer is not None:
+            what, error = "logits", relative_error(answer.value, _protected_answer(model, answer.inputs))
         else:
-            error = _outputs(source, trusted)
-        what = "logits" if error is not None else "products"
-        error = error if error is not None else _products(source, groups, stored, trusted)
+            what, error = "products", _products(model, source, groups, stored)
+            if without:
+                _try(model, source)
     limit = LIMITS[1 if isinstance(source, FineTuned) else planes]
     if not error <= limit:
         raise BundleError(
@@ -113,26 +123,48 @@ def _sizes(source: Source, stored: dict[str, str], trusted: Path) -> tuple[int, 
     return 0 if isinstance(source, LoadedSource) else int(4 * count * 1.2), 2 * held
 
 
-def _outputs(source: Source, trusted: Path) -> float | None:
-    """The error of the outputs on a few inputs; None if the original cannot be run on such."""
-    original = source.load()
-    if original is None:
-        logger.warning("a package is missing to load the original: each matrix is checked by itself")
-        return None
+class _Answer(NamedTuple):
+    inputs: dict[str, Any]
+    value: torch.Tensor
+
+
+def _original_answer(original: Any) -> _Answer | None:
+    """What the original makes of a few inputs; None if it cannot be run on such."""
     try:
         inputs = _inputs(original)
-        want = _first(original(**inputs))
+        return _Answer(inputs, _first(original(**inputs)))
     except Exception as error:  # whatever the model's code raises
         logger.warning("the original cannot be tried (%s): each matrix is checked by itself", type(error).__name__)
         return None
-    del original
-    gc.collect()
-    return relative_error(want, _first(_protected(source, trusted)(**inputs)))
 
 
-def _products(source: Source, groups: list[Group], stored: dict[str, str], trusted: Path) -> float:
+def _protected_answer(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+    """Raises BundleError if the model does not run: its code does more with a layer than to call it."""
+    try:
+        return _first(model(**inputs))
+    except SlipError:
+        raise
+    except Exception as error:  # as above
+        raise BundleError(
+            f"the protected model does not run ({locate(error)}): its code uses a protected layer in a way that only "
+            "the original allows; nothing was kept."
+        ) from None
+
+
+def _try(model: Any, source: Source) -> None:
+    """Run the protected model, if the original's code runs on such inputs, which its skeleton shows without memory."""
+    try:
+        inputs = _inputs(model)
+        with fake_mode():
+            source.skeleton()(**inputs)
+    except Exception as error:  # as above; of experts, too, for which tokens without values find none
+        logger.warning("the protected model was not tried (%s)", type(error).__name__)
+        return
+    _protected_answer(model, inputs)
+
+
+def _products(model: Any, source: Source, groups: list[Group], stored: dict[str, str]) -> float:
     """The largest error of a protected matrix's product with random vectors."""
-    model = _protected(source, trusted)
     generator = torch.Generator().manual_seed(0)
     worst = 0.0
     for group in groups:

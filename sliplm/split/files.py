@@ -16,6 +16,7 @@ from sliplm.errors import UnsupportedModelError
 
 logger = logging.getLogger(__name__)
 ADAPTER_CONFIG = "adapter_config.json"
+_LFS = b"version https://git-lfs"
 
 
 def checkpoint_files(directory: Path, config: Any) -> list[Path]:
@@ -32,14 +33,18 @@ def checkpoint_files(directory: Path, config: Any) -> list[Path]:
     if get_distributed_checkpoint_dir(where, "", None, None) is not None:
         raise UnsupportedModelError(f"{directory} is a distributed training checkpoint; save it with save_pretrained.")
     chosen = getattr(config, "transformers_weights", None)
+    what = directory / SAFE_WEIGHTS_INDEX_NAME if chosen is None else f"{directory}'s transformers_weights"
     try:
         names, _ = _get_resolved_checkpoint_files(where, None, None, None, None, False, chosen)
     except OSError:
         raise UnsupportedModelError(f"{directory} holds no {_expected()}{_only(_safetensors(directory))}.") from None
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        what = directory / SAFE_WEIGHTS_INDEX_NAME if chosen is None else f"{directory}'s transformers_weights"
+    except (ValueError, LookupError, AttributeError, TypeError) as error:
+        if isinstance(what, Path):
+            refuse_pointer(what)
         raise UnsupportedModelError(f"{what} is damaged ({type(error).__name__}).") from None
-    files = [Path(name) for name in names or []]
+    if not names:
+        raise UnsupportedModelError(f"{what} is damaged (it names no weights).")
+    files = [Path(name) for name in names]
     files += [extra for name in type(config).extra_files if (extra := directory / name).is_file()]
     for path in files:
         if not path.resolve().is_file() or not _inside(path, directory):
@@ -57,12 +62,26 @@ def tensors_in(files: list[Path]) -> dict[str, Path]:
     """Which file holds which tensor. Raises UnsupportedModelError if one cannot be read."""
     where: dict[str, Path] = {}
     for path in files:
+        refuse_pointer(path)
         try:
             with safe_open(path, "pt") as file:
                 where.update((name, path) for name in file.keys())  # noqa: SIM118 - not a dict
         except (SafetensorError, OSError) as error:
             raise UnsupportedModelError(f"{path} is damaged or incomplete ({str(error).splitlines()[0]}).") from None
     return where
+
+
+def refuse_pointer(file: Path) -> None:
+    """Raises UnsupportedModelError if a file is there and is only Git LFS's note of where its content is."""
+    try:
+        with file.open("rb") as opened:
+            pointer = opened.read(len(_LFS)) == _LFS
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UnsupportedModelError(f"cannot read {file}: {error.strerror}.") from None
+    if pointer:
+        raise UnsupportedModelError(f"{file} is a pointer of Git LFS and not the file: run `git lfs pull` first.")
 
 
 def has_adapter(directory: Path) -> bool:
@@ -76,6 +95,7 @@ def only_adapter(directory: Path) -> bool:
 
 def adapter_config(directory: Path) -> dict[str, Any]:
     """Raises UnsupportedModelError."""
+    refuse_pointer(directory / ADAPTER_CONFIG)
     try:
         config = json.loads((directory / ADAPTER_CONFIG).read_text())
     except (OSError, ValueError):

@@ -9,6 +9,7 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,13 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.auto_factory import _LazyAutoMapping
 
 from sliplm.errors import BundleError, UnsupportedModelError
 from sliplm.split import dtypes
-from sliplm.split.files import ADAPTER_CONFIG, checkpoint_files, has_adapter, refuse_adapter, tensors_in
+from sliplm.split.files import ADAPTER_CONFIG, checkpoint_files, has_adapter, refuse_adapter, refuse_pointer, tensors_in
+from sliplm.split.renaming import renames
 
 logger = logging.getLogger(__name__)
 
@@ -36,9 +40,15 @@ class Source(ABC):
     origin: tuple[str, dict[str, Any]]
 
     def skeleton(self) -> transformers.PreTrainedModel:
-        """The model with fake tensors: shapes and code, no memory. Call, and use the result, under `fake_mode()`."""
-        with torch.device("meta"), unset_fake_temporarily():  # some models compute with real numbers as they are made
-            model = model_class(self.config)._from_config(self.config)
+        """The model with fake tensors: shapes and code, no memory. Call, and use the result, under `fake_mode()`.
+        Raises UnsupportedModelError if the configuration makes no model."""
+        kind = model_class(self.config)
+        try:
+            with torch.device("meta"), unset_fake_temporarily():  # some compute with real numbers as they are made
+                model = kind._from_config(self.config)
+        except Exception as error:  # whatever the model's code raises
+            why = f"{type(error).__name__}: {_first_line(error)}"
+            raise UnsupportedModelError(f"no {kind.__name__} can be made of the configuration ({why}).") from None
         skeleton: transformers.PreTrainedModel = model.to_empty(device="cpu").eval()
         return skeleton
 
@@ -62,6 +72,11 @@ class Source(ABC):
         """The model as Transformers loads it, whole, in float32, ready to run; None if a package is missing for that.
         Raises UnsupportedModelError."""
 
+    def renamed(self, model: transformers.PreTrainedModel) -> bool:
+        """Whether tensors have other names here, or other contents, than in the `model` that Transformers makes of
+        them. Raises UnsupportedModelError if two are for one place."""
+        return False
+
     def whole(self) -> Source:
         """The same model, with the names that its tensors have once Transformers has loaded it."""
         return LoadedSource(self.origin[0], **self.origin[1])
@@ -72,12 +87,16 @@ def fake_mode() -> FakeTensorMode:
 
 
 class SafetensorsSource(Source):
-    """A directory with config.json and *.safetensors. Files are opened for one tensor each: no mapping stays."""
+    """A directory with config.json and *.safetensors. Files are opened for one tensor each: no mapping stays; none is
+    opened before the first is asked for."""
 
     def __init__(self, directory: Path) -> None:
         self.config, self._method = _config(str(directory), {})
         self.origin = (str(directory), {})
-        self._where = tensors_in(checkpoint_files(directory, self.config))
+
+    @cached_property
+    def _where(self) -> dict[str, Path]:
+        return tensors_in(checkpoint_files(Path(self.origin[0]), self.config))
 
     def names(self) -> set[str]:
         return set(self._where)
@@ -99,6 +118,9 @@ class SafetensorsSource(Source):
             return _finite(name, self._read(name, part, parts).float())
         whole = dtypes.dequantise(name, self._read(name), self._read(scale))
         return _finite(name, whole if parts == 1 else whole[_piece(len(whole), part, parts)].clone())
+
+    def renamed(self, model: transformers.PreTrainedModel) -> bool:
+        return renames(model, self.names())
 
     def load(self) -> Any:
         if self._method == "compressed-tensors" and importlib.util.find_spec("compressed_tensors") is None:
@@ -205,15 +227,15 @@ def refuse_other_tasks(directory: Path) -> None:
     """Raises BundleError if the bundle in `directory` is of a class that does not continue text."""
     config = transformers.AutoConfig.from_pretrained(directory)
     if not continues_text(config):
-        stored = " or ".join(config.architectures or [config.model_type])
+        stored = " or ".join(architectures(config) or [config.model_type])
         raise BundleError(f"{directory} holds a {stored}, which does not continue text: use it from Python instead.")
 
 
 def model_class(config: transformers.PretrainedConfig) -> Any:
     """The class in which the model is stored. Raises UnsupportedModelError."""
-    for name in config.architectures or []:
-        if hasattr(transformers, name):
-            return getattr(transformers, name)
+    for name in architectures(config):
+        if _fits(kind := getattr(transformers, name, None), config):
+            return kind
     mapping = transformers.AutoModelForCausalLM._model_mapping
     if type(config) not in mapping:
         kind = config.model_type
@@ -221,14 +243,37 @@ def model_class(config: transformers.PretrainedConfig) -> Any:
     return mapping[type(config)]
 
 
-def _note_custom_code(name: str, config: transformers.PretrainedConfig) -> None:
-    """Say, or refuse, that a model whose checkpoint brings code of its own is read by Transformers' class instead."""
-    named = [str(n) for n in config.architectures or []]
+def architectures(config: transformers.PretrainedConfig) -> list[str]:
+    """Names of classes, as the configuration has them."""
+    named = config.architectures or []
+    return [named] if isinstance(named, str) else [str(name) for name in named]
+
+
+def _fits(kind: Any, config: transformers.PretrainedConfig) -> bool:
+    """Whether `kind` is a model's class, and of models with such a configuration. Transformers goes by `model_type`,
+    from which the configuration's own class comes, and does not look at the name of a class of another type."""
+    if not isinstance(kind, type) or not issubclass(kind, transformers.PreTrainedModel):
+        return False
+    if kind.config_class is not None and isinstance(config, kind.config_class):
+        return True
+    mappings = [m for m in vars(modeling_auto).values() if isinstance(m, _LazyAutoMapping)]
+    found = [mapping[type(config)] for mapping in mappings if type(config) in mapping]
+    return any(kind in (of if isinstance(of, (list, tuple)) else (of,)) for of in found)
+
+
+def _note_architectures(name: str, config: transformers.PretrainedConfig) -> None:
+    """Say, or refuse, that a model is split as another class than its configuration names, or without its own code."""
+    named = architectures(config)
     code = getattr(config, "auto_map", None)
-    if named and not any(hasattr(transformers, n) for n in named):
+    if named and not any(_fits(getattr(transformers, n, None), config) for n in named):
         if code:
             raise UnsupportedModelError(f"{name} runs on code of its own ({named[0]}), which is never executed here.")
-        logger.warning("Transformers has no class %s: it is split as %s", named[0], model_class(config).__name__)
+        logger.warning(
+            "Transformers has no class %s for models of type %s: it is split as %s",
+            named[0],
+            config.model_type,
+            model_class(config).__name__,
+        )
     elif code:
         logger.warning(
             "the checkpoint names code of its own (auto_map), which is not executed: it is split as Transformers' %s",
@@ -281,24 +326,33 @@ def _download(model: str) -> Path:
 
 def _config(name: str, arguments: dict[str, Any]) -> tuple[transformers.PretrainedConfig, str | None]:
     """The configuration without any quantization, and the method of the quantization that it had."""
+    if not arguments:
+        refuse_pointer(Path(name) / "config.json")
     try:
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False, **arguments)
     except Exception as error:  # Transformers raises whatever its parsers do
-        raise UnsupportedModelError(f"{name} is not a model that Transformers knows: {_first_line(error)}") from None
-    _note_custom_code(name, config)
+        raise UnsupportedModelError(f"the configuration of {name} cannot be read: {_first_line(error)}") from None
+    _note_architectures(name, config)
     method = None
     if (quantization := getattr(config, "quantization_config", None)) is not None and "gguf_file" not in arguments:
         settings = _settings(quantization)
         method = settings["quant_method"]
         if not dtypes.readable(settings):
-            raise UnsupportedModelError(f"{name} is already quantized ({method}); split the original weights.")
+            raise UnsupportedModelError(
+                f"{name} is already quantized ({method or 'its quantization_config names no method'}); "
+                "split the original weights."
+            )
     return _plain(config), method
 
 
 def _settings(quantization: Any) -> dict[str, Any]:
-    settings = dict(quantization if isinstance(quantization, dict) else quantization.to_dict())
+    """A `quantization_config` as a dictionary, with the method's name or None as `quant_method`."""
+    to_dict = getattr(quantization, "to_dict", lambda: quantization)
+    settings = dict(found) if isinstance(found := to_dict(), dict) else {}
     method = settings.get("quant_method")
-    return settings | {"quant_method": str(getattr(method, "value", method))}
+    if method is None and (settings.get("load_in_4bit") or settings.get("load_in_8bit")):  # as Transformers has it
+        method = "bitsandbytes"
+    return settings | {"quant_method": method and str(getattr(method, "value", method))}
 
 
 def _plain(config: transformers.PretrainedConfig) -> transformers.PretrainedConfig:
@@ -318,5 +372,8 @@ def _finite(name: str, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _first_line(error: BaseException) -> str:
+    """What `error` says first, with what it announces by a colon."""
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])

@@ -16,7 +16,7 @@ import transformers
 
 from sliplm import bundle
 from sliplm.errors import SlipError, UnsupportedModelError
-from sliplm.split.adapter import Adapted
+from sliplm.split.adapter import Adapted, Lora
 from sliplm.split.again import WEIGHTS_FILE, FirstSplit, fingerprint, second_split, siblings
 from sliplm.split.base import FineTuned, divide, divide_anywhere
 from sliplm.split.blinding import Blinding, blind
@@ -28,8 +28,8 @@ from sliplm.split.layers import is_experts
 from sliplm.split.origin import advice, said_base
 from sliplm.split.planes import quantise
 from sliplm.split.source import Source, continues_text, fake_mode, open_source
-from sliplm.split.tensors import Layout, differ, resolve
-from sliplm.split.tokenizer import read_generation, read_tokenizer, save
+from sliplm.split.tensors import Layout, differ, resolve, token_table
+from sliplm.split.tokenizer import check_ids, has_tokenizer, has_vocabulary, read_generation, read_tokenizer, save
 
 logger = logging.getLogger(__name__)
 GUARD = (torch.float32, (0,))
@@ -129,16 +129,24 @@ def split(
     name = _name(model, name)
     if adapter is None and options.base is not None and only_adapter(Path(model).expanduser()):
         adapter, model = Path(model).expanduser(), options.base
+    source = open_source(model, adapter)  # its configuration first: Transformers reads the tokenizer by it
     # Before anything that takes long; an adapter's own tokenizer has the chat template that it was trained on.
-    tuned = adapter is not None and (adapter / "tokenizer_config.json").is_file()
+    tuned = adapter is not None and has_vocabulary(adapter)
+    if adapter is not None and not tuned and has_tokenizer(adapter):
+        logger.warning("the adapter has settings of a tokenizer and no vocabulary: the model's own tokenizer is taken")
     tokenizer, generation = read_tokenizer(str(adapter) if tuned else model), read_generation(model)
-    source = open_source(model, adapter)
+    lora = None if adapter is None else Lora(adapter)
     with fake_mode():
         skeleton = source.skeleton()
+        if lora is not None and (tokens := lora.vocabulary(skeleton)) is not None:
+            source.config.get_text_config().vocab_size = tokens
+            skeleton = source.skeleton()
         groups = find_groups(skeleton, rank=options.rank)
         kept = left_out(skeleton, groups)
         tied = dict(getattr(skeleton, "all_tied_weights_keys", {}))
         routed = any(is_experts(module) for module in skeleton.modules())
+    if tokenizer is not None and (rows := token_table(skeleton)[1]):
+        check_ids(tokenizer, rows)
     if routed:
         logger.warning("this model routes tokens to experts: the edge sees how many tokens each expert gets")
     if not continues_text(source.config):
@@ -147,15 +155,15 @@ def split(
             type(skeleton).__name__,
         )
     plain, stored = resolve(skeleton, groups, tied, source)
-    if missing := set(stored.values()) - source.names():
-        # Transformers renames or fuses tensors of this architecture while loading; let it.
-        logger.info("loading the whole model: its checkpoint names %d tensors differently", len(missing))
+    # That all names are there does not say that each is what Transformers loads under it.
+    if source.renamed(skeleton) or set(stored.values()) - source.names():
+        logger.info("loading the whole model: its checkpoint has other tensors than the model")
         source = source.whole()
         plain, stored = resolve(skeleton, groups, tied, source)
         if missing := set(stored.values()) - source.names():
             raise UnsupportedModelError(f"the checkpoint lacks the weight {min(missing)}.")
-    if adapter is not None:
-        source = adapted = Adapted(source, adapter, tied)
+    if lora is not None:
+        source = adapted = Adapted(source, lora, skeleton, tied)
         if options.base is not None:
             for sentence in adapted.exceeding(groups, options.rank, options.camouflage):
                 logger.warning(sentence)
@@ -171,7 +179,7 @@ def split(
         (partial / "edge").mkdir()
         (partial / "trusted").mkdir(mode=0o700)
         texts = Texts(name, tokenizer, generation)
-        digest = _write(partial, source, groups, plain, stored, options, skeleton, texts, first, progress)
+        digest = _write(partial, out, source, groups, plain, stored, options, skeleton, texts, first, progress)
         checked = compare(source, groups, stored, partial / "trusted", options.planes) if check else Checked("", None)
         edge, trusted = (sum(f.stat().st_size for f in (partial / side).iterdir()) for side in ("edge", "trusted"))
     members = [m for group in groups for m in group]
@@ -189,6 +197,7 @@ def _name(model: str, name: str | None) -> str:
 
 def _write(
     directory: Path,
+    out: Path,
     source: Source,
     groups: list[Group],
     plain: Layout,
@@ -223,8 +232,6 @@ def _write(
         weights = []
         for number, group in enumerate(groups):
             weights.append(fingerprint(source.read(stored[m.weight], m.part, m.parts) for m in group))
-            if number == 0 and first is None and (others := siblings(directory, weights[0])):
-                logger.warning("%s", second_split(others[0]))
             if first:
                 first.check_weights(number, group[0].name, weights[-1])
             for key, tensor in split_group(source, group, stored, options, first, number):
@@ -235,6 +242,8 @@ def _write(
             done += sum(m.rows * m.columns for m in group)
             if progress:
                 progress(done, total)
+        if first is None and (others := siblings(out, weights)):
+            logger.warning("%s", second_split(*others[0], len(groups)))
         digest = bundle.write_edge_manifest(edge, shapes, q_file.close())
         trusted_file.close()
     finally:

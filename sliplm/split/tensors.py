@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import transformers
+from torch import nn
 
 from sliplm.errors import UnsupportedModelError
 from sliplm.split.groups import Group, protected_tensors
@@ -27,6 +30,16 @@ def differ(source: Source, target: str, origin: str) -> bool:
     return source.shape(target) != source.shape(origin) or not torch.equal(
         source.read(target).float(), source.read(origin).float()
     )
+
+
+def token_table(model: Any) -> tuple[str | None, int]:
+    """The name of the table in which `model` looks up its tokens, and its rows; None and 0 if it has no such table."""
+    tables = {module: name for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    try:
+        table = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        table = None
+    return (tables[table], table.num_embeddings) if table in tables else (None, 0)
 
 
 def _plain_tensors(skeleton: transformers.PreTrainedModel, groups: list[Group], tied: dict[str, str]) -> Layout:

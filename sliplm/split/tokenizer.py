@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from pathlib import Path
 from typing import Any
 
 import transformers
 
 from sliplm.errors import BundleError, UnsupportedModelError
+from sliplm.split.files import refuse_pointer
 from sliplm.split.source import locate
 
+logger = logging.getLogger(__name__)
 FILES = ("tokenizer*.json", "tokenizer*.model", "vocab.*", "merges.txt", "spiece.model", "*.tiktoken", "tekken.json")
 GENERATION = "generation_config.json"
-_LFS = b"version https://git-lfs"
+SETTINGS = "tokenizer_config.json"
+TEMPLATES = ("*.jinja", "additional_chat_templates/*.jinja")
 
 
 def has_tokenizer(directory: Path) -> bool:
     return any(next(directory.glob(pattern), None) for pattern in FILES)
+
+
+def has_vocabulary(directory: Path) -> bool:
+    """Whether there are files of a tokenizer, and not its settings alone."""
+    return any(file.name != SETTINGS for pattern in FILES for file in directory.glob(pattern))
 
 
 def read_tokenizer(model: str) -> Any:
@@ -27,7 +36,7 @@ def read_tokenizer(model: str) -> Any:
     path, arguments = locate(model)
     if not arguments and not has_tokenizer(path):
         return None
-    for pattern in FILES:
+    for pattern in FILES + TEMPLATES:
         for file in path.glob(pattern):
             _check_content(file)
     try:
@@ -38,6 +47,37 @@ def read_tokenizer(model: str) -> Any:
     if not works:
         raise UnsupportedModelError(_unreadable(model, "it makes no token of a word"))
     return tokenizer
+
+
+def check_ids(tokenizer: Any, rows: int) -> None:
+    """Compare the tokens with a model that has `rows` of them: a warning names those that it lacks.
+
+    Raises:
+        UnsupportedModelError: the model lacks what every prompt, or every chat, gets from the server.
+    """
+    beyond = {i: token for token, i in sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1]) if i >= rows}
+    if not beyond:
+        return
+    given = {"every prompt": tokenizer("")["input_ids"], "its chat template": _chat(tokenizer)}
+    for what, ids in given.items():
+        if lacking := [beyond[i] for i in ids if i in beyond]:
+            raise UnsupportedModelError(
+                f"the tokenizer puts {lacking[0]} into {what}, and the model has no such token: it has {rows}, and the "
+                f"tokenizer {max(beyond) + 1}; the two do not belong together."
+            )
+    shown = ", ".join(list(beyond.values())[:4]) + (f" and {len(beyond) - 4} more" if len(beyond) > 4 else "")
+    logger.warning("the tokenizer has tokens that the model lacks, and prompts with them are refused: %s", shown)
+
+
+def _chat(tokenizer: Any) -> list[int]:
+    """What the chat template makes of one message; nothing if there is none, or it cannot be used."""
+    try:
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": ""}], tokenize=False, add_generation_prompt=True
+        )
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    except Exception:  # templates raise what they like; the server says then that it has no chats
+        return []
 
 
 def read_generation(model: str) -> transformers.GenerationConfig | None:
@@ -65,14 +105,8 @@ def save(directory: Path, what: Any) -> None:
 
 
 def _check_content(file: Path) -> None:
-    try:
-        with file.open("rb") as opened:
-            start = opened.read(len(_LFS))
-    except OSError as error:
-        raise UnsupportedModelError(f"cannot read {file}: {error.strerror}.") from None
-    if start == _LFS:
-        raise UnsupportedModelError(f"{file} is a pointer of Git LFS and not the file: run `git lfs pull` first.")
-    if not start and file.suffix == ".json":
+    refuse_pointer(file)
+    if file.suffix == ".json" and not file.stat().st_size:
         raise UnsupportedModelError(f"{file} is empty.")
 
 

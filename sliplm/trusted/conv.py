@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -34,6 +36,11 @@ class ProtectedConv(nn.Module):
         """Shape and dtype of the original's weight, on the meta device."""
         shape = (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
         return self.get_submodule("0").weight.new_empty(shape)  # type: ignore[operator, union-attr]
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        parts: list[Any] = [part.bias for part in self.children()]
+        return None if parts[0] is None else torch.cat(parts)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (batch, in_channels, *space), or without the batch, to (batch, out_channels, *space)."""

@@ -64,8 +64,8 @@ def bind(model: nn.Module, groups: list[Members], runtime: Runtime) -> None:
         row_norm = float(shared["row_norm"])
         kind = SumGroup if isinstance(group, Sum) else Group
         bound = kind(number, weights, shared["scales"].numpy(), row_norm, (inner, outer), runtime)
-        for i, module in enumerate(modules):
-            module.bind(bound, i)
+        for i, (m, module) in enumerate(zip(group, modules, strict=True)):
+            module.bind(bound, i, m.name)
     shorten(model)
 
 

@@ -97,7 +97,7 @@ class SlipQuantizer(HfQuantizer):  # type: ignore[misc]
         strict = set(model._keep_in_fp32_modules_strict or ())
         kinds = {name.rpartition(".")[2] for name in layout} - {"bias"}
         model._keep_in_fp32_modules_strict = strict | kinds
-        _check_layout(self._directory / "model.safetensors", layout)
+        _check_layout(self._directory / "model.safetensors", layout, model)
         install(model, self._groups, {n: torch.empty(s, dtype=d, device="meta") for n, (d, s) in layout.items()})
         ignored = set(model._keys_to_ignore_on_load_unexpected or ())
         model._keys_to_ignore_on_load_unexpected = ignored | {f"^{re.escape(guard(self._groups))}$"}
@@ -132,13 +132,16 @@ class SlipQuantizer(HfQuantizer):  # type: ignore[misc]
         return False
 
 
-def _check_layout(file: Path, layout: Layout) -> None:
+def _check_layout(file: Path, layout: Layout, model: PreTrainedModel) -> None:
     """Raises BundleError if the protected groups' tensors in `file` are not those of `layout`."""
     with safe_open(file, "pt") as tensors:
         stored = set(tensors.keys())
         for name, (_, shape) in layout.items():
             if name not in stored or tuple(tensors.get_slice(name).get_shape()) != shape:
-                raise BundleError(f"{file.parent} was split by another version of this software: split again.")
+                raise BundleError(
+                    f"{file.parent} does not hold {name} as {type(model).__name__} has it: it was split by another "
+                    f"version of this software, or as another class; split again, or {_load_it_as(model)}."
+                )
 
 
 def _check_complete(file: Path, model: PreTrainedModel) -> None:
