@@ -1,7 +1,8 @@
 """Answers that must follow a JSON Schema, or must be calls: tokens that would leave it are masked before one is picked.
 
-The grammar's work is llguidance's. What a schema may cost, which a device chooses, is limited here: in bytes, in the
-time and memory of compiling it, and in those of every step.
+The grammar's work is llguidance's. What a schema may cost, which a device chooses, is limited: in bytes here, in the
+time and memory of compiling it by trying that elsewhere first (`trial.py`), and in those of every step
+(`sliplm/grammar.py`).
 """
 
 from __future__ import annotations
@@ -15,22 +16,16 @@ import llguidance
 import numpy as np
 import torch
 
+from sliplm import grammar
 from sliplm.protocol.messages import GenerateRequest, RequestError
 from sliplm.trusted.tools import Syntax
+from sliplm.trusted.trial import Trials
 
 MAX_GRAMMAR_BYTES = 1 << 16
 """Of the schemas of one request."""
 
 TOO_COMPLEX = "the JSON schema is too complex to hold an answer to it."
 
-_LIMITS = llguidance.LLParserLimits(
-    initial_lexer_fuel=200_000,
-    step_lexer_fuel=200_000,
-    max_lexer_states=50_000,
-    max_grammar_size=200_000,
-    precompute_large_lexemes=True,  # without it, some patterns escape the other limits
-    verbose_errors=False,
-)
 _STYLE = {"x-guidance": {"whitespace_flexible": True, "whitespace_pattern": r" ?|\n {0,32}"}}
 """Space as people write it; a model that may write as much as it likes can go on for ever."""
 
@@ -48,14 +43,19 @@ class Grammars:
             raise RequestError("this model's answers cannot be held to a schema: no token ends them.")
         try:
             self._special = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-            self._tokens = llguidance.LLTokenizer(tokenizer.backend_tokenizer.to_str(), eos_token=sorted(ends))
+            described = tokenizer.backend_tokenizer.to_str()
+            self._tokens = grammar.load(described, sorted(ends))
         except Exception:  # llguidance knows fewer kinds of tokenizers than Transformers
             sentence = "this model's answers cannot be held to a schema: its tokenizer does not allow it."
             raise RequestError(sentence) from None
+        self._trials = Trials(described, sorted(ends))
+
+    def close(self) -> None:
+        self._trials.close()
 
     def constraint(self, request: GenerateRequest, syntax: Syntax | None, prompt_tokens: int) -> Constraint:
         """For an answer to `request`, whose calls are written in `syntax`. Raises RequestError for schemas that are
-        wrong, not supported, or too much."""
+        wrong, not supported, or too much; BusyError if too many others wait."""
         rules: dict[str, str] = {}
         if syntax is not None:
             names = request.must_call or [t.name for t in request.tools]
@@ -71,16 +71,14 @@ class Grammars:
         if request.schema is not None and not request.must_call:
             rules["content"] = _schema(request.schema)
         start = " | ".join(rule for rule in ("calls", "content") if rule in rules)
-        grammar = "\n".join([f"start: {start}", *(f"{name}: {body}" for name, body in rules.items())])
-        if len(grammar) > MAX_GRAMMAR_BYTES:
-            raise RequestError(f"the JSON schemas have {len(grammar)} bytes; at most {MAX_GRAMMAR_BYTES} are possible.")
-        matcher = llguidance.LLMatcher(self._tokens, grammar, log_level=0, limits=_LIMITS)
-        if matcher.is_error():
-            raise RequestError(f"the JSON schema is not supported: {_reason(matcher.get_error())}.")
-        matcher.compute_bitmask()
-        if matcher.is_error():
-            raise RequestError(TOO_COMPLEX)
-        return Constraint(matcher, prompt_tokens)
+        text = "\n".join([f"start: {start}", *(f"{name}: {body}" for name, body in rules.items())])
+        if len(text) > MAX_GRAMMAR_BYTES:
+            raise RequestError(f"the JSON schemas have {len(text)} bytes; at most {MAX_GRAMMAR_BYTES} are possible.")
+        try:
+            self._trials.check(text)
+            return Constraint(grammar.compiled(self._tokens, text), prompt_tokens)
+        except ValueError as error:
+            raise RequestError(f"the JSON schema is not supported: {error}." if str(error) else TOO_COMPLEX) from None
 
     def _text(self, text: str) -> str:
         """`text` in a grammar, special tokens by their number."""
@@ -130,9 +128,3 @@ def _closed(schema: Any) -> Any:
         else:
             closed[word] = _closed(inner) if word in ("items", "additionalProperties") else inner
     return closed
-
-
-def _reason(error: str) -> str:
-    """The sentence in llguidance's message, without the grammar that it quotes."""
-    sentence = error.partition("\n")[0].rpartition("failed to compile JSON schema: ")[2]
-    return re.sub(r"^at \d+\(\d+\): ", "", sentence)[:200].rstrip(". ")

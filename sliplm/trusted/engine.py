@@ -104,6 +104,11 @@ class Engine:
     def _grammars(self) -> Grammars:
         return Grammars(self.tokenizer, self.decoding.ends)
 
+    def close(self) -> None:
+        """End the process that tries schemas, if one runs."""
+        if "_grammars" in self.__dict__:
+            self._grammars.close()
+
     def _constraint(self, request: GenerateRequest, prompt_tokens: int) -> Constraint | None:
         if not request.must_call and request.schema is None:
             return None
@@ -116,6 +121,7 @@ class Engine:
         Raises:
             TooLongError: the prompt does not fit the model.
             RequestError: logprobs are not allowed, or it has no tools or cannot follow the schema.
+            BusyError: too many schemas wait to be tried.
             LinkError, VerificationError, NumericsError: as they come. VerificationError comes even when the iterator is
             closed: a lie counts, too, when nobody waits for the text any more.
         """
