@@ -189,7 +189,7 @@ def test_a_template_without_a_system_role_gets_it_in_the_users_turn(template: st
     """Gemma's raises, others leave it out."""
     tokenizer = llama_tokenizer(template)
     chat = Chat(tokenizer)
-    assert chat.refusal is None and not chat.takes_system
+    assert chat.refusal is None
     system, user = ("system", "Be brief."), ("user", "Hello")
     assert "Be brief.\n\nHello" in rendered(chat, tokenizer, system, user)
     assert "Be brief." in rendered(chat, tokenizer, system)
@@ -202,7 +202,7 @@ def test_a_template_with_a_system_role_gets_it_there() -> None:
     tokenizer = llama_tokenizer(CHATML)
     chat = Chat(tokenizer)
     text = rendered(chat, tokenizer, ("system", "Be brief."), ("user", "Hello"))
-    assert "system\nBe brief.<|im_end|>" in text.replace("> ", ">") and chat.takes_system
+    assert "system\nBe brief.<|im_end|>" in text.replace("> ", ">")
 
 
 FAULTS = [

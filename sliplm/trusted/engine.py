@@ -18,7 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 from sliplm import bundle
 from sliplm.errors import BundleError, LinkError, SlipError, VerificationError, locate
 from sliplm.protocol.link import Field, Link
-from sliplm.protocol.messages import MAX_TOKENS, Chunk, GenerateRequest, Message, RequestError, TooLongError
+from sliplm.protocol.messages import MAX_TOKENS, Chunk, GenerateRequest, Message, RequestError, Tool, TooLongError
 from sliplm.split.source import refuse_other_tasks
 from sliplm.split.tokenizer import has_tokenizer
 from sliplm.trusted.constraint import Constraint, Grammars
@@ -147,14 +147,23 @@ class Engine:
         """Try a chat that begins with the owner's text `system`. Raises SlipError, if none with it can be answered."""
         if self.chat.refusal is not None:
             raise SlipError(f"this model takes no chats, so none can begin with a system prompt: {self.chat.refusal}.")
+        chat = [Message("system", system), Message("user", "Hello")]
         try:
-            inputs = self.chat.inputs([Message("system", system), Message("user", "Hello")])
+            inputs = self.chat.inputs(chat)
+            if self._has_tools():  # such chats may have a template of their own
+                self.chat.inputs(chat, [Tool("example")])
         except RequestError as error:
             raise SlipError(f"no chat can begin with this system prompt: {error}") from None
         if (tokens := inputs["input_ids"].shape[1]) >= self._room:
             raise SlipError(
                 f"the system prompt is too long: with it a chat has {tokens} tokens, of {self._room} in all."
             )
+
+    def _has_tools(self) -> bool:
+        try:
+            return self.syntax is not None
+        except RequestError:
+            return False
 
     def _inputs(self, request: GenerateRequest) -> Any:
         if request.messages is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import jinja2
 from sliplm.protocol.messages import Message, RequestError, Tool
 from sliplm.trusted.tools import described, worded
 
-_SYSTEM, _USER, _ASSISTANT = "Rules-4711", "Question-4711", "Answer-4711"
+_USER, _ASSISTANT = "Question-4711", "Answer-4711"
 """No template has these words by itself."""
 
 
@@ -19,33 +20,50 @@ class Chat:
 
     Attributes:
         refusal: why this model takes no chats, in words for the owner; None if it does.
-        takes_system: whether the template has a system role. If not, a system message at the beginning of a chat
-            becomes the first lines of the user's turn.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self.refusal = self._fault()
-        self.takes_system = self.refusal is None and self._has_system_role()
 
     def inputs(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> Any:
-        """What the model is run on. Raises RequestError."""
+        """What the model is run on. Raises RequestError, also if the template would leave out a system message."""
         if self.refusal is not None:
             raise RequestError("this model takes no chats, only plain prompts: it has no chat template that works.")
-        if not self.takes_system:
-            messages = _fold(messages)
+        inputs = self._tokenizer(self._prompt(messages, tools), add_special_tokens=False, return_tensors="pt")
+        if inputs["input_ids"].shape[1] == 0:
+            raise RequestError("the model's chat template makes nothing of these messages.")
+        return inputs
+
+    def _prompt(self, messages: Sequence[Message], tools: Sequence[Tool]) -> str:
+        """A system message may be the owner's. Some templates have no system role; others forget it where there are
+        tools, or where the last turn is not the user's: then it becomes the first lines of the user's turn."""
+        system = [_squeezed(m.content) for m in messages if m.role == "system"]
+        # A text that is there may be another turn's, which quotes it. Nobody can quote these.
+        marks = [Message("system", secrets.token_hex(16)) if m.role == "system" else m for m in messages]
+        refused = RequestError("the model's chat template leaves out a system message.")
+        for arrange in (list, _fold) if messages[0].role == "system" else (list,):
+            try:
+                text = self._asked(arrange(messages), tools)
+                whole = not system or all(words in _squeezed(text) for words in system)
+                marked = self._asked(arrange(marks), tools) if system and whole else ""
+                if whole and all(m.content in marked for m in marks if m.role == "system"):
+                    return text
+            except RequestError as error:
+                refused = error
+        raise refused
+
+    def _asked(self, messages: Sequence[Message], tools: Sequence[Tool]) -> str:
         chat, functions = worded(messages), described(tools)
         try:
-            inputs = self._tokenizer.apply_chat_template(
-                chat, tools=functions, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            text: str = self._tokenizer.apply_chat_template(
+                chat, tools=functions, add_generation_prompt=True, tokenize=False
             )
         except Exception as error:  # templates raise what they like
             # Only a template's own `raise_exception` speaks to users; other texts may quote the trusted side.
             why = f" ({error})" if type(error) is jinja2.TemplateError else ""
             raise RequestError(f"the model's chat template refuses these messages{why}.") from None
-        if inputs["input_ids"].shape[1] == 0:
-            raise RequestError("the model's chat template makes nothing of these messages.")
-        return inputs
+        return text
 
     def end_of_turn(self) -> int | None:
         """The token with which the template ends an answer, if it is one."""
@@ -75,23 +93,19 @@ class Chat:
             return "its chat template renders nothing"
         return None if _USER in text else "its chat template leaves out what the user says"
 
-    def _has_system_role(self) -> bool:
-        try:
-            text = self._render([Message("system", _SYSTEM), Message("user", _USER)], add_generation_prompt=True)
-        except Exception:  # templates raise what they like
-            return False
-        return _SYSTEM in text and _USER in text  # some leave out what they do not know
-
     def _render(self, messages: Sequence[Message], **how: Any) -> str:
         text: str = self._tokenizer.apply_chat_template(worded(messages), tokenize=False, **how)
         return text
 
 
 def _fold(messages: Sequence[Message]) -> list[Message]:
-    """`messages` with a system message at the beginning as the first lines of the user's first turn."""
+    """`messages` with the system message at their beginning as the first lines of the user's first turn."""
     first, *rest = messages
-    if first.role != "system":
-        return [first, *rest]
     if rest and rest[0].role == "user":
         return [Message("user", f"{first.content}\n\n{rest[0].content}"), *rest[1:]]
     return [Message("user", first.content), *rest]
+
+
+def _squeezed(text: str) -> str:
+    """`text` without its spaces, of which templates take some away."""
+    return "".join(text.split())
