@@ -28,8 +28,7 @@ def prompt(template: Any, messages: list[Message], *tools: Tool) -> str:
     tokenizer.chat_template = template
     tokenizer.bos_token = "<s>"
     request = SystemPrompt(OWNER).request(GenerateRequest(messages=messages, tools=list(tools)), "laptop")
-    inputs = Chat(tokenizer).inputs(request.messages or [], request.tools)
-    return str(tokenizer.decode(inputs["input_ids"][0]))
+    return str(tokenizer.decode(Chat(tokenizer, len(tokenizer)).tokens(request.messages or [], request.tools)))
 
 
 @pytest.mark.parametrize("messages", [[USER], CALLED, QUOTED, [USER, Message("assistant", "Sure, ")]])

@@ -96,7 +96,7 @@ def test_calls_of_the_models_own_choice_and_the_prompt(hermes: Engine) -> None:
     assert text and not calls and last.finish_reason in ("stop", "length")
 
     def prompt(**what: Any) -> str:
-        return hermes.tokenizer.decode(hermes._inputs(GenerateRequest(**what))["input_ids"][0])
+        return hermes.tokenizer.decode(hermes._prompt(GenerateRequest(**what)))
 
     assert "get_weather" in prompt(messages=[USER], tools=[WEATHER]) and "<tools>" not in prompt(messages=[USER])
     call = ToolCall("abcdef123", "get_weather", '{"city": "Bonn"}')
@@ -120,7 +120,7 @@ def test_a_template_without_tools_refuses_them(plain: Engine, smollm2: str, mess
         engine = Engine.__new__(Engine)
         engine.tokenizer = tokenizer
         with pytest.raises(RequestError) as caught:
-            engine._inputs(GenerateRequest(messages=messages, tools=tools))
+            engine._prompt(GenerateRequest(messages=messages, tools=tools))
         assert str(caught.value) == NO_TOOLS
 
 

@@ -27,7 +27,7 @@ from sliplm.trusted.detokenise import UNFINISHED, Text, special_tokens
 from sliplm.trusted.logprobs import Logprobs, Scored, Scores
 from sliplm.trusted.naming import model_name
 from sliplm.trusted.stops import StopTexts, end_tokens
-from sliplm.trusted.template import Chat
+from sliplm.trusted.template import Chat, unknown_token
 from sliplm.trusted.tools import Syntax, find_syntax
 
 GENERATIONS = 16
@@ -71,12 +71,13 @@ class Engine:
         self.tokenizer: Any = _tokenizer(path)
         self.model: Any = transformers.AutoModelForCausalLM.from_pretrained(path).eval()
         self.model.slip.pool.resize(pool_depth)
-        self.chat = Chat(self.tokenizer)
+        settings = self.model.generation_config
+        self._vocabulary: int = self.model.config.get_text_config().vocab_size
+        self.chat = Chat(self.tokenizer, self._vocabulary)
         if self.chat.refusal is not None:
             _log.warning("this model answers plain prompts only, no chats: %s", self.chat.refusal)
-        settings, vocabulary = self.model.generation_config, self.model.config.get_text_config().vocab_size
-        ends = end_tokens(self.tokenizer, settings.eos_token_id, self.chat, vocabulary)
-        self.decoding = Decoding(settings, ends, vocabulary)
+        ends = end_tokens(self.tokenizer, settings.eos_token_id, self.chat, self._vocabulary)
+        self.decoding = Decoding(settings, ends, self._vocabulary)
         self.model.generation_config = self.decoding.plain()  # Transformers adds its settings to every request's
         self._silent = special_tokens(self.tokenizer) | set(ends)
         self._markers = [t for t in self.tokenizer.convert_ids_to_tokens(sorted(self._silent)) if t]
@@ -127,15 +128,14 @@ class Engine:
         """
         if request.logprobs is not None and not self._allow_logprobs:
             raise RequestError("logprobs are switched off by the owner of this model.")
-        inputs = self._inputs(request)
-        prompt: list[int] = inputs["input_ids"][0].tolist()
+        prompt = self._prompt(request)
         prompt_tokens = len(prompt)
         limit = min(request.max_tokens, self._room - prompt_tokens)
         if limit < 1:
             raise _too_long(request, prompt_tokens, self._room)
         constraint = self._constraint(request, prompt_tokens)
         yield Chunk("", None, prompt_tokens)
-        run = _Run(self, inputs, request, limit, link, constraint)
+        run = _Run(self, prompt, request, limit, link, constraint)
         run.start()
         try:
             last = yield from self._stream(run, request, prompt)
@@ -149,12 +149,12 @@ class Engine:
             raise SlipError(f"this model takes no chats, so none can begin with a system prompt: {self.chat.refusal}.")
         chat = [Message("system", system), Message("user", "Hello")]
         try:
-            inputs = self.chat.inputs(chat)
+            tokens = len(self.chat.tokens(chat))
             if self._has_tools():  # such chats may have a template of their own
-                self.chat.inputs(chat, [Tool("example")])
+                self.chat.tokens(chat, [Tool("example")])
         except RequestError as error:
             raise SlipError(f"no chat can begin with this system prompt: {error}") from None
-        if (tokens := inputs["input_ids"].shape[1]) >= self._room:
+        if tokens >= self._room:
             raise SlipError(
                 f"the system prompt is too long: with it a chat has {tokens} tokens, of {self._room} in all."
             )
@@ -165,15 +165,18 @@ class Engine:
         except RequestError:
             return False
 
-    def _inputs(self, request: GenerateRequest) -> Any:
+    def _prompt(self, request: GenerateRequest) -> list[int]:
         if request.messages is not None:
             if request.tools or any(m.tool_calls or m.tool_call_id for m in request.messages):
                 _ = self.syntax  # a template without tools would leave them out silently
-            return self.chat.inputs(request.messages, request.tools)
-        inputs = self.tokenizer(request.prompt, return_tensors="pt")
-        if inputs["input_ids"].shape[1] == 0:
+            tokens = self.chat.tokens(request.messages, request.tools)
+        else:
+            tokens = self.tokenizer(request.prompt)["input_ids"]
+        if not tokens:
             raise RequestError("the prompt is empty.")
-        return inputs
+        if strange := unknown_token(self.tokenizer, tokens, self._vocabulary):
+            raise RequestError(f"the token {strange} in the prompt is none of this model's.")
+        return tokens
 
     def _stream(self, run: _Run, request: GenerateRequest, prompt: list[int]) -> Generator[Chunk, None, Chunk]:
         """Yield text as it becomes certain, or none; return the last chunk."""
@@ -209,14 +212,14 @@ class _Run(threading.Thread):
     def __init__(
         self,
         engine: Engine,
-        inputs: Any,
+        prompt: list[int],
         request: GenerateRequest,
         limit: int,
         link: Link,
         constraint: Constraint | None = None,
     ) -> None:
         super().__init__(name="generate", daemon=True)
-        self._engine, self._inputs, self._request, self._limit = engine, inputs, request, limit
+        self._engine, self._prompt, self._request, self._limit = engine, prompt, request, limit
         self._constraint = constraint
         self._queue: queue.Queue[_Token | BaseException | None] = queue.Queue(AHEAD)
         self._cancelled = threading.Event()
@@ -227,15 +230,17 @@ class _Run(threading.Thread):
     def run(self) -> None:
         model = self._engine.model
         try:
-            processors = self._engine.decoding.processors(self._request, self._inputs["input_ids"].shape[1])
+            processors = self._engine.decoding.processors(self._request, len(self._prompt))
             if self._constraint is not None:
                 processors.insert(0, self._constraint)
             scores = None if self._request.logprobs is None else Scores(self._request.logprobs)
             if scores:
                 processors.insert(0, scores)
+            ids = torch.tensor([self._prompt])
             with model.slip.using(self._link), torch.inference_mode():
                 out = model.generate(
-                    **self._inputs,
+                    ids,
+                    attention_mask=torch.ones_like(ids),
                     generation_config=self._engine.decoding.plain(self._limit),
                     logits_processor=processors,
                     streamer=_Tokens(self._put, scores),

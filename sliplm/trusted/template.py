@@ -22,18 +22,19 @@ class Chat:
         refusal: why this model takes no chats, in words for the owner; None if it does.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, vocabulary: int) -> None:
+        """`vocabulary` is the number of the model's embeddings: there are tokenizers with more tokens."""
+        self._tokenizer, self._vocabulary = tokenizer, vocabulary
         self.refusal = self._fault()
 
-    def inputs(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> Any:
+    def tokens(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[int]:
         """What the model is run on. Raises RequestError, also if the template would leave out a system message."""
         if self.refusal is not None:
             raise RequestError("this model takes no chats, only plain prompts: it has no chat template that works.")
-        inputs = self._tokenizer(self._prompt(messages, tools), add_special_tokens=False, return_tensors="pt")
-        if inputs["input_ids"].shape[1] == 0:
+        tokens = self._encode(self._prompt(messages, tools))
+        if not tokens:
             raise RequestError("the model's chat template makes nothing of these messages.")
-        return inputs
+        return tokens
 
     def _prompt(self, messages: Sequence[Message], tools: Sequence[Tool]) -> str:
         """A system message may be the owner's. Some templates have no system role; others forget it where there are
@@ -74,7 +75,7 @@ class Chat:
                 after = self._render(turns).rpartition(_ASSISTANT)[2]
             except Exception:  # templates raise what they like
                 return None
-            for token in self._tokenizer(after, add_special_tokens=False)["input_ids"]:
+            for token in self._encode(after):
                 if token in self._tokenizer.added_tokens_decoder and self._tokenizer.decode([token]).strip():
                     return int(token)
                 if self._tokenizer.decode([token]).strip():
@@ -91,11 +92,25 @@ class Chat:
             return f"its chat template does not work ({type(error).__name__}: {first})"
         if not text.strip():
             return "its chat template renders nothing"
-        return None if _USER in text else "its chat template leaves out what the user says"
+        if _USER not in text:
+            return "its chat template leaves out what the user says"
+        if strange := unknown_token(self._tokenizer, self._encode(text), self._vocabulary):
+            return f"its chat template writes the token {strange}, which the model does not have"
+        return None
+
+    def _encode(self, text: str) -> list[int]:
+        tokens: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return tokens
 
     def _render(self, messages: Sequence[Message], **how: Any) -> str:
         text: str = self._tokenizer.apply_chat_template(worded(messages), tokenize=False, **how)
         return text
+
+
+def unknown_token(tokenizer: Any, tokens: Sequence[int], vocabulary: int) -> str | None:
+    """The text of the first token that a model of so many embeddings does not have."""
+    token = next((t for t in tokens if t >= vocabulary), None)
+    return None if token is None else str(tokenizer.convert_ids_to_tokens(token))
 
 
 def _fold(messages: Sequence[Message]) -> list[Message]:
