@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import templates
+import torch
 import transformers
 from conftest import byte_tokenizer
 
+from sliplm.errors import SlipError
 from sliplm.protocol.messages import Chunk, GenerateRequest, Message, RequestError, Tool, ToolCall
 from sliplm.trusted import constraint
 from sliplm.trusted.calls import Calls, find_calls
-from sliplm.trusted.constraint import MAX_GRAMMAR_BYTES, Grammars
+from sliplm.trusted.constraint import MAX_GRAMMAR_BYTES, Constraint, Grammars
+from sliplm.trusted.decoding import Decoding
 from sliplm.trusted.engine import Engine
 from sliplm.trusted.tools import NO_TOOLS
 
@@ -130,6 +134,38 @@ def test_an_answer_follows_its_schema(plain: Engine, temperature: float) -> None
         text, _, last = ask(plain, schema=CITY, temperature=temperature, top_k=3, top_p=0.5, max_tokens=90, **what)
         answer = json.loads(text)
         assert last.finish_reason == "stop" and answer["city"] in ("Bonn", "Köln") and 1 <= answer["days"] <= 9
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_owners_style_does_not_keep_an_answer_from_its_schema(
+    plain: Engine, monkeypatch: pytest.MonkeyPatch, temperature: float
+) -> None:
+    settings = transformers.GenerationConfig(
+        no_repeat_ngram_size=1, suppress_tokens=plain.tokenizer.encode('"'), min_new_tokens=100
+    )
+    monkeypatch.setattr(plain, "decoding", Decoding(settings, [256], 257))
+    text, _, last = ask(plain, schema=CITY, temperature=temperature, max_tokens=90)
+    assert last.finish_reason == "stop" and json.loads(text)["city"]
+
+
+def test_every_way_to_lose_a_schema_has_its_sentence(plain: Engine) -> None:
+    def held(schema: dict[str, Any]) -> Constraint:
+        return plain._grammars.constraint(GenerateRequest(prompt="x", schema=schema), None, 1)
+
+    said, scores = plain.tokenizer.encode("x1"), torch.zeros(1, 257)
+    with pytest.raises(RequestError, match="no token that the JSON schema allows"):
+        held({"const": "~"})(torch.tensor([said[:1]]), scores[:, :1])
+    with pytest.raises(SlipError, match="left the schema") as caught:
+        held({"const": 2})(torch.tensor([said]), scores)
+    assert not isinstance(caught.value, RequestError)
+    costly = SimpleNamespace(
+        consume_tokens=lambda _: False,
+        compute_bitmask=lambda: b"",
+        is_error=lambda: True,
+        stop_reason=lambda: "LexerTooComplex",
+    )
+    with pytest.raises(RequestError, match="too complex"):
+        Constraint(costly, 1)(torch.tensor([said]), scores)  # type: ignore[arg-type]
 
 
 def test_an_object_has_the_properties_that_it_names(plain: Engine) -> None:

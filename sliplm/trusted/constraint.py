@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from sliplm import grammar
+from sliplm.errors import SlipError
 from sliplm.protocol.messages import GenerateRequest, RequestError
 from sliplm.trusted.tools import Syntax
 from sliplm.trusted.trial import Trials
@@ -94,15 +95,21 @@ class Constraint:
         self._matcher, self._seen = matcher, prompt_tokens
 
     def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        self._matcher.consume_tokens(ids[0, self._seen :].tolist())
+        """Raises RequestError if the next step takes too much or no token is left; SlipError for a token that was not
+        allowed, which is nobody's request."""
+        followed = self._matcher.consume_tokens(ids[0, self._seen :].tolist())
         self._seen = ids.shape[1]
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         if self._matcher.is_error():
-            raise RequestError(TOO_COMPLEX)
-        width = scores.shape[-1]  # some models have more outputs than their tokenizer has tokens
+            if followed or "TooComplex" in self._matcher.stop_reason():
+                raise RequestError(TOO_COMPLEX)
+            raise SlipError("an answer left the schema that it was held to")
+        width = scores.shape[-1]  # some models have more outputs than their tokenizer has tokens, and some fewer
         allowed = np.zeros(width, bool)
         known = np.unpackbits(bits, bitorder="little")[:width]
         allowed[: len(known)] = known
+        if not allowed.any():
+            raise RequestError("the answer cannot go on: this model has no token that the JSON schema allows.")
         return scores.masked_fill(~torch.from_numpy(allowed), -torch.inf)
 
 

@@ -230,9 +230,7 @@ class _Run(threading.Thread):
     def run(self) -> None:
         model = self._engine.model
         try:
-            processors = self._engine.decoding.processors(self._request, len(self._prompt))
-            if self._constraint is not None:
-                processors.insert(0, self._constraint)
+            processors = self._engine.decoding.processors(self._request, len(self._prompt), self._constraint)
             scores = None if self._request.logprobs is None else Scores(self._request.logprobs)
             if scores:
                 processors.insert(0, scores)
