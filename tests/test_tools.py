@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,8 @@ import templates
 import torch
 import transformers
 from conftest import byte_tokenizer
+from texts import make_bundle
+from tokenizers import AddedToken
 
 from sliplm.errors import SlipError
 from sliplm.protocol.messages import Chunk, GenerateRequest, Message, RequestError, Tool, ToolCall
@@ -20,7 +23,7 @@ from sliplm.trusted.calls import Calls, find_calls
 from sliplm.trusted.constraint import MAX_GRAMMAR_BYTES, Constraint, Grammars
 from sliplm.trusted.decoding import Decoding
 from sliplm.trusted.engine import Engine
-from sliplm.trusted.tools import NO_TOOLS
+from sliplm.trusted.tools import NO_TOOLS, find_syntax
 
 USER = Message("user", "Hi")
 CITY = {"type": "object", "properties": {"city": {"enum": ["Bonn", "Köln"]}, "days": {"type": "integer", "maximum": 9,
@@ -290,18 +293,44 @@ def test_a_model_whose_answers_nothing_ends_is_held_to_nothing() -> None:
         Grammars(object(), [1])
 
 
-def test_special_tokens_in_calls(plain: Engine) -> None:
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize(
+    ("template", "markers", "call"),
+    [
+        ("MISTRAL", ["[TOOL_CALLS]"], '[TOOL_CALLS] [{"name": "time", "arguments": {}}]'),
+        ("HERMES", ["<tool_call>", "</tool_call>"], '<tool_call>\n{"name": "time", "arguments": {}}\n</tool_call>'),
+        ("FUNCTION", ["</function>"], "<function=time>{}</function>"),
+    ],
+)
+def test_calls_are_written_with_the_models_own_tokens(
+    special: bool, template: str, markers: list[str], call: str
+) -> None:
     tokenizer = byte_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": ["[TOOL_CALLS]"]})
-    tokenizer.chat_template = templates.MISTRAL
-    engine = Engine.__new__(Engine)
-    engine.tokenizer = tokenizer
-    marker = tokenizer.convert_tokens_to_ids("[TOOL_CALLS]")
-    assert engine.syntax.tokens(tokenizer) == {marker}
-    grammars = Grammars(tokenizer, [256])
-    request = GenerateRequest(messages=[USER], tools=[TIME], must_call=["time"])
-    matcher = grammars.constraint(request, engine.syntax, 0)._matcher
-    call = '[TOOL_CALLS] [{"name": "time", "arguments": {}}]'
+    tokenizer.add_tokens([AddedToken(m, special=special, normalized=False) for m in markers])
+    tokenizer.chat_template = getattr(templates, template)
+    syntax = find_syntax(tokenizer)
+    own = tokenizer.convert_tokens_to_ids(markers)
+    assert syntax.tokens(tokenizer) == (set(own) if special else set())
+    with contextlib.closing(Grammars(tokenizer, [256])) as grammars:
+        request = GenerateRequest(messages=[USER], tools=[TIME], must_call=["time"])
+        matcher = grammars.constraint(request, syntax, 0)._matcher
     tokens = tokenizer.encode(call)
-    assert tokens[0] == marker and matcher.validate_tokens(tokens) == len(tokens)
-    assert not matcher.validate_tokens([ord(c) for c in "[TOOL"])
+    assert set(own) <= set(tokens) and matcher.validate_tokens(tokens) == len(tokens)
+    if special:  # spelt out, it would be no call
+        spelt = [i for c in call for i in tokenizer.encode(c)]
+        assert matcher.validate_tokens(spelt) < len(spelt)
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_a_model_with_markers_of_its_own_makes_a_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, special: bool
+) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens([AddedToken(m, special=special) for m in ("<tool_call>", "</tool_call>")])
+    bundle = make_bundle(tmp_path, tokenizer, max_position_embeddings=4000)
+    engine = with_template(Engine(bundle, pool_depth=0), templates.HERMES, monkeypatch)
+    text, calls, last = ask(engine, tools=[WEATHER], must_call=["get_weather"], parallel_calls=False)
+    assert not text and calls[0][1]["city"] and last.finish_reason == "tool_calls"
+    said, calls, _ = ask(engine, tools=[WEATHER], schema=CITY, parallel_calls=False)
+    assert calls or json.loads(said)["city"]
+    engine.close()

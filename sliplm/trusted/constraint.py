@@ -43,9 +43,11 @@ class Grammars:
         if not ends:
             raise RequestError("this model's answers cannot be held to a schema: no token ends them.")
         try:
-            self._special = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
             described = tokenizer.backend_tokenizer.to_str()
             self._tokens = grammar.load(described, sorted(ends))
+            # llguidance's idea of a special token, which is wider than the tokenizer's: such a one is no text to it.
+            added = tokenizer.added_tokens_decoder.items()
+            self._special = {t.content: i for i, t in added if self._tokens.is_special_token(i)}
         except Exception:  # llguidance knows fewer kinds of tokenizers than Transformers
             sentence = "this model's answers cannot be held to a schema: its tokenizer does not allow it."
             raise RequestError(sentence) from None
