@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +22,7 @@ from sliplm.trusted.calls import Calls, find_calls
 from sliplm.trusted.constraint import MAX_GRAMMAR_BYTES, Constraint, Grammars
 from sliplm.trusted.decoding import Decoding
 from sliplm.trusted.engine import Engine
-from sliplm.trusted.tools import NO_TOOLS, find_syntax
+from sliplm.trusted.tools import NO_TOOLS, Syntax, find_syntax
 
 USER = Message("user", "Hi")
 CITY = {"type": "object", "properties": {"city": {"enum": ["Bonn", "Köln"]}, "days": {"type": "integer", "maximum": 9,
@@ -155,20 +154,18 @@ def test_every_way_to_lose_a_schema_has_its_sentence(plain: Engine) -> None:
     def held(schema: dict[str, Any]) -> Constraint:
         return plain._grammars.constraint(GenerateRequest(prompt="x", schema=schema), None, 1)
 
-    said, scores = plain.tokenizer.encode("x1"), torch.zeros(1, 257)
+    prompt, scores = torch.tensor([plain.tokenizer.encode("x")]), torch.zeros(1, 257)
     with pytest.raises(RequestError, match="no token that the JSON schema allows"):
-        held({"const": "~"})(torch.tensor([said[:1]]), scores[:, :1])
+        held({"const": "~"})(prompt, scores[:, :1])
+    answer = held({"const": 2})
+    answer(prompt, scores)
     with pytest.raises(SlipError, match="left the schema") as caught:
-        held({"const": 2})(torch.tensor([said]), scores)
+        answer(torch.tensor([plain.tokenizer.encode("x1")]), scores)
     assert not isinstance(caught.value, RequestError)
-    costly = SimpleNamespace(
-        consume_tokens=lambda _: False,
-        compute_bitmask=lambda: b"",
-        is_error=lambda: True,
-        stop_reason=lambda: "LexerTooComplex",
-    )
+    costly = held({"type": "string", "pattern": "^((a{1000}){1000}){1000}$"})
+    costly(prompt, scores)
     with pytest.raises(RequestError, match="too complex"):
-        Constraint(costly, 1)(torch.tensor([said]), scores)  # type: ignore[arg-type]
+        costly(torch.tensor([plain.tokenizer.encode('x"')]), scores)
 
 
 def test_an_object_has_the_properties_that_it_names(plain: Engine) -> None:
@@ -191,7 +188,23 @@ def test_an_object_has_the_properties_that_it_names(plain: Engine) -> None:
     ],
 )
 def test_objects_that_may_have_others_are_left_alone(schema: dict[str, Any]) -> None:
-    assert json.loads(constraint._schema(schema).removeprefix("%json ")) == {**schema, **constraint._STYLE}
+    (rule,) = constraint._rules({"content": schema}).values()
+    assert json.loads(rule.removeprefix("%json ")) == {**schema, **constraint._STYLE}
+
+
+def test_what_is_too_large_costs_one_look(plain: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = list[str]()
+    monkeypatch.setattr(
+        constraint.json, "dumps", lambda value, dumps=json.dumps: looks.append(dumps(value)) or looks[-1]
+    )
+    monkeypatch.setattr(constraint, "_closed", lambda _: pytest.fail("worked on before it was measured"))
+    half = {"enum": ["x" * (MAX_GRAMMAR_BYTES // 2)]}
+    tools = [Tool("a", "", {"properties": half}), Tool("b", "", {"properties": half})]
+    for what in ({"schema": {"enum": ["x" * MAX_GRAMMAR_BYTES]}}, {"messages": [USER], "tools": tools}):
+        request = GenerateRequest(**({"prompt": "x"} if "schema" in what else {}), **what)
+        with pytest.raises(RequestError, match="bytes; at most"):
+            plain._grammars.constraint(request, Syntax("<c>", "", None, "</c>") if request.tools else None, 0)
+    assert sum(len(text) > 9999 for text in looks) == 3
 
 
 def test_any_object(plain: Engine) -> None:

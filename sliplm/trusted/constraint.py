@@ -60,6 +60,7 @@ class Grammars:
         """For an answer to `request`, whose calls are written in `syntax`. Raises RequestError for schemas that are
         wrong, not supported, or too much; BusyError if too many others wait."""
         rules: dict[str, str] = {}
+        schemas: dict[str, dict[str, Any]] = {}
         if syntax is not None:
             names = request.must_call or [t.name for t in request.tools]
             called = [t for t in request.tools if t.name in names]
@@ -70,13 +71,13 @@ class Grammars:
                 parameters = {"type": "object", **tool.parameters}
                 if parameters["type"] != "object":
                     raise RequestError(f"the parameters of the function {tool.name} are not an object.")
-                rules[f"call{i}"] = f"{self._text(tool.name + syntax.mid)} {_schema(parameters)}"
+                rules[f"call{i}"] = f"{self._text(tool.name + syntax.mid)} arguments{i}"
+                schemas[f"arguments{i}"] = parameters
         if request.schema is not None and not request.must_call:
-            rules["content"] = _schema(request.schema)
+            schemas["content"] = request.schema
+        rules |= _rules(schemas)
         start = " | ".join(rule for rule in ("calls", "content") if rule in rules)
         text = "\n".join([f"start: {start}", *(f"{name}: {body}" for name, body in rules.items())])
-        if len(text) > MAX_GRAMMAR_BYTES:
-            raise RequestError(f"the JSON schemas have {len(text)} bytes; at most {MAX_GRAMMAR_BYTES} are possible.")
         try:
             self._trials.check(text)
             return Constraint(grammar.compiled(self._tokens, text), prompt_tokens)
@@ -95,32 +96,42 @@ class Constraint:
 
     def __init__(self, matcher: llguidance.LLMatcher, prompt_tokens: int) -> None:
         self._matcher, self._seen = matcher, prompt_tokens
+        self._allowed = np.zeros(0, bool)
 
     def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Raises RequestError if the next step takes too much or no token is left; SlipError for a token that was not
-        allowed, which is nobody's request."""
-        followed = self._matcher.consume_tokens(ids[0, self._seen :].tolist())
+        """Raises RequestError if a step takes too much or no token is left; SlipError for a token that was not
+        allowed, which is no fault of the request's."""
+        new = ids[0, self._seen :].tolist()
         self._seen = ids.shape[1]
-        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-        if self._matcher.is_error():
-            if followed or "TooComplex" in self._matcher.stop_reason():
-                raise RequestError(TOO_COMPLEX)
+        if not self._allowed[new].all():
             raise SlipError("an answer left the schema that it was held to")
+        followed = self._matcher.consume_tokens(new)
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        if not followed or self._matcher.is_error():
+            raise RequestError(TOO_COMPLEX)
         width = scores.shape[-1]  # some models have more outputs than their tokenizer has tokens, and some fewer
-        allowed = np.zeros(width, bool)
+        self._allowed = np.zeros(width, bool)
         known = np.unpackbits(bits, bitorder="little")[:width]
-        allowed[: len(known)] = known
-        if not allowed.any():
+        self._allowed[: len(known)] = known
+        if not self._allowed.any():
             raise RequestError("the answer cannot go on: this model has no token that the JSON schema allows.")
-        return scores.masked_fill(~torch.from_numpy(allowed), -torch.inf)
+        return scores.masked_fill(~torch.from_numpy(self._allowed), -torch.inf)
 
 
-def _schema(schema: dict[str, Any]) -> str:
+def _rules(schemas: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """Each schema as a rule. Raises RequestError if they are too large or too deep, before any other work."""
     try:
-        mixed = any(f'"{word}"' in json.dumps(schema) for word in _MIXING)
-        return "%json " + json.dumps({**(schema if mixed else _closed(schema)), **_STYLE})
+        texts = {rule: json.dumps(schema) for rule, schema in schemas.items()}
+        if (size := sum(map(len, texts.values()))) > MAX_GRAMMAR_BYTES:
+            raise RequestError(f"the JSON schemas have {size} bytes; at most {MAX_GRAMMAR_BYTES} are possible.")
+        return {rule: _rule(schema, texts[rule]) for rule, schema in schemas.items()}
     except (ValueError, RecursionError):
         raise RequestError("the JSON schema cannot be read: it is nested too deeply.") from None
+
+
+def _rule(schema: dict[str, Any], text: str) -> str:
+    mixed = any(f'"{word}"' in text for word in _MIXING)
+    return "%json " + json.dumps({**(schema if mixed else _closed(schema)), **_STYLE})
 
 
 def _closed(schema: Any) -> Any:
