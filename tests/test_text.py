@@ -7,7 +7,7 @@ import logging
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import transformers
@@ -176,6 +176,53 @@ def test_the_pieces_are_the_whole(make: Callable[[], Any]) -> None:
             assert text.shown == whole
         assert all(b.startswith(a) for a, b in itertools.pairwise(pieces))
         assert text.shown_before(len(text.full)) == len(text.shown) and text.count == len(ids)
+
+
+class Straddling:
+    """Two bytes a token, the first of which ends a character: as byte-level tokenizers have for some alphabets."""
+
+    added_tokens_decoder: ClassVar[dict[int, Any]] = {}
+    all_special_ids = ()
+
+    def decode(self, ids: list[int]) -> str:
+        self.longest = max(getattr(self, "longest", 0), len(ids))
+        return b"".join(i.to_bytes(2, "big") for i in ids).decode("utf-8", "replace")
+
+
+def shown(tokenizer: Any, ids: list[int]) -> str:
+    text = Text(tokenizer, set())
+    for token in ids:
+        text.push(token)
+    text.finish()
+    assert text.full == text.shown and text.count == len(ids)
+    return text.shown
+
+
+@pytest.mark.parametrize("words", ["éжßλ", "éжßλ漢字", "漢a"])
+def test_tokens_that_straddle_characters(words: str) -> None:
+    for length in (*range(2, 80, 2), 300):
+        data = (b"!" + words.encode() * 50)[:length]
+        ids = [int.from_bytes(data[i : i + 2], "big") for i in range(0, len(data) - 1, 2)]
+        tokenizer = Straddling()
+        assert shown(tokenizer, ids) == tokenizer.decode(ids)
+
+
+def test_what_is_no_character_costs_no_more_than_text() -> None:
+    tokenizer = Straddling()
+    assert shown(tokenizer, [0xFFFF] * 500 + [0x4142]) == "\ufffd" * 1000 + "AB"
+    assert tokenizer.longest <= 16
+    made = llama_tokenizer()
+    bad = made.convert_tokens_to_ids("<0xFF>")
+    assert shown(made, [bad] * 100 + made.convert_tokens_to_ids(["▁is"])) == "\ufffd" * 100 + " is"
+
+
+def test_a_decoder_that_leaves_unfinished_characters_out() -> None:
+    tokenizer = transformers.ByT5Tokenizer()
+    words = "Köln 漢字 😀, ça"
+    ids = tokenizer(words, add_special_tokens=False)["input_ids"]
+    assert shown(tokenizer, ids) == words
+    stray = tokenizer.convert_tokens_to_ids([chr(0xFF)])
+    assert shown(tokenizer, stray * 20 + ids) == words
 
 
 # --- chats ------------------------------------------------------------------------------------------------------
