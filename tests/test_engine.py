@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -252,3 +254,33 @@ def test_whatever_else_a_tokenizer_returns_the_model_gets_tokens(tiny_split: Pat
     assert "token_type_ids" in engine.tokenizer("Hello")
     for what in ({}, {"prompt": None, "messages": [Message("user", "Hi")]}):
         assert list(engine.generate(request(**what), engine.model.slip.default_link))[-1].finish_reason
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_what_the_first_requests_need_is_made_once(
+    tiny_split: Path, monkeypatch: pytest.MonkeyPatch, refused: bool
+) -> None:
+    engine, makes = Engine(tiny_split / "trusted", pool_depth=0), list[str]()
+
+    def make(what: str, sentence: str) -> Any:
+        makes.append(what)
+        time.sleep(0.1)
+        if refused:
+            raise RequestError(sentence)
+        return SimpleNamespace(close=lambda: None)
+
+    monkeypatch.setattr(engine_module, "Grammars", lambda *_: make("grammars", "no schemas here."))
+    monkeypatch.setattr(engine_module, "find_syntax", lambda *_: make("syntax", "no tools here."))
+
+    def ask(use: Callable[[], object]) -> str:
+        try:
+            return str(use() and "made")
+        except RequestError as error:
+            return str(error)
+
+    for use, sentence in ((engine._grammars, "no schemas here."), (lambda: engine.syntax, "no tools here.")):
+        with ThreadPoolExecutor(8) as pool:
+            assert set(pool.map(ask, [use] * 8)) == {sentence if refused else "made"}
+        assert ask(use) == (sentence if refused else "made")
+    assert makes == ["grammars", "syntax"]
+    engine.close()

@@ -12,8 +12,10 @@ from conftest import byte_tokenizer
 from sliplm.errors import SlipError
 from sliplm.protocol.messages import GenerateRequest, Message, RequestError, Tool, ToolCall
 from sliplm.trusted.engine import Engine
+from sliplm.trusted.once import Once
 from sliplm.trusted.rules import SystemPrompt
 from sliplm.trusted.template import Chat
+from sliplm.trusted.tools import find_syntax
 
 OWNER = "  Never talk of Xanadu. "
 USER = Message("user", "Hi")
@@ -58,8 +60,8 @@ def test_they_are_tried_at_start_with_tools_too(tiny_split: Path, monkeypatch: p
     monkeypatch.setattr(engine, "_room", 4000)
     for template in (templates.HERMES, templates.FORGETFUL):
         monkeypatch.setattr(engine.tokenizer, "chat_template", template)
+        monkeypatch.setattr(engine, "_syntax", Once(lambda: find_syntax(engine.tokenizer)))
         engine.rehearse(OWNER)
-        engine.__dict__.pop("syntax")
     short = {
         **templates.FORGETFUL,
         "tool_use": templates.FORGETFUL["tool_use"].replace("m.content +", "m.content[:9] +"),

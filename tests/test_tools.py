@@ -22,6 +22,7 @@ from sliplm.trusted.calls import Calls, find_calls
 from sliplm.trusted.constraint import MAX_GRAMMAR_BYTES, Constraint, Grammars
 from sliplm.trusted.decoding import Decoding
 from sliplm.trusted.engine import Engine
+from sliplm.trusted.once import Once
 from sliplm.trusted.tools import NO_TOOLS, Syntax, find_syntax
 
 USER = Message("user", "Hi")
@@ -50,8 +51,7 @@ def hermes(plain: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
 def with_template(engine: Engine, template: str, monkeypatch: pytest.MonkeyPatch) -> Engine:
     monkeypatch.setattr(engine.tokenizer, "chat_template", template)
     monkeypatch.setattr(engine, "_room", 4000)
-    engine.__dict__.pop("syntax", None)
-    monkeypatch.setitem(engine.__dict__, "syntax", type(engine).syntax.func(engine))  # type: ignore[attr-defined]
+    monkeypatch.setattr(engine, "_syntax", Once(lambda: find_syntax(engine.tokenizer)))
     return engine
 
 
@@ -124,7 +124,7 @@ def test_a_template_without_tools_refuses_them(plain: Engine, smollm2: str, mess
         transformers.AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name),
     ):
         engine = Engine.__new__(Engine)
-        engine.tokenizer = tokenizer
+        engine._syntax = Once(lambda tokenizer=tokenizer: find_syntax(tokenizer))
         with pytest.raises(RequestError) as caught:
             engine._prompt(GenerateRequest(messages=messages, tools=tools))
         assert str(caught.value) == NO_TOOLS
@@ -152,7 +152,7 @@ def test_the_owners_style_does_not_keep_an_answer_from_its_schema(
 
 def test_every_way_to_lose_a_schema_has_its_sentence(plain: Engine) -> None:
     def held(schema: dict[str, Any]) -> Constraint:
-        return plain._grammars.constraint(GenerateRequest(prompt="x", schema=schema), None, 1)
+        return plain._grammars().constraint(GenerateRequest(prompt="x", schema=schema), None, 1)
 
     prompt, scores = torch.tensor([plain.tokenizer.encode("x")]), torch.zeros(1, 257)
     with pytest.raises(RequestError, match="no token that the JSON schema allows"):
@@ -203,7 +203,7 @@ def test_what_is_too_large_costs_one_look(plain: Engine, monkeypatch: pytest.Mon
     for what in ({"schema": {"enum": ["x" * MAX_GRAMMAR_BYTES]}}, {"messages": [USER], "tools": tools}):
         request = GenerateRequest(**({"prompt": "x"} if "schema" in what else {}), **what)
         with pytest.raises(RequestError, match="bytes; at most"):
-            plain._grammars.constraint(request, Syntax("<c>", "", None, "</c>") if request.tools else None, 0)
+            plain._grammars().constraint(request, Syntax("<c>", "", None, "</c>") if request.tools else None, 0)
     assert sum(len(text) > 9999 for text in looks) == 3
 
 

@@ -7,7 +7,6 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterator
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from sliplm.trusted.decoding import Decoding
 from sliplm.trusted.detokenise import UNFINISHED, Text, special_tokens
 from sliplm.trusted.logprobs import Logprobs, Scored, Scores
 from sliplm.trusted.naming import model_name
+from sliplm.trusted.once import Once
 from sliplm.trusted.stops import StopTexts, end_tokens
 from sliplm.trusted.template import Chat, unknown_token
 from sliplm.trusted.tools import Syntax, find_syntax
@@ -84,6 +84,8 @@ class Engine:
         self._room = _context(self.model.config.get_text_config(), self.tokenizer)
         self.capacity = 1 if _keeps_positions(self.model.config.to_dict()) else GENERATIONS
         self._allow_logprobs = allow_logprobs
+        self._syntax = Once(lambda: find_syntax(self.tokenizer))
+        self._grammars = Once(lambda: Grammars(self.tokenizer, self.decoding.ends))
 
     @property
     def digest(self) -> bytes:
@@ -96,24 +98,20 @@ class Engine:
     def model_name(self) -> str:
         return self._name
 
-    @cached_property
+    @property
     def syntax(self) -> Syntax:
         """How this model writes calls. Raises RequestError if it has no tools."""
-        return find_syntax(self.tokenizer)
-
-    @cached_property
-    def _grammars(self) -> Grammars:
-        return Grammars(self.tokenizer, self.decoding.ends)
+        return self._syntax()
 
     def close(self) -> None:
         """End the process that tries schemas, if one runs."""
-        if "_grammars" in self.__dict__:
-            self._grammars.close()
+        if (grammars := self._grammars.made) is not None:
+            grammars.close()
 
     def _constraint(self, request: GenerateRequest, prompt_tokens: int) -> Constraint | None:
         if not request.must_call and request.schema is None:
             return None
-        return self._grammars.constraint(request, self.syntax if request.tools else None, prompt_tokens)
+        return self._grammars().constraint(request, self.syntax if request.tools else None, prompt_tokens)
 
     def generate(self, request: GenerateRequest, link: Link) -> Iterator[Chunk]:
         """Stream the answer to `request`, with its exchanges over `link`. Closing the iterator stops the generation;
