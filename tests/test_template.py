@@ -55,12 +55,31 @@ def test_a_system_message_in_the_middle_is_not_dropped_silently() -> None:
         prompt(templates.MISTRAL, [USER, Message("system", "Be brief."), USER])
 
 
+INSISTS = "{% if messages[0].role != 'system' %}{{ raise_exception('system first') }}{% endif %}"
+PARTS = templates.FUNCTION.replace("m.content", "m.content[0]['text']")
+
+
+@pytest.mark.parametrize("template", [INSISTS + templates.FUNCTION, PARTS, INSISTS + PARTS])
+def test_templates_get_what_they_insist_on(template: str) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    chat = Chat(tokenizer, 257)
+    assert chat.refusal is None and chat.wants_system == ("system first" in template)
+    assert find_syntax(chat.example).head == "<function=" and prompt(template, [USER]).count(OWNER) == 1
+    assert "rain" in prompt(template, CALLED, TOOL)
+    if chat.wants_system:
+        with pytest.raises(RequestError, match="wants a system message at the beginning"):
+            chat.tokens([USER])
+    else:
+        assert tokenizer.decode(chat.tokens([USER])) == "<user>Hi<eos><assistant>"
+
+
 def test_they_are_tried_at_start_with_tools_too(tiny_split: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(tiny_split / "trusted", pool_depth=0)
     monkeypatch.setattr(engine, "_room", 4000)
     for template in (templates.HERMES, templates.FORGETFUL):
         monkeypatch.setattr(engine.tokenizer, "chat_template", template)
-        monkeypatch.setattr(engine, "_syntax", Once(lambda: find_syntax(engine.tokenizer)))
+        monkeypatch.setattr(engine, "_syntax", Once(lambda: find_syntax(engine.chat.example)))
         engine.rehearse(OWNER)
     short = {
         **templates.FORGETFUL,

@@ -259,7 +259,7 @@ FAULTS = [
     ("{% for m in messages %}{{ m.content }}", "does not work"),
     ("{{ 1 / 0 }}", "does not work"),
     ("{% if false %}{{ messages }}{% endif %}", "renders nothing"),
-    ("{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}assistant:", "leaves out"),
+    ("{% for m in messages %}{{ m.role }}{% endfor %}assistant:", "leaves out"),
 ]
 
 

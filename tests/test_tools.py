@@ -23,6 +23,7 @@ from sliplm.trusted.constraint import MAX_GRAMMAR_BYTES, Constraint, Grammars
 from sliplm.trusted.decoding import Decoding
 from sliplm.trusted.engine import Engine
 from sliplm.trusted.once import Once
+from sliplm.trusted.template import Chat
 from sliplm.trusted.tools import NO_TOOLS, Syntax, find_syntax
 
 USER = Message("user", "Hi")
@@ -51,7 +52,7 @@ def hermes(plain: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
 def with_template(engine: Engine, template: str, monkeypatch: pytest.MonkeyPatch) -> Engine:
     monkeypatch.setattr(engine.tokenizer, "chat_template", template)
     monkeypatch.setattr(engine, "_room", 4000)
-    monkeypatch.setattr(engine, "_syntax", Once(lambda: find_syntax(engine.tokenizer)))
+    monkeypatch.setattr(engine, "_syntax", Once(lambda: find_syntax(engine.chat.example)))
     return engine
 
 
@@ -124,7 +125,7 @@ def test_a_template_without_tools_refuses_them(plain: Engine, smollm2: str, mess
         transformers.AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name),
     ):
         engine = Engine.__new__(Engine)
-        engine._syntax = Once(lambda tokenizer=tokenizer: find_syntax(tokenizer))
+        engine._syntax = Once(lambda tokenizer=tokenizer: find_syntax(Chat(tokenizer, len(tokenizer)).example))
         with pytest.raises(RequestError) as caught:
             engine._prompt(GenerateRequest(messages=messages, tools=tools))
         assert str(caught.value) == NO_TOOLS
@@ -321,7 +322,7 @@ def test_calls_are_written_with_the_models_own_tokens(
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens([AddedToken(m, special=special, normalized=False) for m in markers])
     tokenizer.chat_template = getattr(templates, template)
-    syntax = find_syntax(tokenizer)
+    syntax = find_syntax(Chat(tokenizer, len(tokenizer)).example)
     own = tokenizer.convert_tokens_to_ids(markers)
     assert syntax.tokens(tokenizer) == (set(own) if special else set())
     with contextlib.closing(Grammars(tokenizer, [256])) as grammars:

@@ -84,7 +84,7 @@ class Engine:
         self._room = _context(self.model.config.get_text_config(), self.tokenizer)
         self.capacity = 1 if _keeps_positions(self.model.config.to_dict()) else GENERATIONS
         self._allow_logprobs = allow_logprobs
-        self._syntax = Once(lambda: find_syntax(self.tokenizer))
+        self._syntax = Once(lambda: find_syntax(self.chat.example))
         self._grammars = Once(lambda: Grammars(self.tokenizer, self.decoding.ends))
 
     @property

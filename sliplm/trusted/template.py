@@ -20,17 +20,27 @@ class Chat:
 
     Attributes:
         refusal: why this model takes no chats, in words for the owner; None if it does.
+        wants_system: whether a chat has to begin with a system message.
     """
 
     def __init__(self, tokenizer: Any, vocabulary: int) -> None:
         """`vocabulary` is the number of the model's embeddings: there are tokenizers with more tokens."""
         self._tokenizer, self._vocabulary = tokenizer, vocabulary
+        self._in_parts = self.wants_system = False
         self.refusal = self._fault()
+        for kind in ((False, True), (True, False), (True, True)):
+            if self.refusal is None:
+                break
+            self._in_parts, self.wants_system = kind
+            if self._fault() is None:
+                self.refusal = None
 
     def tokens(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[int]:
         """What the model is run on. Raises RequestError, also if the template would leave out a system message."""
         if self.refusal is not None:
             raise RequestError("this model takes no chats, only plain prompts: it has no chat template that works.")
+        if self.wants_system and messages[0].role != "system":
+            raise RequestError("this model's chat template wants a system message at the beginning.")
         tokens = self._encode(self._prompt(messages, tools))
         if not tokens:
             raise RequestError("the model's chat template makes nothing of these messages.")
@@ -55,16 +65,19 @@ class Chat:
         raise refused
 
     def _asked(self, messages: Sequence[Message], tools: Sequence[Tool]) -> str:
-        chat, functions = worded(messages), described(tools)
+        worded(messages)  # what it refuses is not the template's fault
         try:
-            text: str = self._tokenizer.apply_chat_template(
-                chat, tools=functions, add_generation_prompt=True, tokenize=False
-            )
+            return self._render(messages, tools)
         except Exception as error:  # templates raise what they like
             # Only a template's own `raise_exception` speaks to users; other texts may quote the trusted side.
             why = f" ({error})" if type(error) is jinja2.TemplateError else ""
             raise RequestError(f"the model's chat template refuses these messages{why}.") from None
-        return text
+
+    def example(self, messages: Sequence[Message], tools: Sequence[Tool] = (), prompting: bool = False) -> str:
+        """What the template makes of an example, which begins with a system message if it has to; `prompting` for an
+        answer. Raises what it likes."""
+        opening = [Message("system", "s")] if self.wants_system else []
+        return self._render([*opening, *messages], tools, prompting)
 
     def end_of_turn(self) -> int | None:
         """The token with which the template ends an answer, if it is one."""
@@ -72,7 +85,7 @@ class Chat:
         # Some templates end an answer only where another turn follows; others end it in another way there.
         for turns in ([question, answer], [question, answer, question]):
             try:
-                after = self._render(turns).rpartition(_ASSISTANT)[2]
+                after = self.example(turns).rpartition(_ASSISTANT)[2]
             except Exception:  # templates raise what they like
                 return None
             for token in self._encode(after):
@@ -86,7 +99,7 @@ class Chat:
         if not self._tokenizer.chat_template:
             return "it has no chat template"
         try:
-            text = self._render([Message("user", _USER)], add_generation_prompt=True)
+            text = self.example([Message("user", _USER)], prompting=True)
         except Exception as error:  # templates raise what they like
             first = str(error).strip().partition("\n")[0]
             return f"its chat template does not work ({type(error).__name__}: {first})"
@@ -102,8 +115,13 @@ class Chat:
         tokens: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         return tokens
 
-    def _render(self, messages: Sequence[Message], **how: Any) -> str:
-        text: str = self._tokenizer.apply_chat_template(worded(messages), tokenize=False, **how)
+    def _render(self, messages: Sequence[Message], tools: Sequence[Tool] = (), prompting: bool = True) -> str:
+        chat = worded(messages)
+        if self._in_parts:  # as templates of models that see pictures may want it
+            chat = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in chat]
+        text: str = self._tokenizer.apply_chat_template(
+            chat, tools=described(tools), add_generation_prompt=prompting, tokenize=False
+        )
         return text
 
 
