@@ -63,3 +63,18 @@ FUNCTION = """
 XML = FUNCTION.replace(
     "{{ call.function.arguments | tojson }}", "{{ '<parameter=x>' + call.function.arguments.sliplm }}"
 )
+
+MISTRAL_LAST = """
+{%- if messages[0].role == 'system' %}{% set system = messages[0].content %}{% set messages = messages[1:] %}{% endif %}
+{%- if tools %}[AVAILABLE_TOOLS] {{ tools | tojson }}[/AVAILABLE_TOOLS]{% endif %}
+{%- for m in messages %}
+{%- if m.role == 'user' and loop.last and system %}{{ '[INST] ' + system + ' ' + m.content + '[/INST]' }}
+{%- el""" + MISTRAL.partition("{%- for m in messages %}\n{%- ")[2]
+"""Of version 0.3: the system message is in the last turn, and nowhere if that is not the user's."""
+
+_SYSTEM = "{%- if messages[0].role == 'system' %}{{ '\n' + messages[0].content }}{% endif %}"
+FORGETFUL = {
+    "default": "{% for m in messages %}{{ m.role + ': ' + m.content | trim + '\n' }}{% endfor %}model: ",
+    "tool_use": HERMES.replace(_SYSTEM, ""),
+}
+"""Named templates, of which the one with tools has no system role."""

@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 
 from sliplm.protocol.messages import Chunk, Message, RequestError, ToolCall
 from sliplm.trusted.calls import Calls, find_calls
+from sliplm.trusted.template import Chat
 from sliplm.trusted.tools import NO_TOOLS, OTHER_CALLS, Syntax, find_syntax, worded
 
 
 def syntax_of(template: str) -> Syntax:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = template
-    return find_syntax(tokenizer)
+    return find_syntax(Chat(tokenizer, len(tokenizer)).example)
 
 
 SYNTAXES = {

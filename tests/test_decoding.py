@@ -105,6 +105,43 @@ def test_the_owners_penalties_hold_for_every_request(caplog: pytest.LogCaptureFi
     assert row == [4.0, -torch.inf, -torch.inf, 2.0, 4.0, 4.0, 4.0, -torch.inf]  # 7 ends, which is too early
 
 
+PENALTIES: list[dict[str, Any]] = [
+    {"no_repeat_ngram_size": 1},
+    {"suppress_tokens": list(range(VOCABULARY))},
+    {"begin_suppress_tokens": list(range(VOCABULARY))},
+    {"bad_words_ids": [[i] for i in range(VOCABULARY - 1)]},
+    {"min_new_tokens": 5},
+    {"min_length": 50},
+    {"exponential_decay_length_penalty": [0, 1.5]},
+    {"repetition_penalty": 2.0, "sequence_bias": [[[3], -9.0]]},
+]
+
+
+@pytest.mark.parametrize("settings", PENALTIES, ids=str)
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("left", [[3], [7], [3, 4]], ids=str)
+def test_a_constraint_beats_the_owners_penalties(
+    caplog: pytest.LogCaptureFixture, settings: dict[str, Any], temperature: float, left: list[int]
+) -> None:
+    """A schema may leave one token, as a penalty may all others."""
+    made = decoding(caplog, **settings, min_p=0.05, typical_p=0.9, eta_cutoff=0.01, epsilon_cutoff=0.01)
+    assert not caplog.records
+
+    def constraint(_: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        allowed = torch.full_like(scores, -torch.inf)
+        allowed[:, left] = scores[:, left]
+        return allowed
+
+    request = GenerateRequest(prompt="x", temperature=temperature, top_k=2, top_p=0.9)
+    processors = made.processors(request, 2, constraint)
+    scores = processors(torch.tensor([[3, 3]]), torch.randn(1, VOCABULARY))
+    assert int(scores.argmax()) in left and not scores.isnan().any()
+    penalised = made.processors(GenerateRequest(prompt="x"), 2, constraint)
+    ids = torch.tensor([[3, 3]])
+    if settings == {"no_repeat_ngram_size": 1} and left == [3, 4]:  # they hold among what is left
+        assert int(penalised(ids, torch.arange(8, 0, -1).float()[None]).argmax()) == 4
+
+
 SETTINGS = {
     "beams": {"num_beams": 4, "early_stopping": True},
     "contrast": {"penalty_alpha": 0.6, "top_k": 4},

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +19,7 @@ from sliplm.protocol.link import Link
 from sliplm.protocol.messages import MAX_TOKENS, Chunk, GenerateRequest, Message, RequestError, TooLongError
 from sliplm.trusted import engine as engine_module
 from sliplm.trusted.engine import DEFAULT_CONTEXT, Engine, _context, _keeps_positions
+from sliplm.trusted.template import Chat
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +173,7 @@ def test_a_template_speaks_for_itself_only_on_purpose(
 ) -> None:
     monkeypatch.setattr(engine.tokenizer, "chat_template", template)
     with pytest.raises(RequestError) as caught:
-        engine._inputs(GenerateRequest(messages=[Message("user", "Hi")]))
+        engine._prompt(GenerateRequest(messages=[Message("user", "Hi")]))
     assert shown in str(caught.value)
     assert issubclass(jinja2.UndefinedError, jinja2.TemplateError)  # why the exact type is compared
 
@@ -228,3 +231,56 @@ def test_a_dynamic_rope_leaves_one_slot(tmp_path: Path) -> None:
 def test_temperatures_that_would_divide_by_nothing(temperature: float) -> None:
     with pytest.raises(ValueError, match=r"0 \(greedy\) or at least 0\.01"):
         GenerateRequest(prompt="x", temperature=temperature)
+
+
+def test_tokens_that_the_model_does_not_have(tiny_split: Path) -> None:
+    """Tokenizers with more tokens than the model has embeddings."""
+    engine = Engine(tiny_split / "trusted", pool_depth=0)
+    engine.tokenizer.add_tokens(["<extra>"])
+    for what in ({"prompt": "Hello<extra>"}, {"prompt": None, "messages": [Message("user", "<extra>")]}):
+        with pytest.raises(RequestError, match=r"the token <extra> in the prompt is none of this model's"):
+            list(engine.generate(request(**what), engine.model.slip.default_link))
+    engine.tokenizer.chat_template += "<extra>"
+    engine.chat = Chat(engine.tokenizer, engine._vocabulary)
+    assert engine.chat.refusal == "its chat template writes the token <extra>, which the model does not have"
+    with pytest.raises(RequestError, match="takes no chats"):
+        list(engine.generate(request(prompt=None, messages=[Message("user", "Hi")]), engine.model.slip.default_link))
+    assert list(engine.generate(request(), engine.model.slip.default_link))[-1].finish_reason
+
+
+def test_whatever_else_a_tokenizer_returns_the_model_gets_tokens(tiny_split: Path) -> None:
+    engine = Engine(tiny_split / "trusted", pool_depth=0)
+    engine.tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    assert "token_type_ids" in engine.tokenizer("Hello")
+    for what in ({}, {"prompt": None, "messages": [Message("user", "Hi")]}):
+        assert list(engine.generate(request(**what), engine.model.slip.default_link))[-1].finish_reason
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_what_the_first_requests_need_is_made_once(
+    tiny_split: Path, monkeypatch: pytest.MonkeyPatch, refused: bool
+) -> None:
+    engine, makes = Engine(tiny_split / "trusted", pool_depth=0), list[str]()
+
+    def make(what: str, sentence: str) -> Any:
+        makes.append(what)
+        time.sleep(0.1)
+        if refused:
+            raise RequestError(sentence)
+        return SimpleNamespace(close=lambda: None)
+
+    monkeypatch.setattr(engine_module, "Grammars", lambda *_: make("grammars", "no schemas here."))
+    monkeypatch.setattr(engine_module, "find_syntax", lambda *_: make("syntax", "no tools here."))
+
+    def ask(use: Callable[[], object]) -> str:
+        try:
+            return str(use() and "made")
+        except RequestError as error:
+            return str(error)
+
+    for use, sentence in ((engine._grammars, "no schemas here."), (lambda: engine.syntax, "no tools here.")):
+        with ThreadPoolExecutor(8) as pool:
+            assert set(pool.map(ask, [use] * 8)) == {sentence if refused else "made"}
+        assert ask(use) == (sentence if refused else "made")
+    assert makes == ["grammars", "syntax"]
+    engine.close()

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
+import msgspec
 import pytest
 from link_fakes import DIGEST, SHAPES, FakeEngine, break_registry, enrol, running, serving, wait_until, working
 
@@ -20,7 +21,7 @@ from sliplm.protocol import authority, tls
 from sliplm.protocol.channel import connect
 from sliplm.protocol.frames import Kind, Role
 from sliplm.protocol.link import Link
-from sliplm.protocol.messages import BusyError, Chunk, GenerateRequest, LimitError, RequestError
+from sliplm.protocol.messages import BusyError, Chunk, GenerateRequest, LimitError, RequestError, TokenLogprob
 from sliplm.registry import Device, Limits
 from sliplm.registry.usage import Used, midnight
 from sliplm.trusted import meter
@@ -266,6 +267,18 @@ def test_a_daily_quota_ends_a_request_and_outlives_the_server(home: Path) -> Non
     with again as server, working(server, identity) as worker, pytest.raises(LimitError, match="10 tokens a day"):
         text(worker)
     assert usage(home) == [(3, 7, "length"), (0, 0, "limited")]
+
+
+def test_the_piece_that_a_quota_cuts_is_whole(home: Path) -> None:
+    class Scoring(FakeEngine):
+        def generate(self, request: GenerateRequest, link: Link) -> Iterator[Chunk]:
+            for chunk in super().generate(request, link):
+                yield msgspec.structs.replace(chunk, logprobs=[TokenLogprob(chunk.text, -0.5)])
+
+    with serving(home, Scoring(), limits=Limits(daily_tokens=10)) as server, working(server, enrol(home)) as worker:
+        chunks = list(worker.generate(ask(100)))
+    assert chunks[-1].finish_reason == "length" and chunks[-1].completion_tokens < 100
+    assert [p.token for c in chunks for p in c.logprobs] == [c.text for c in chunks if c.text]
 
 
 @pytest.mark.parametrize("limits", [Limits(daily_tokens=10), Limits(tokens_per_minute=10)])

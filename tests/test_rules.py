@@ -15,7 +15,7 @@ from link_fakes import FakeEngine, enrol, serving, working
 
 from sliplm.errors import InternalError, LinkError
 from sliplm.protocol.link import Link
-from sliplm.protocol.messages import Chunk, GenerateRequest, Message, RefusedError, RequestError
+from sliplm.protocol.messages import Chunk, GenerateRequest, Message, RefusedError, RequestError, Tool, ToolCall
 from sliplm.trusted import rules
 from sliplm.trusted.rules import Refused, Rules, RulesError, SystemPrompt, compose, review_answer, review_request
 
@@ -100,6 +100,19 @@ def test_rules_that_return_nonsense_let_nothing_pass() -> None:
         review_request(Odd(), PLAIN, "laptop")
     with pytest.raises(RulesError):
         answered(Odd(), "a")
+
+
+def test_rules_may_refuse_schemas() -> None:
+    class NoSchemas(Rules):
+        def request(self, request: GenerateRequest, device: str) -> GenerateRequest:
+            if request.schema is not None or request.must_call:
+                raise Refused("no schemas here")
+            return request
+
+    for chosen in (NoSchemas(), SystemPrompt("x", NoSchemas())):
+        with pytest.raises(Refused, match="no schemas"):
+            review_request(chosen, GenerateRequest(messages=[Message("user", "x")], schema={"enum": ["a", "b"]}), "d")
+        review_request(chosen, GenerateRequest(messages=[Message("user", "x")]), "d")
 
 
 def test_logprobs_do_not_pass_by_the_rules() -> None:
@@ -263,8 +276,17 @@ def test_the_docs_show_rules_that_work(tmp_path: Path) -> None:
     space: dict[str, object] = {}
     exec(textwrap.dedent(code), space)
     house = space["HouseRules"]()  # type: ignore[operator]
-    with pytest.raises(Refused):
-        review_request(house, GenerateRequest(prompt="x" * 100_000), "laptop")
+    long, user = "x" * 100_000, [Message("user", "hi")]
+    for request in (
+        GenerateRequest(prompt=long),
+        GenerateRequest(messages=[Message("user", long)]),
+        GenerateRequest(messages=user, tools=[Tool("f", long)]),
+        GenerateRequest(messages=user, tools=[Tool("f", "", {"description": long})]),
+        GenerateRequest(messages=[*user, Message("assistant", "", [ToolCall("a", "f", json.dumps({"x": long}))])]),
+        GenerateRequest(messages=user, schema={"description": long}),
+    ):
+        with pytest.raises(Refused):
+            review_request(house, request, "laptop")
     assert review_request(house, PLAIN, "laptop") == PLAIN
     assert answered(house, "call 555-", "0100 now") == ["call ", "[number] now", ""]
     assert answered(house, "call 555-", "0100", " or 555-0101") == ["call ", "", "[number] or ", ""]

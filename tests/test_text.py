@@ -7,7 +7,7 @@ import logging
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import transformers
@@ -49,7 +49,9 @@ def test_the_real_models_end_of_turn_counts_beside_a_configuration_that_lacks_it
     path = Path(smollm2)
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
     turn = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert end_tokens(tokenizer, 0, Chat(tokenizer), len(tokenizer)) == sorted({0, turn, tokenizer.eos_token_id})
+    assert end_tokens(tokenizer, 0, Chat(tokenizer, len(tokenizer)), len(tokenizer)) == sorted(
+        {0, turn, tokenizer.eos_token_id}
+    )
 
 
 @pytest.mark.parametrize(
@@ -73,7 +75,7 @@ def test_the_real_models_end_of_turn_counts_beside_a_configuration_that_lacks_it
 )
 def test_the_end_of_a_turn_is_found_in_the_template(template: str | None, end: str | None) -> None:
     tokenizer = llama_tokenizer(template)
-    found = Chat(tokenizer).end_of_turn()
+    found = Chat(tokenizer, len(tokenizer)).end_of_turn()
     assert found == (None if end is None else tokenizer.convert_tokens_to_ids(end))
 
 
@@ -89,7 +91,7 @@ def test_an_end_token_that_is_not_special_is_no_part_of_the_answer(
 def test_ends_that_the_model_does_not_have_are_no_ends() -> None:
     tokenizer = byte_tokenizer()
     for configured in (None, 999, [3, 999, None, "x"], -1):
-        assert end_tokens(tokenizer, configured, Chat(tokenizer), 257) == (
+        assert end_tokens(tokenizer, configured, Chat(tokenizer, 257), 257) == (
             [3, 256] if configured == [3, 999, None, "x"] else [256]
         )
 
@@ -176,11 +178,58 @@ def test_the_pieces_are_the_whole(make: Callable[[], Any]) -> None:
         assert text.shown_before(len(text.full)) == len(text.shown) and text.count == len(ids)
 
 
+class Straddling:
+    """Two bytes a token, the first of which ends a character: as byte-level tokenizers have for some alphabets."""
+
+    added_tokens_decoder: ClassVar[dict[int, Any]] = {}
+    all_special_ids = ()
+
+    def decode(self, ids: list[int]) -> str:
+        self.longest = max(getattr(self, "longest", 0), len(ids))
+        return b"".join(i.to_bytes(2, "big") for i in ids).decode("utf-8", "replace")
+
+
+def shown(tokenizer: Any, ids: list[int]) -> str:
+    text = Text(tokenizer, set())
+    for token in ids:
+        text.push(token)
+    text.finish()
+    assert text.full == text.shown and text.count == len(ids)
+    return text.shown
+
+
+@pytest.mark.parametrize("words", ["éжßλ", "éжßλ漢字", "漢a"])
+def test_tokens_that_straddle_characters(words: str) -> None:
+    for length in (*range(2, 80, 2), 300):
+        data = (b"!" + words.encode() * 50)[:length]
+        ids = [int.from_bytes(data[i : i + 2], "big") for i in range(0, len(data) - 1, 2)]
+        tokenizer = Straddling()
+        assert shown(tokenizer, ids) == tokenizer.decode(ids)
+
+
+def test_what_is_no_character_costs_no_more_than_text() -> None:
+    tokenizer = Straddling()
+    assert shown(tokenizer, [0xFFFF] * 500 + [0x4142]) == "\ufffd" * 1000 + "AB"
+    assert tokenizer.longest <= 16
+    made = llama_tokenizer()
+    bad = made.convert_tokens_to_ids("<0xFF>")
+    assert shown(made, [bad] * 100 + made.convert_tokens_to_ids(["▁is"])) == "\ufffd" * 100 + " is"
+
+
+def test_a_decoder_that_leaves_unfinished_characters_out() -> None:
+    tokenizer = transformers.ByT5Tokenizer()
+    words = "Köln 漢字 😀, ça"
+    ids = tokenizer(words, add_special_tokens=False)["input_ids"]
+    assert shown(tokenizer, ids) == words
+    stray = tokenizer.convert_tokens_to_ids([chr(0xFF)])
+    assert shown(tokenizer, stray * 20 + ids) == words
+
+
 # --- chats ------------------------------------------------------------------------------------------------------
 
 
 def rendered(chat: Chat, tokenizer: Any, *messages: tuple[str, str]) -> str:
-    ids = chat.inputs([Message(*m) for m in messages])["input_ids"][0]
+    ids = chat.tokens([Message(*m) for m in messages])
     return str(tokenizer.decode(ids))
 
 
@@ -188,8 +237,8 @@ def rendered(chat: Chat, tokenizer: Any, *messages: tuple[str, str]) -> str:
 def test_a_template_without_a_system_role_gets_it_in_the_users_turn(template: str) -> None:
     """Gemma's raises, others leave it out."""
     tokenizer = llama_tokenizer(template)
-    chat = Chat(tokenizer)
-    assert chat.refusal is None and not chat.takes_system
+    chat = Chat(tokenizer, len(tokenizer))
+    assert chat.refusal is None
     system, user = ("system", "Be brief."), ("user", "Hello")
     assert "Be brief.\n\nHello" in rendered(chat, tokenizer, system, user)
     assert "Be brief." in rendered(chat, tokenizer, system)
@@ -200,9 +249,9 @@ def test_a_template_without_a_system_role_gets_it_in_the_users_turn(template: st
 
 def test_a_template_with_a_system_role_gets_it_there() -> None:
     tokenizer = llama_tokenizer(CHATML)
-    chat = Chat(tokenizer)
+    chat = Chat(tokenizer, len(tokenizer))
     text = rendered(chat, tokenizer, ("system", "Be brief."), ("user", "Hello"))
-    assert "system\nBe brief.<|im_end|>" in text.replace("> ", ">") and chat.takes_system
+    assert "system\nBe brief.<|im_end|>" in text.replace("> ", ">")
 
 
 FAULTS = [
@@ -210,7 +259,7 @@ FAULTS = [
     ("{% for m in messages %}{{ m.content }}", "does not work"),
     ("{{ 1 / 0 }}", "does not work"),
     ("{% if false %}{{ messages }}{% endif %}", "renders nothing"),
-    ("{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}assistant:", "leaves out"),
+    ("{% for m in messages %}{{ m.role }}{% endfor %}assistant:", "leaves out"),
 ]
 
 
@@ -219,7 +268,7 @@ def test_a_model_without_a_working_template_says_so_and_still_completes(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, template: str | None, why: str
 ) -> None:
     monkeypatch.setattr(engine.tokenizer, "chat_template", template)
-    monkeypatch.setattr(engine, "chat", Chat(engine.tokenizer))
+    monkeypatch.setattr(engine, "chat", Chat(engine.tokenizer, len(engine.tokenizer)))
     assert why in (engine.chat.refusal or "")
     with pytest.raises(RequestError, match="takes no chats"):
         list(engine.generate(GenerateRequest(**CHAT), engine.model.slip.default_link))
@@ -237,9 +286,9 @@ def test_the_reason_is_logged_at_start(tmp_path: Path, caplog: pytest.LogCapture
 def test_a_chat_of_which_the_template_makes_nothing_is_refused(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     template = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
     monkeypatch.setattr(engine.tokenizer, "chat_template", template)
-    chat = Chat(engine.tokenizer)
+    chat = Chat(engine.tokenizer, len(engine.tokenizer))
     with pytest.raises(RequestError, match="makes nothing"):
-        chat.inputs([Message("assistant", "Hello")])
+        chat.tokens([Message("assistant", "Hello")])
 
 
 def test_the_owners_system_prompt_is_tried_at_start(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,7 +296,7 @@ def test_the_owners_system_prompt_is_tried_at_start(engine: Engine, monkeypatch:
     with pytest.raises(SlipError, match="too long"):
         engine.rehearse("Be brief. " * 100)
     monkeypatch.setattr(engine.tokenizer, "chat_template", GEMMA)
-    monkeypatch.setattr(engine, "chat", Chat(engine.tokenizer))
+    monkeypatch.setattr(engine, "chat", Chat(engine.tokenizer, len(engine.tokenizer)))
     engine.rehearse("Be brief.")
     monkeypatch.setattr(engine.tokenizer, "chat_template", "{{ raise_exception('I want tools') }}")
     with pytest.raises(SlipError, match="I want tools"):

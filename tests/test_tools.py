@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import templates
+import torch
 import transformers
 from conftest import byte_tokenizer
+from texts import make_bundle
+from tokenizers import AddedToken
 
+from sliplm.errors import SlipError
 from sliplm.protocol.messages import Chunk, GenerateRequest, Message, RequestError, Tool, ToolCall
 from sliplm.trusted import constraint
 from sliplm.trusted.calls import Calls, find_calls
-from sliplm.trusted.constraint import MAX_GRAMMAR_BYTES, Grammars
+from sliplm.trusted.constraint import MAX_GRAMMAR_BYTES, Constraint, Grammars
+from sliplm.trusted.decoding import Decoding
 from sliplm.trusted.engine import Engine
-from sliplm.trusted.tools import NO_TOOLS
+from sliplm.trusted.once import Once
+from sliplm.trusted.template import Chat
+from sliplm.trusted.tools import NO_TOOLS, Syntax, find_syntax
 
 USER = Message("user", "Hi")
 CITY = {"type": "object", "properties": {"city": {"enum": ["Bonn", "Köln"]}, "days": {"type": "integer", "maximum": 9,
@@ -44,8 +52,7 @@ def hermes(plain: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
 def with_template(engine: Engine, template: str, monkeypatch: pytest.MonkeyPatch) -> Engine:
     monkeypatch.setattr(engine.tokenizer, "chat_template", template)
     monkeypatch.setattr(engine, "_room", 4000)
-    engine.__dict__.pop("syntax", None)
-    monkeypatch.setitem(engine.__dict__, "syntax", type(engine).syntax.func(engine))  # type: ignore[attr-defined]
+    monkeypatch.setattr(engine, "_syntax", Once(lambda: find_syntax(engine.chat.example)))
     return engine
 
 
@@ -96,7 +103,7 @@ def test_calls_of_the_models_own_choice_and_the_prompt(hermes: Engine) -> None:
     assert text and not calls and last.finish_reason in ("stop", "length")
 
     def prompt(**what: Any) -> str:
-        return hermes.tokenizer.decode(hermes._inputs(GenerateRequest(**what))["input_ids"][0])
+        return hermes.tokenizer.decode(hermes._prompt(GenerateRequest(**what)))
 
     assert "get_weather" in prompt(messages=[USER], tools=[WEATHER]) and "<tools>" not in prompt(messages=[USER])
     call = ToolCall("abcdef123", "get_weather", '{"city": "Bonn"}')
@@ -118,9 +125,9 @@ def test_a_template_without_tools_refuses_them(plain: Engine, smollm2: str, mess
         transformers.AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name),
     ):
         engine = Engine.__new__(Engine)
-        engine.tokenizer = tokenizer
+        engine._syntax = Once(lambda tokenizer=tokenizer: find_syntax(Chat(tokenizer, len(tokenizer)).example))
         with pytest.raises(RequestError) as caught:
-            engine._inputs(GenerateRequest(messages=messages, tools=tools))
+            engine._prompt(GenerateRequest(messages=messages, tools=tools))
         assert str(caught.value) == NO_TOOLS
 
 
@@ -130,6 +137,36 @@ def test_an_answer_follows_its_schema(plain: Engine, temperature: float) -> None
         text, _, last = ask(plain, schema=CITY, temperature=temperature, top_k=3, top_p=0.5, max_tokens=90, **what)
         answer = json.loads(text)
         assert last.finish_reason == "stop" and answer["city"] in ("Bonn", "Köln") and 1 <= answer["days"] <= 9
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_owners_style_does_not_keep_an_answer_from_its_schema(
+    plain: Engine, monkeypatch: pytest.MonkeyPatch, temperature: float
+) -> None:
+    settings = transformers.GenerationConfig(
+        no_repeat_ngram_size=1, suppress_tokens=plain.tokenizer.encode('"'), min_new_tokens=100
+    )
+    monkeypatch.setattr(plain, "decoding", Decoding(settings, [256], 257))
+    text, _, last = ask(plain, schema=CITY, temperature=temperature, max_tokens=90)
+    assert last.finish_reason == "stop" and json.loads(text)["city"]
+
+
+def test_every_way_to_lose_a_schema_has_its_sentence(plain: Engine) -> None:
+    def held(schema: dict[str, Any]) -> Constraint:
+        return plain._grammars().constraint(GenerateRequest(prompt="x", schema=schema), None, 1)
+
+    prompt, scores = torch.tensor([plain.tokenizer.encode("x")]), torch.zeros(1, 257)
+    with pytest.raises(RequestError, match="no token that the JSON schema allows"):
+        held({"const": "~"})(prompt, scores[:, :1])
+    answer = held({"const": 2})
+    answer(prompt, scores)
+    with pytest.raises(SlipError, match="left the schema") as caught:
+        answer(torch.tensor([plain.tokenizer.encode("x1")]), scores)
+    assert not isinstance(caught.value, RequestError)
+    costly = held({"type": "string", "pattern": "^((a{1000}){1000}){1000}$"})
+    costly(prompt, scores)
+    with pytest.raises(RequestError, match="too complex"):
+        costly(torch.tensor([plain.tokenizer.encode('x"')]), scores)
 
 
 def test_an_object_has_the_properties_that_it_names(plain: Engine) -> None:
@@ -152,7 +189,23 @@ def test_an_object_has_the_properties_that_it_names(plain: Engine) -> None:
     ],
 )
 def test_objects_that_may_have_others_are_left_alone(schema: dict[str, Any]) -> None:
-    assert json.loads(constraint._schema(schema).removeprefix("%json ")) == {**schema, **constraint._STYLE}
+    (rule,) = constraint._rules({"content": schema}).values()
+    assert json.loads(rule.removeprefix("%json ")) == {**schema, **constraint._STYLE}
+
+
+def test_what_is_too_large_costs_one_look(plain: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = list[str]()
+    monkeypatch.setattr(
+        constraint.json, "dumps", lambda value, dumps=json.dumps: looks.append(dumps(value)) or looks[-1]
+    )
+    monkeypatch.setattr(constraint, "_closed", lambda _: pytest.fail("worked on before it was measured"))
+    half = {"enum": ["x" * (MAX_GRAMMAR_BYTES // 2)]}
+    tools = [Tool("a", "", {"properties": half}), Tool("b", "", {"properties": half})]
+    for what in ({"schema": {"enum": ["x" * MAX_GRAMMAR_BYTES]}}, {"messages": [USER], "tools": tools}):
+        request = GenerateRequest(**({"prompt": "x"} if "schema" in what else {}), **what)
+        with pytest.raises(RequestError, match="bytes; at most"):
+            plain._grammars().constraint(request, Syntax("<c>", "", None, "</c>") if request.tools else None, 0)
+    assert sum(len(text) > 9999 for text in looks) == 3
 
 
 def test_any_object(plain: Engine) -> None:
@@ -254,18 +307,44 @@ def test_a_model_whose_answers_nothing_ends_is_held_to_nothing() -> None:
         Grammars(object(), [1])
 
 
-def test_special_tokens_in_calls(plain: Engine) -> None:
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize(
+    ("template", "markers", "call"),
+    [
+        ("MISTRAL", ["[TOOL_CALLS]"], '[TOOL_CALLS] [{"name": "time", "arguments": {}}]'),
+        ("HERMES", ["<tool_call>", "</tool_call>"], '<tool_call>\n{"name": "time", "arguments": {}}\n</tool_call>'),
+        ("FUNCTION", ["</function>"], "<function=time>{}</function>"),
+    ],
+)
+def test_calls_are_written_with_the_models_own_tokens(
+    special: bool, template: str, markers: list[str], call: str
+) -> None:
     tokenizer = byte_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": ["[TOOL_CALLS]"]})
-    tokenizer.chat_template = templates.MISTRAL
-    engine = Engine.__new__(Engine)
-    engine.tokenizer = tokenizer
-    marker = tokenizer.convert_tokens_to_ids("[TOOL_CALLS]")
-    assert engine.syntax.tokens(tokenizer) == {marker}
-    grammars = Grammars(tokenizer, [256])
-    request = GenerateRequest(messages=[USER], tools=[TIME], must_call=["time"])
-    matcher = grammars.constraint(request, engine.syntax, 0)._matcher
-    call = '[TOOL_CALLS] [{"name": "time", "arguments": {}}]'
+    tokenizer.add_tokens([AddedToken(m, special=special, normalized=False) for m in markers])
+    tokenizer.chat_template = getattr(templates, template)
+    syntax = find_syntax(Chat(tokenizer, len(tokenizer)).example)
+    own = tokenizer.convert_tokens_to_ids(markers)
+    assert syntax.tokens(tokenizer) == (set(own) if special else set())
+    with contextlib.closing(Grammars(tokenizer, [256])) as grammars:
+        request = GenerateRequest(messages=[USER], tools=[TIME], must_call=["time"])
+        matcher = grammars.constraint(request, syntax, 0)._matcher
     tokens = tokenizer.encode(call)
-    assert tokens[0] == marker and matcher.validate_tokens(tokens) == len(tokens)
-    assert not matcher.validate_tokens([ord(c) for c in "[TOOL"])
+    assert set(own) <= set(tokens) and matcher.validate_tokens(tokens) == len(tokens)
+    if special:  # spelt out, it would be no call
+        spelt = [i for c in call for i in tokenizer.encode(c)]
+        assert matcher.validate_tokens(spelt) < len(spelt)
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_a_model_with_markers_of_its_own_makes_a_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, special: bool
+) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens([AddedToken(m, special=special) for m in ("<tool_call>", "</tool_call>")])
+    bundle = make_bundle(tmp_path, tokenizer, max_position_embeddings=4000)
+    engine = with_template(Engine(bundle, pool_depth=0), templates.HERMES, monkeypatch)
+    text, calls, last = ask(engine, tools=[WEATHER], must_call=["get_weather"], parallel_calls=False)
+    assert not text and calls[0][1]["city"] and last.finish_reason == "tool_calls"
+    said, calls, _ = ask(engine, tools=[WEATHER], schema=CITY, parallel_calls=False)
+    assert calls or json.loads(said)["city"]
+    engine.close()

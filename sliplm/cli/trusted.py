@@ -107,3 +107,4 @@ def trusted(
         if monitor:
             monitor.close()
         engine.model.slip.pool.close()
+        engine.close()

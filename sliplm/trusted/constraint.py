@@ -1,7 +1,8 @@
 """Answers that must follow a JSON Schema, or must be calls: tokens that would leave it are masked before one is picked.
 
-The grammar's work is llguidance's. What a schema may cost, which a device chooses, is limited here: in bytes, in the
-time and memory of compiling it, and in those of every step.
+The grammar's work is llguidance's. What a schema may cost, which a device chooses, is limited: in bytes here, in the
+time and memory of compiling it by trying that elsewhere first (`trial.py`), and in those of every step
+(`sliplm/grammar.py`).
 """
 
 from __future__ import annotations
@@ -15,22 +16,17 @@ import llguidance
 import numpy as np
 import torch
 
+from sliplm import grammar
+from sliplm.errors import SlipError
 from sliplm.protocol.messages import GenerateRequest, RequestError
 from sliplm.trusted.tools import Syntax
+from sliplm.trusted.trial import Trials
 
 MAX_GRAMMAR_BYTES = 1 << 16
 """Of the schemas of one request."""
 
 TOO_COMPLEX = "the JSON schema is too complex to hold an answer to it."
 
-_LIMITS = llguidance.LLParserLimits(
-    initial_lexer_fuel=200_000,
-    step_lexer_fuel=200_000,
-    max_lexer_states=50_000,
-    max_grammar_size=200_000,
-    precompute_large_lexemes=True,  # without it, some patterns escape the other limits
-    verbose_errors=False,
-)
 _STYLE = {"x-guidance": {"whitespace_flexible": True, "whitespace_pattern": r" ?|\n {0,32}"}}
 """Space as people write it; a model that may write as much as it likes can go on for ever."""
 
@@ -47,16 +43,24 @@ class Grammars:
         if not ends:
             raise RequestError("this model's answers cannot be held to a schema: no token ends them.")
         try:
-            self._special = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-            self._tokens = llguidance.LLTokenizer(tokenizer.backend_tokenizer.to_str(), eos_token=sorted(ends))
+            described = tokenizer.backend_tokenizer.to_str()
+            self._tokens = grammar.load(described, sorted(ends))
+            # llguidance's idea of a special token, which is wider than the tokenizer's: such a one is no text to it.
+            added = tokenizer.added_tokens_decoder.items()
+            self._special = {t.content: i for i, t in added if self._tokens.is_special_token(i)}
         except Exception:  # llguidance knows fewer kinds of tokenizers than Transformers
             sentence = "this model's answers cannot be held to a schema: its tokenizer does not allow it."
             raise RequestError(sentence) from None
+        self._trials = Trials(described, sorted(ends))
+
+    def close(self) -> None:
+        self._trials.close()
 
     def constraint(self, request: GenerateRequest, syntax: Syntax | None, prompt_tokens: int) -> Constraint:
         """For an answer to `request`, whose calls are written in `syntax`. Raises RequestError for schemas that are
-        wrong, not supported, or too much."""
+        wrong, not supported, or too much; BusyError if too many others wait."""
         rules: dict[str, str] = {}
+        schemas: dict[str, dict[str, Any]] = {}
         if syntax is not None:
             names = request.must_call or [t.name for t in request.tools]
             called = [t for t in request.tools if t.name in names]
@@ -67,20 +71,18 @@ class Grammars:
                 parameters = {"type": "object", **tool.parameters}
                 if parameters["type"] != "object":
                     raise RequestError(f"the parameters of the function {tool.name} are not an object.")
-                rules[f"call{i}"] = f"{self._text(tool.name + syntax.mid)} {_schema(parameters)}"
+                rules[f"call{i}"] = f"{self._text(tool.name + syntax.mid)} arguments{i}"
+                schemas[f"arguments{i}"] = parameters
         if request.schema is not None and not request.must_call:
-            rules["content"] = _schema(request.schema)
+            schemas["content"] = request.schema
+        rules |= _rules(schemas)
         start = " | ".join(rule for rule in ("calls", "content") if rule in rules)
-        grammar = "\n".join([f"start: {start}", *(f"{name}: {body}" for name, body in rules.items())])
-        if len(grammar) > MAX_GRAMMAR_BYTES:
-            raise RequestError(f"the JSON schemas have {len(grammar)} bytes; at most {MAX_GRAMMAR_BYTES} are possible.")
-        matcher = llguidance.LLMatcher(self._tokens, grammar, log_level=0, limits=_LIMITS)
-        if matcher.is_error():
-            raise RequestError(f"the JSON schema is not supported: {_reason(matcher.get_error())}.")
-        matcher.compute_bitmask()
-        if matcher.is_error():
-            raise RequestError(TOO_COMPLEX)
-        return Constraint(matcher, prompt_tokens)
+        text = "\n".join([f"start: {start}", *(f"{name}: {body}" for name, body in rules.items())])
+        try:
+            self._trials.check(text)
+            return Constraint(grammar.compiled(self._tokens, text), prompt_tokens)
+        except ValueError as error:
+            raise RequestError(f"the JSON schema is not supported: {error}." if str(error) else TOO_COMPLEX) from None
 
     def _text(self, text: str) -> str:
         """`text` in a grammar, special tokens by their number."""
@@ -94,26 +96,42 @@ class Constraint:
 
     def __init__(self, matcher: llguidance.LLMatcher, prompt_tokens: int) -> None:
         self._matcher, self._seen = matcher, prompt_tokens
+        self._allowed = np.zeros(0, bool)
 
     def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        self._matcher.consume_tokens(ids[0, self._seen :].tolist())
+        """Raises RequestError if a step takes too much or no token is left; SlipError for a token that was not
+        allowed, which is no fault of the request's."""
+        new = ids[0, self._seen :].tolist()
         self._seen = ids.shape[1]
+        if not self._allowed[new].all():
+            raise SlipError("an answer left the schema that it was held to")
+        followed = self._matcher.consume_tokens(new)
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-        if self._matcher.is_error():
+        if not followed or self._matcher.is_error():
             raise RequestError(TOO_COMPLEX)
-        width = scores.shape[-1]  # some models have more outputs than their tokenizer has tokens
-        allowed = np.zeros(width, bool)
+        width = scores.shape[-1]  # some models have more outputs than their tokenizer has tokens, and some fewer
+        self._allowed = np.zeros(width, bool)
         known = np.unpackbits(bits, bitorder="little")[:width]
-        allowed[: len(known)] = known
-        return scores.masked_fill(~torch.from_numpy(allowed), -torch.inf)
+        self._allowed[: len(known)] = known
+        if not self._allowed.any():
+            raise RequestError("the answer cannot go on: this model has no token that the JSON schema allows.")
+        return scores.masked_fill(~torch.from_numpy(self._allowed), -torch.inf)
 
 
-def _schema(schema: dict[str, Any]) -> str:
+def _rules(schemas: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """Each schema as a rule. Raises RequestError if they are too large or too deep, before any other work."""
     try:
-        mixed = any(f'"{word}"' in json.dumps(schema) for word in _MIXING)
-        return "%json " + json.dumps({**(schema if mixed else _closed(schema)), **_STYLE})
+        texts = {rule: json.dumps(schema) for rule, schema in schemas.items()}
+        if (size := sum(map(len, texts.values()))) > MAX_GRAMMAR_BYTES:
+            raise RequestError(f"the JSON schemas have {size} bytes; at most {MAX_GRAMMAR_BYTES} are possible.")
+        return {rule: _rule(schema, texts[rule]) for rule, schema in schemas.items()}
     except (ValueError, RecursionError):
         raise RequestError("the JSON schema cannot be read: it is nested too deeply.") from None
+
+
+def _rule(schema: dict[str, Any], text: str) -> str:
+    mixed = any(f'"{word}"' in text for word in _MIXING)
+    return "%json " + json.dumps({**(schema if mixed else _closed(schema)), **_STYLE})
 
 
 def _closed(schema: Any) -> Any:
@@ -130,9 +148,3 @@ def _closed(schema: Any) -> Any:
         else:
             closed[word] = _closed(inner) if word in ("items", "additionalProperties") else inner
     return closed
-
-
-def _reason(error: str) -> str:
-    """The sentence in llguidance's message, without the grammar that it quotes."""
-    sentence = error.partition("\n")[0].rpartition("failed to compile JSON schema: ")[2]
-    return re.sub(r"^at \d+\(\d+\): ", "", sentence)[:200].rstrip(". ")

@@ -42,6 +42,7 @@ _OFF = {
 _DEFAULTS = ("temperature", "top_p", "top_k")
 """For requests that do not say."""
 
+_Processor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 _Make = Callable[[Any, int, list[int]], Any]
 
 _PENALTIES: dict[str, _Make] = {
@@ -113,12 +114,17 @@ class Decoding:
             do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=self.ends or None, pad_token_id=end
         )
 
-    def processors(self, request: GenerateRequest, prompt_tokens: int) -> tf.LogitsProcessorList:
-        """The owner's penalties, the request's, temperature and filters as Transformers applies them, and a draw from a
-        generator of this request's own: Transformers would draw from the process-wide one, which all requests share."""
+    def processors(
+        self, request: GenerateRequest, prompt_tokens: int, constraint: _Processor | None = None
+    ) -> tf.LogitsProcessorList:
+        """What the answer is held to, the owner's penalties and the request's, temperature and filters as Transformers
+        applies them, and a draw from a generator of this request's own: Transformers would draw from the process-wide
+        one, which all requests share."""
         found = tf.LogitsProcessorList(self._made(_PENALTIES, prompt_tokens))
         if request.frequency_penalty or request.presence_penalty:
             found.append(_penalise(request, prompt_tokens))
+        if constraint is not None:
+            found = tf.LogitsProcessorList([_within(constraint, found)])
         temperature = self._of(request, "temperature", 1.0)
         if temperature == 0:
             return found
@@ -167,7 +173,20 @@ class Decoding:
         return True
 
 
-def _penalise(request: GenerateRequest, prompt_tokens: int) -> Any:
+def _within(constraint: _Processor, penalties: Callable[..., torch.Tensor]) -> _Processor:
+    """`penalties` among the tokens that `constraint` leaves. Where they forbid all of these they have no say: an
+    answer to a schema has its tokens to repeat, to begin with and to end with."""
+
+    def hold(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        allowed = constraint(ids, scores)
+        # Some penalties make a number of minus infinity, or of what is none.
+        wanted = penalties(ids, allowed).masked_fill(allowed == -torch.inf, -torch.inf)
+        return wanted if wanted.isfinite().any() else allowed
+
+    return hold
+
+
+def _penalise(request: GenerateRequest, prompt_tokens: int) -> _Processor:
     def penalise(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         counts = torch.bincount(ids[0, prompt_tokens:], minlength=scores.shape[-1])
         return scores - request.frequency_penalty * counts - request.presence_penalty * (counts > 0)
@@ -175,7 +194,7 @@ def _penalise(request: GenerateRequest, prompt_tokens: int) -> Any:
     return penalise
 
 
-def _draw(seed: int | None) -> Any:
+def _draw(seed: int | None) -> _Processor:
     generator = torch.Generator()
     if seed is None:
         generator.seed()

@@ -8,6 +8,13 @@ from typing import Any
 UNFINISHED = "\ufffd"
 """What a decoder says for bytes that are no character, or not one yet."""
 
+HELD = 8
+"""After so many tokens that end in no character, what is certain of them is shown. A character has four bytes, but each
+of many tokens may begin with the end of one and end with the beginning of the next."""
+
+KEPT = 4
+"""Of these tokens, so many may be part of a character that is still to come."""
+
 CONTEXT = 6
 """So many tokens before an answer are enough to decode its first one as they would be together."""
 
@@ -30,7 +37,7 @@ class Text:
     def __init__(self, tokenizer: Any, silent: set[int], before: Sequence[int] = ()) -> None:
         """`silent` are the tokens that are not shown. `before` comes before the answer, if it continues a text."""
         self.shown = self.full = ""
-        self.count = 0
+        self.count = self._known = 0
         self._tokenizer, self._silent = tokenizer, silent
         self._hidden: list[tuple[int, int]] = []  # where `full` has more than `shown`
         context = list(before[-CONTEXT:])
@@ -46,19 +53,28 @@ class Text:
             self._restart([token] if self._window else [])  # else the text still begins
             return
         self._window.append(token)
-        if not self._decode(self._window).endswith(UNFINISHED):
+        text = self._decode(self._window)
+        # Most decoders have a sign for an unfinished character; some leave it out.
+        if len(text) > self._known and not text.endswith(UNFINISHED):
             self.finish()
+        elif len(self._window) - self._read >= HELD:
+            unfinished = min(len(text) - len(text.rstrip(UNFINISHED)), KEPT - 1)
+            self._show(text[self._known : len(text) - unfinished])
+            self._restart(self._window[-KEPT:])
+            self._known = max(0, self._known - unfinished)
 
     def finish(self) -> None:
         """Show what was held back. Source of the method, a window that slides by whole pieces: vLLM and TGI."""
-        piece = self._decode(self._window)[self._known :]
-        self.shown += piece
-        self.full += piece
+        self._show(self._decode(self._window)[self._known :])
         self._restart(self._window[self._read :] or self._window)
 
     def shown_before(self, end: int) -> int:
         """How many characters of `shown` are before character `end` of `full`."""
         return end - sum(min(end, stop) - start for start, stop in self._hidden if start < end)
+
+    def _show(self, piece: str) -> None:
+        self.shown += piece
+        self.full += piece
 
     def _restart(self, window: list[int]) -> None:
         """Decode the next tokens together with `window`, whose text is known."""

@@ -7,7 +7,6 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterator
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 from sliplm import bundle
 from sliplm.errors import BundleError, LinkError, SlipError, VerificationError, locate
 from sliplm.protocol.link import Field, Link
-from sliplm.protocol.messages import MAX_TOKENS, Chunk, GenerateRequest, Message, RequestError, TooLongError
+from sliplm.protocol.messages import MAX_TOKENS, Chunk, GenerateRequest, Message, RequestError, Tool, TooLongError
 from sliplm.split.source import refuse_other_tasks
 from sliplm.split.tokenizer import has_tokenizer
 from sliplm.trusted.constraint import Constraint, Grammars
@@ -26,8 +25,9 @@ from sliplm.trusted.decoding import Decoding
 from sliplm.trusted.detokenise import UNFINISHED, Text, special_tokens
 from sliplm.trusted.logprobs import Logprobs, Scored, Scores
 from sliplm.trusted.naming import model_name
+from sliplm.trusted.once import Once
 from sliplm.trusted.stops import StopTexts, end_tokens
-from sliplm.trusted.template import Chat
+from sliplm.trusted.template import Chat, unknown_token
 from sliplm.trusted.tools import Syntax, find_syntax
 
 GENERATIONS = 16
@@ -71,18 +71,21 @@ class Engine:
         self.tokenizer: Any = _tokenizer(path)
         self.model: Any = transformers.AutoModelForCausalLM.from_pretrained(path).eval()
         self.model.slip.pool.resize(pool_depth)
-        self.chat = Chat(self.tokenizer)
+        settings = self.model.generation_config
+        self._vocabulary: int = self.model.config.get_text_config().vocab_size
+        self.chat = Chat(self.tokenizer, self._vocabulary)
         if self.chat.refusal is not None:
             _log.warning("this model answers plain prompts only, no chats: %s", self.chat.refusal)
-        settings, vocabulary = self.model.generation_config, self.model.config.get_text_config().vocab_size
-        ends = end_tokens(self.tokenizer, settings.eos_token_id, self.chat, vocabulary)
-        self.decoding = Decoding(settings, ends, vocabulary)
+        ends = end_tokens(self.tokenizer, settings.eos_token_id, self.chat, self._vocabulary)
+        self.decoding = Decoding(settings, ends, self._vocabulary)
         self.model.generation_config = self.decoding.plain()  # Transformers adds its settings to every request's
         self._silent = special_tokens(self.tokenizer) | set(ends)
         self._markers = [t for t in self.tokenizer.convert_ids_to_tokens(sorted(self._silent)) if t]
         self._room = _context(self.model.config.get_text_config(), self.tokenizer)
         self.capacity = 1 if _keeps_positions(self.model.config.to_dict()) else GENERATIONS
         self._allow_logprobs = allow_logprobs
+        self._syntax = Once(lambda: find_syntax(self.chat.example))
+        self._grammars = Once(lambda: Grammars(self.tokenizer, self.decoding.ends))
 
     @property
     def digest(self) -> bytes:
@@ -95,19 +98,20 @@ class Engine:
     def model_name(self) -> str:
         return self._name
 
-    @cached_property
+    @property
     def syntax(self) -> Syntax:
         """How this model writes calls. Raises RequestError if it has no tools."""
-        return find_syntax(self.tokenizer)
+        return self._syntax()
 
-    @cached_property
-    def _grammars(self) -> Grammars:
-        return Grammars(self.tokenizer, self.decoding.ends)
+    def close(self) -> None:
+        """End the process that tries schemas, if one runs."""
+        if (grammars := self._grammars.made) is not None:
+            grammars.close()
 
     def _constraint(self, request: GenerateRequest, prompt_tokens: int) -> Constraint | None:
         if not request.must_call and request.schema is None:
             return None
-        return self._grammars.constraint(request, self.syntax if request.tools else None, prompt_tokens)
+        return self._grammars().constraint(request, self.syntax if request.tools else None, prompt_tokens)
 
     def generate(self, request: GenerateRequest, link: Link) -> Iterator[Chunk]:
         """Stream the answer to `request`, with its exchanges over `link`. Closing the iterator stops the generation;
@@ -116,20 +120,20 @@ class Engine:
         Raises:
             TooLongError: the prompt does not fit the model.
             RequestError: logprobs are not allowed, or it has no tools or cannot follow the schema.
+            BusyError: too many schemas wait to be tried.
             LinkError, VerificationError, NumericsError: as they come. VerificationError comes even when the iterator is
             closed: a lie counts, too, when nobody waits for the text any more.
         """
         if request.logprobs is not None and not self._allow_logprobs:
             raise RequestError("logprobs are switched off by the owner of this model.")
-        inputs = self._inputs(request)
-        prompt: list[int] = inputs["input_ids"][0].tolist()
+        prompt = self._prompt(request)
         prompt_tokens = len(prompt)
         limit = min(request.max_tokens, self._room - prompt_tokens)
         if limit < 1:
             raise _too_long(request, prompt_tokens, self._room)
         constraint = self._constraint(request, prompt_tokens)
         yield Chunk("", None, prompt_tokens)
-        run = _Run(self, inputs, request, limit, link, constraint)
+        run = _Run(self, prompt, request, limit, link, constraint)
         run.start()
         try:
             last = yield from self._stream(run, request, prompt)
@@ -141,24 +145,36 @@ class Engine:
         """Try a chat that begins with the owner's text `system`. Raises SlipError, if none with it can be answered."""
         if self.chat.refusal is not None:
             raise SlipError(f"this model takes no chats, so none can begin with a system prompt: {self.chat.refusal}.")
+        chat = [Message("system", system), Message("user", "Hello")]
         try:
-            inputs = self.chat.inputs([Message("system", system), Message("user", "Hello")])
+            tokens = len(self.chat.tokens(chat))
+            if self._has_tools():  # such chats may have a template of their own
+                self.chat.tokens(chat, [Tool("example")])
         except RequestError as error:
             raise SlipError(f"no chat can begin with this system prompt: {error}") from None
-        if (tokens := inputs["input_ids"].shape[1]) >= self._room:
+        if tokens >= self._room:
             raise SlipError(
                 f"the system prompt is too long: with it a chat has {tokens} tokens, of {self._room} in all."
             )
 
-    def _inputs(self, request: GenerateRequest) -> Any:
+    def _has_tools(self) -> bool:
+        try:
+            return self.syntax is not None
+        except RequestError:
+            return False
+
+    def _prompt(self, request: GenerateRequest) -> list[int]:
         if request.messages is not None:
             if request.tools or any(m.tool_calls or m.tool_call_id for m in request.messages):
                 _ = self.syntax  # a template without tools would leave them out silently
-            return self.chat.inputs(request.messages, request.tools)
-        inputs = self.tokenizer(request.prompt, return_tensors="pt")
-        if inputs["input_ids"].shape[1] == 0:
+            tokens = self.chat.tokens(request.messages, request.tools)
+        else:
+            tokens = self.tokenizer(request.prompt)["input_ids"]
+        if not tokens:
             raise RequestError("the prompt is empty.")
-        return inputs
+        if strange := unknown_token(self.tokenizer, tokens, self._vocabulary):
+            raise RequestError(f"the token {strange} in the prompt is none of this model's.")
+        return tokens
 
     def _stream(self, run: _Run, request: GenerateRequest, prompt: list[int]) -> Generator[Chunk, None, Chunk]:
         """Yield text as it becomes certain, or none; return the last chunk."""
@@ -194,14 +210,14 @@ class _Run(threading.Thread):
     def __init__(
         self,
         engine: Engine,
-        inputs: Any,
+        prompt: list[int],
         request: GenerateRequest,
         limit: int,
         link: Link,
         constraint: Constraint | None = None,
     ) -> None:
         super().__init__(name="generate", daemon=True)
-        self._engine, self._inputs, self._request, self._limit = engine, inputs, request, limit
+        self._engine, self._prompt, self._request, self._limit = engine, prompt, request, limit
         self._constraint = constraint
         self._queue: queue.Queue[_Token | BaseException | None] = queue.Queue(AHEAD)
         self._cancelled = threading.Event()
@@ -212,15 +228,15 @@ class _Run(threading.Thread):
     def run(self) -> None:
         model = self._engine.model
         try:
-            processors = self._engine.decoding.processors(self._request, self._inputs["input_ids"].shape[1])
-            if self._constraint is not None:
-                processors.insert(0, self._constraint)
+            processors = self._engine.decoding.processors(self._request, len(self._prompt), self._constraint)
             scores = None if self._request.logprobs is None else Scores(self._request.logprobs)
             if scores:
                 processors.insert(0, scores)
+            ids = torch.tensor([self._prompt])
             with model.slip.using(self._link), torch.inference_mode():
                 out = model.generate(
-                    **self._inputs,
+                    ids,
+                    attention_mask=torch.ones_like(ids),
                     generation_config=self._engine.decoding.plain(self._limit),
                     logits_processor=processors,
                     streamer=_Tokens(self._put, scores),

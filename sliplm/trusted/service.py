@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from typing import Protocol
 
+import msgspec
+
 from sliplm.errors import LinkError, VerificationError
 from sliplm.protocol.link import Link
 from sliplm.protocol.messages import BusyError, Chunk, GenerateRequest, LimitError, RefusedError, RequestError
@@ -155,7 +157,7 @@ class Service:
                         self.metrics.wait.labels("first_token").observe(time.monotonic() - started)
                     record.prompt_tokens, record.completion_tokens = chunk.prompt_tokens, chunk.completion_tokens
                     if fresh and not self._limiter.charge(device, fresh) and chunk.finish_reason is None:
-                        yield Chunk(chunk.text, "length", chunk.prompt_tokens, chunk.completion_tokens)
+                        yield msgspec.structs.replace(chunk, finish_reason="length")
                         return
                     yield chunk
                     if chunk.finish_reason is not None:

@@ -46,6 +46,7 @@ class Trusted:
             self._server.serve_forever()
         finally:
             pool.close()
+            self._engine.close()
 
     def close(self) -> None:
         self._server.close()

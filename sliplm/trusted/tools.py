@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,13 +80,13 @@ def worded(messages: Sequence[Message]) -> list[dict[str, Any]]:
     return chat
 
 
-def find_syntax(tokenizer: Any) -> Syntax:
-    """The syntax of the tokenizer's chat template. Raises RequestError if it knows no tools, or its calls are not a
-    name followed by a JSON object."""
+def find_syntax(example: Callable[[Sequence[Message], Sequence[Tool]], str]) -> Syntax:
+    """The syntax of a chat template, which renders examples (`Chat.example`). Raises RequestError if it knows no tools,
+    or its calls are not a name followed by a JSON object."""
 
     def render(messages: list[Message], tools: list[Tool]) -> str | None:
         try:
-            return tokenizer.apply_chat_template(worded(messages), tools=described(tools), tokenize=False)
+            return example(messages, tools)
         except Exception:  # templates are programs of the model's author, and raise what they like
             return None
 
