@@ -121,6 +121,18 @@ def test_another_rank_or_camouflage_is_refused(
         split(str(tiny), tmp_path / "out", Options(again=tiny_split / "trusted", **options))
 
 
+def test_a_split_with_a_base_and_one_without_are_not_pooled(
+    tiny: Path, changed: Path, tiny_split: Path, tmp_path: Path
+) -> None:
+    """The second would have on its edge what the first dropped because it depends on the difference."""
+    split(str(changed), tmp_path / "based", Options(rank=4, base=str(tiny)))
+    with pytest.raises(BundleError, match="was split with --base"):
+        split(str(changed), tmp_path / "out", Options(rank=4, again=tmp_path / "based" / "trusted"))
+    with pytest.raises(BundleError, match="was split without --base"):
+        split(str(tiny), tmp_path / "out", Options(rank=4, base=str(changed), again=tiny_split / "trusted"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_another_model_or_no_bundle_is_refused(tiny: Path, tiny_split: Path, tmp_path: Path) -> None:
     other = save_tiny(tmp_path / "other", num_hidden_layers=1)
     with pytest.raises(BundleError, match="other layers"):

@@ -10,8 +10,8 @@ import yaml
 from link_fakes import FakeEngine, serving, working
 
 from sliplm.errors import BundleError
+from sliplm.naming import model_name
 from sliplm.protocol import frames
-from sliplm.trusted.naming import model_name
 
 
 def bundle(directory: Path, name: object = None) -> Path:
@@ -61,5 +61,5 @@ def test_an_edge_that_gets_an_empty_name_is_connected(home: Path, identity: Path
 
     with serving(home, Nameless()) as server, working(server, identity) as worker:
         assert worker.model_name == frames.NAMELESS
-    old = frames.pack_welcome(frames.Welcome(1, bytes(32), "x"))[:-1]  # as a trusted side of an earlier version has it
+    old = frames.pack_welcome(frames.Welcome(frames.VERSIONS[1], bytes(32), "x"))[:-1]  # nothing after the digest
     assert frames.parse_welcome(old).model_name == frames.NAMELESS

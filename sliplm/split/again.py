@@ -28,13 +28,14 @@ class FirstSplit:
     """The trusted side of an earlier split, of this or the last format.
 
     Args:
-        trusted: DIR/trusted. groups, rank, camouflage: of the new split; they must be those of the first.
+        trusted: DIR/trusted. groups, rank, camouflage, based (on a public model): of the new split; they must be those
+            of the first.
 
     Raises:
         BundleError: it is no trusted bundle, a damaged one, or one of another model or rank.
     """
 
-    def __init__(self, trusted: Path, groups: list[Group], rank: int, camouflage: bool) -> None:
+    def __init__(self, trusted: Path, groups: list[Group], rank: int, camouflage: bool, based: bool) -> None:
         self._path = trusted
         # Its factors are all that this split protects: damaged ones would give an edge bundle with everything in it.
         bundle.open_trusted(trusted, bundle.LAST_FORMAT)
@@ -50,6 +51,9 @@ class FirstSplit:
         if first != (rank, camouflage):
             shown = f"--rank {first[0]} and {'--camouflage' if first[1] else '--no-camouflage'}"
             raise BundleError(f"{trusted} was split with {shown}: its camouflage cannot serve another choice.")
+        # With a base the edge's part of a LoRA is the base's matrix; without, it would have the rounding of the merge.
+        if config.get("based", based) != based:
+            raise BundleError(f"{trusted} was split {'without' if based else 'with'} --base: so must this split be.")
         if self._names != [m.name for group in groups for m in group]:
             raise BundleError(f"{trusted} protects other layers: it is not a split of this model.")
         self._known = read_weights(trusted)

@@ -100,8 +100,10 @@ def available_memory() -> int | None:
         pass
     try:
         group = Path("/sys/fs/cgroup")
-        rooms.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    except (OSError, ValueError):  # "max": no limit
+        used = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        cache = int(used["active_file"]) + int(used["inactive_file"])  # files that were read: given back when needed
+        rooms.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()) + cache)
+    except (OSError, ValueError, KeyError):  # "max": no limit
         pass
     return min(rooms, default=None)
 

@@ -16,6 +16,7 @@ import transformers
 
 from sliplm import bundle
 from sliplm.errors import SlipError, UnsupportedModelError
+from sliplm.naming import checked_name
 from sliplm.split.adapter import Adapted, Lora
 from sliplm.split.again import WEIGHTS_FILE, FirstSplit, fingerprint, second_split, siblings
 from sliplm.split.base import FineTuned, divide, divide_anywhere
@@ -174,7 +175,9 @@ def split(
     if options.base is not None:
         weights = {stored[m.weight] for group in groups for m in group}
         source = FineTuned(source, options.base, weights, set(stored.values()) - weights)
-    first = FirstSplit(options.again, groups, options.rank, options.camouflage) if options.again else None
+    first = None
+    if options.again is not None:
+        first = FirstSplit(options.again, groups, options.rank, options.camouflage, options.base is not None)
     with bundle.new_directory(out) as partial:
         (partial / "edge").mkdir()
         (partial / "trusted").mkdir(mode=0o700)
@@ -188,11 +191,11 @@ def split(
 
 
 def _name(model: str, name: str | None) -> str:
-    if name is not None and not name.strip():
-        raise SlipError("the model's name must not be empty.")
+    if name is not None:
+        return checked_name(name)
     path = Path(model).expanduser()
     own = path.stem if path.suffix == ".gguf" else path.resolve().name
-    return name or own or "model"
+    return own or "model"
 
 
 def _write(
@@ -368,6 +371,7 @@ def _write_checkpoint_files(
         "rank": options.rank,
         "blinding": options.blinding,
         "camouflage": options.camouflage,
+        "based": options.base is not None,
         "groups": [[m.name for m in group] for group in groups],
         "sums": [number for number, group in enumerate(groups) if isinstance(group, Sum)],
     }

@@ -16,6 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from sliplm import bundle
 from sliplm.errors import BundleError, LinkError, SlipError, VerificationError, locate
+from sliplm.naming import model_name
 from sliplm.protocol.link import Field, Link
 from sliplm.protocol.messages import MAX_TOKENS, Chunk, GenerateRequest, Message, RequestError, Tool, TooLongError
 from sliplm.split.source import refuse_other_tasks
@@ -24,7 +25,6 @@ from sliplm.trusted.constraint import Constraint, Grammars
 from sliplm.trusted.decoding import Decoding
 from sliplm.trusted.detokenise import UNFINISHED, Text, special_tokens
 from sliplm.trusted.logprobs import Logprobs, Scored, Scores
-from sliplm.trusted.naming import model_name
 from sliplm.trusted.once import Once
 from sliplm.trusted.stops import StopTexts, end_tokens
 from sliplm.trusted.template import Chat, unknown_token

@@ -30,7 +30,7 @@ from sliplm.trusted.runtime import Runtime
 @register_quantization_config("slip")
 class SlipConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """`quantization_config` of a trusted bundle: how it was split, the names of each group's members, the numbers of
-    the groups that are sums, and what the model is called."""
+    the groups that are sums, what the model is called, and whether it was `based` on a public one."""
 
     def __init__(
         self,
@@ -41,11 +41,12 @@ class SlipConfig(QuantizationConfigMixin):  # type: ignore[misc]
         groups: list[list[str]],
         sums: Sequence[int] = (),
         name: str = "",
+        based: bool = False,
         **_: Any,
     ) -> None:
         self.quant_method = "slip"  # type: ignore[assignment] # theirs are an enumeration
         self.planes, self.rank, self.blinding, self.camouflage = planes, rank, blinding, camouflage
-        self.groups, self.sums, self.name = groups, list(sums), name
+        self.groups, self.sums, self.name, self.based = groups, list(sums), name, based
 
     def members(self, model: nn.Module) -> list[Group]:
         """The groups, their members as they are in `model`. Raises KeyError with the name of one that is not."""
