@@ -63,3 +63,14 @@ def test_the_wrong_base_is_refused(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match="is not the base of this model"):
         split(str(tiny), tmp_path / "out", Options(rank=4, base=str(other)))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_base_that_holds_two_tensors_for_one_place_is_refused(tiny: Path, tmp_path: Path) -> None:
+    """Whichever of them was compared, the edge would get the difference to the other."""
+    tuned, base = tune(tiny, tmp_path / "tuned", 3, torch.float32), save_tiny(tmp_path / "base")
+    state = load_file(base / "model.safetensors")
+    doubled = state | {n.removeprefix("model."): t.roll(1, 0).contiguous() for n, t in state.items()}
+    save_file(doubled, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UnsupportedModelError, match="which are both loaded as"):
+        split(str(tuned), tmp_path / "out", Options(rank=4, base=str(base)))
+    assert not (tmp_path / "out").exists()

@@ -91,3 +91,12 @@ def test_the_invented_language_is_fixed_and_its_texts_are_disjoint() -> None:
     assert a.translate("with them, if any") == "with them, if any"
     found = world.paragraphs()
     assert len(found) == len(set(found)) > 1000
+
+
+def test_small_singular_values_are_values_and_not_rounding() -> None:
+    """Squared in float32, those below a thousandth of the largest would be noise, and ratios of them anything."""
+    left, right = (torch.linalg.qr(torch.randn(n, 40, dtype=torch.double))[0] for n in (60, 40))
+    values = torch.logspace(0, -4, 40, dtype=torch.double)
+    found, vectors = finetune._spectrum(((left * values) @ right.T).float())
+    assert torch.allclose(found.double(), values, rtol=0.02)
+    assert float((vectors.double() * right).sum(0).abs().min()) > 0.99

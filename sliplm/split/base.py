@@ -17,7 +17,7 @@ import torch
 from sliplm.errors import UnsupportedModelError
 from sliplm.split.camouflage import low_rank, rounded, trusted_rank
 from sliplm.split.factors import leading
-from sliplm.split.source import Source, open_source
+from sliplm.split.source import Source, fake_mode, open_source
 
 logger = logging.getLogger(__name__)
 MAX_ALONE = 0.25  # share of the matrices that the base may lack: added tokens change one or two, another model most
@@ -39,7 +39,9 @@ class FineTuned(Source):
         self._tuned = tuned
         self._base = open_source(public)
         weights = sorted(set(weights))
-        if set(weights) - self._base.names():
+        with fake_mode():
+            skeleton = self._base.skeleton()
+        if self._base.renamed(skeleton) or set(weights) - self._base.names():
             self._base = self._base.whole()
         self._alone = {name for name in weights if not self._fits(name)}
         if len(self._alone) > MAX_ALONE * len(weights):

@@ -90,7 +90,7 @@ def compare(source: Source, groups: list[Group], stored: dict[str, str], trusted
     return Checked(what, error)
 
 
-def available_memory() -> int | None:
+def available_memory(group: Path = Path("/sys/fs/cgroup")) -> int | None:
     """Bytes that this process may still take, of the machine and of its control group; None if nobody says."""
     rooms = []
     try:
@@ -99,7 +99,6 @@ def available_memory() -> int | None:
     except (OSError, StopIteration, ValueError, IndexError):
         pass
     try:
-        group = Path("/sys/fs/cgroup")
         used = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
         cache = int(used["active_file"]) + int(used["inactive_file"])  # files that were read: given back when needed
         rooms.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()) + cache)
