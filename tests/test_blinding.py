@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from sliplm import _core
 from sliplm.split.blinding import ROUNDS, SPREAD, Blinding, blind, block_sizes, hadamard, unblind
+from sliplm.split.planes import dequantise, quantise
 
 SIZES = [1, 2, 3, 4, 7, 64, 65, 511, 512, 513, 576, 577, 960, 1536, 2048]
 
@@ -152,3 +153,18 @@ def test_a_bundle_gives_it_back():
 
 def test_repr_shows_nothing_secret():
     assert repr(Blinding.random(64)) == "Blinding(n=64)" == str(Blinding.random(64))
+
+
+@pytest.mark.parametrize("planes", [1, 2])
+@pytest.mark.parametrize("shape", [(1536, 576), (576, 2048)])
+def test_the_diagonal_costs_a_tenth_of_the_quantisation_error_at_most(planes: int, shape: tuple[int, int]) -> None:
+    rng = np.random.default_rng(0)
+    matrix = torch.from_numpy(rng.standard_normal(shape))
+    errors = []
+    for spread in (True, False):
+        pair = [Blinding.random(n, np.random.default_rng(1)) for n in (shape[1], shape[0])]
+        if not spread:
+            pair = [replace(b, diagonal=np.ones_like(b.diagonal)) for b in pair]
+        read = dequantise(*quantise(blind(matrix, *pair).float(), planes))
+        errors.append(float((unblind(read.double(), *pair) - matrix).norm()))
+    assert 1 < errors[0] / errors[1] < 1.1
