@@ -24,8 +24,8 @@ import transformers
 import sliplm.trusted  # noqa: F401 - teaches Transformers to load trusted bundles
 from sliplm.demo import find_smollm2
 from sliplm.evaluate import agreement, text
+from sliplm.exchange.link import Link
 from sliplm.field import P
-from sliplm.protocol.link import Link
 
 
 def slip(*arguments: object) -> tuple[dict[str, Any], float]:
@@ -132,7 +132,7 @@ def main() -> None:
             # A process of its own, so that the peak is that of this split and of nothing before it.
             code = (
                 "import resource, sys, pathlib, time; started = time.perf_counter();"
-                "from sliplm.split.split import split; split(sys.argv[1], pathlib.Path(sys.argv[2]));"
+                "from sliplm.split.model import split_model; split_model(sys.argv[1], pathlib.Path(sys.argv[2]));"
                 "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, time.perf_counter() - started)"
             )
             done = subprocess.run(

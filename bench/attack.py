@@ -15,10 +15,10 @@ from pathlib import Path
 
 import transformers
 
+from sliplm.attacks import report as attack_report
+from sliplm.attacks import suite
 from sliplm.demo import find_smollm2
-from sliplm.evaluate import attack_report
-from sliplm.evaluate.attacks import suite
-from sliplm.split.split import Options, split
+from sliplm.split.model import Options, split_model
 
 WORK = Path("build/attack")
 
@@ -38,7 +38,7 @@ def main() -> None:
     directories = [WORK / "plain", WORK / "default"]
     for directory, options in zip(directories, (Options(camouflage=False, blinding=False), Options()), strict=True):
         if not directory.exists():
-            split(model, directory, options)
+            split_model(model, directory, options)
     result = suite.attack(directories, model, sys.argv[2:], budget, progress=tell, finished=WORK / "runs.jsonl")
     result["seconds"]["all"] = [round(time.perf_counter() - began[0]), round(time.process_time() - began[1])]
     attack_report.write(result, suite.spectra(directories, model), Path("attack.html"))

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from sliplm import kernels
+from sliplm.exchange import masking
 from sliplm.field import P
-from sliplm.protocol import masking
 from sliplm.split.blinding import Blinding
 
 LAYERS = {  # rows without planes, columns

@@ -21,9 +21,9 @@ import numpy as np
 import torch
 
 from sliplm import field, kernels
+from sliplm.exchange import masking
 from sliplm.field import P
 from sliplm.kernels.cuda import TILE
-from sliplm.protocol import masking
 from sliplm.split.blinding import Blinding
 
 EXCLUDES = (

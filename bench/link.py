@@ -20,11 +20,12 @@ from pathlib import Path
 
 import numpy as np
 
-from sliplm.edge.engine import EdgeEngine
+from sliplm.edge.multiplier import Multiplier
 from sliplm.edge.worker import EdgeWorker
 from sliplm.field import P
-from sliplm.protocol import authority, tls
-from sliplm.trusted.server import TrustedServer
+from sliplm.protocol import tls
+from sliplm.registry import authority
+from sliplm.serve.server import TrustedServer
 
 DIGEST = bytes(32)
 
@@ -53,7 +54,7 @@ class Silent:
 
 
 def work(cols: int, address: tuple[str, int], identity: Path) -> None:
-    EdgeWorker(EdgeEngine([Mirror(cols)], DIGEST), address, identity).run()
+    EdgeWorker(Multiplier([Mirror(cols)], DIGEST), address, identity).run()
 
 
 def read(sock: socket.socket, view: memoryview) -> bool:
@@ -69,7 +70,7 @@ def read(sock: socket.socket, view: memoryview) -> bool:
 def echo(address: tuple[str, int], identity: Path, sizes: list[int]) -> None:
     raw = socket.create_connection(address)
     raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock = tls.client_context(identity).wrap_socket(raw, server_hostname=authority.SERVER_NAME)
+    sock = tls.client_context(identity).wrap_socket(raw, server_hostname=tls.SERVER_NAME)
     for size in sizes:
         data = memoryview(bytearray(size))
         while read(sock, data):
@@ -123,7 +124,7 @@ def main() -> None:
             mirror.start()
             raw, _ = listener.accept()
             raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            with tls.server_context(home).wrap_socket(raw, server_side=True) as sock:
+            with tls.server_context(*authority.server_files(home)).wrap_socket(raw, server_side=True) as sock:
                 for (rows, rounds), size in zip(plan, sizes, strict=True):
                     data = memoryview(bytearray(size))
 

@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from sliplm.attacks import gram, matrices, unblinding
+from sliplm.attacks.stolen import guess_scales
 from sliplm.demo import find_smollm2
-from sliplm.evaluate.attacks import gram, matrices, unblinding
-from sliplm.evaluate.attacks.stolen import guess_scales
 from sliplm.split.base import divide
 from sliplm.split.blinding import Blinding, blind
 from sliplm.split.groups import find_groups

@@ -1,7 +1,7 @@
 """Run a model on hardware you do not trust, without giving its weights away (SLIP, arXiv 2407.10886).
 
     sliplm.protect(module, inputs)      any torch module, protected in this process: notebooks, tests
-    sliplm.split(model, out)            a checkpoint into out/edge and out/trusted
+    sliplm.split_model(model, out)      a checkpoint into out/edge and out/trusted
     sliplm.Trusted(bundle)              the trusted side: loads out/trusted, serves edges
     sliplm.Edge(bundle, trusted, id)    the edge: loads out/edge, multiplies for the trusted side
 
@@ -12,16 +12,19 @@ import importlib
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["Edge", "Trusted", "protect", "split"]
+__all__ = ["Edge", "Trusted", "protect", "split_model"]
 
-_HOMES = {"Edge": "sliplm.edge.side", "Trusted": "sliplm.trusted.side"}
+_HOMES = {
+    "Edge": "sliplm.edge.side",
+    "Trusted": "sliplm.trusted.side",
+    "protect": "sliplm.trusted.protect",
+    "split_model": "sliplm.split.model",
+}
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
-    if name in __all__:
-        return importlib.import_module(f"sliplm.{name}")  # a module that can be called
     raise AttributeError(f"module 'sliplm' has no attribute {name!r}")
 
 

@@ -18,9 +18,9 @@ from sliplm.edge.client import stream
 from sliplm.errors import UnsupportedModelError
 from sliplm.evaluate import agreement, text, thief
 from sliplm.processes import process
-from sliplm.protocol import authority
+from sliplm.registry import authority
+from sliplm.split.model import split_model
 from sliplm.split.source import load_whole
-from sliplm.split.split import split
 
 MEASURED_TOKENS = 2048
 
@@ -37,7 +37,7 @@ def run(model: str | None, question: str, max_tokens: int, keep: Path | None, co
         directory = keep or Path(scratch) / "bundle"
         say(f"1. Split {Path(source).name}: rank 16, two planes, camouflage and blinding on")
         started = time.perf_counter()
-        summary = split(source, directory)
+        summary = split_model(source, directory)
         result["split_seconds"] = round(time.perf_counter() - started, 1)
         say(
             f"   {summary.layers} layers in {summary.groups} groups, {result['split_seconds']} s, "

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import sliplm.trusted  # noqa: F401 - teaches Transformers to load trusted bundles
 from sliplm.demo import find_smollm2
-from sliplm.split.split import Options, split
+from sliplm.split.model import Options, split_model
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -65,7 +65,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_split(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("tiny-split") / "tinymodel"
-    split(str(tiny), out, Options(rank=4))
+    split_model(str(tiny), out, Options(rank=4))
     return out
 
 
@@ -77,7 +77,7 @@ def smollm2() -> str:
 @pytest.fixture(scope="session")
 def smollm2_split(smollm2: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("smollm2") / "bundle"
-    split(smollm2, out)
+    split_model(smollm2, out)
     return out
 
 

@@ -1,7 +1,7 @@
 """The blinding of bundle format 2, which fell: `rounds` of a signed permutation and a block Hadamard transform. And
 matrices like those that it fell with.
 
-Kept for the attacks to show what they can do (`evaluate.attacks.unblinding`), and for nothing else.
+Kept for the attacks to show what they can do (`attacks.unblinding`), and for nothing else.
 """
 
 from __future__ import annotations

@@ -15,16 +15,18 @@ import numpy as np
 import pytest
 import sqlalchemy
 
-from sliplm.edge.engine import EdgeEngine
+from sliplm.edge.multiplier import Multiplier
 from sliplm.edge.worker import EdgeWorker
 from sliplm.errors import LinkError, SlipError, VerificationError
+from sliplm.exchange.link import Link
 from sliplm.field import P
-from sliplm.protocol import authority, frames, tls
+from sliplm.protocol import frames, tls
 from sliplm.protocol.channel import Channel, connect
 from sliplm.protocol.frames import Kind, Role, Welcome
-from sliplm.protocol.link import Link, RemoteLink
 from sliplm.protocol.messages import Chunk, GenerateRequest
-from sliplm.trusted.server import TrustedServer
+from sliplm.protocol.remote import RemoteLink
+from sliplm.registry import authority
+from sliplm.serve.server import TrustedServer
 
 DIGEST = bytes(range(32))
 VERSION = frames.VERSIONS[1]
@@ -57,8 +59,8 @@ class WrongMatrix(FakeMatrix):
         return y
 
 
-def make_engine(kind: type[FakeMatrix] = FakeMatrix, digest: bytes = DIGEST) -> EdgeEngine:
-    return EdgeEngine([kind(m, k, seed) for seed, (m, k) in enumerate(SHAPES)], digest)
+def make_engine(kind: type[FakeMatrix] = FakeMatrix, digest: bytes = DIGEST) -> Multiplier:
+    return Multiplier([kind(m, k, seed) for seed, (m, k) in enumerate(SHAPES)], digest)
 
 
 class FakeEngine:
@@ -129,7 +131,7 @@ def serving(directory: Path, engine: FakeEngine | None = None, **options) -> Ite
 
 
 @contextlib.contextmanager
-def working(server_or_address, identity: Path, engine: EdgeEngine | None = None, **options) -> Iterator[EdgeWorker]:
+def working(server_or_address, identity: Path, engine: Multiplier | None = None, **options) -> Iterator[EdgeWorker]:
     """A connected worker."""
     address = getattr(server_or_address, "address", server_or_address)
     worker = EdgeWorker(engine or make_engine(), address, identity, **options)
@@ -179,6 +181,11 @@ def text(worker: EdgeWorker, request: GenerateRequest | None = None) -> str:
     return "".join(chunk.text for chunk in worker.generate(request or ask()))
 
 
+def server_context(home: Path) -> ssl.SSLContext:
+    """The trusted side's, with the authority in `home`."""
+    return tls.server_context(*authority.server_files(home))
+
+
 class Pair:
     """A trusted and an edge channel, connected by TLS over a real socket, and nobody behind them."""
 
@@ -187,10 +194,10 @@ class Pair:
             a = socket.create_connection(listener.getsockname(), 10)
             b = listener.accept()[0]
         sides: list[ssl.SSLSocket] = []
-        server = tls.server_context(home)
+        server = server_context(home)
         thread = threading.Thread(target=lambda: sides.append(server.wrap_socket(b, server_side=True)))
         thread.start()
-        edge = tls.client_context(identity).wrap_socket(a, server_hostname=authority.SERVER_NAME)
+        edge = tls.client_context(identity).wrap_socket(a, server_hostname=tls.SERVER_NAME)
         thread.join(10)
         self.edge = Channel(edge, "the trusted side", timeout)
         self.trusted = Channel(sides[0], "the edge", timeout)
@@ -217,7 +224,7 @@ class Pair:
 
 
 @contextlib.contextmanager
-def scripted(home: Path, script, role_context=tls.server_context):
+def scripted(home: Path, script, role_context=server_context):
     """A trusted side that greets properly and then does `script(channel)`, for every connection."""
     context = role_context(home)
     seen: list[BaseException] = []

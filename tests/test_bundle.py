@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from sliplm import bundle
 from sliplm.errors import BundleError, SlipError
+from sliplm.split import writer
 
 
 @pytest.fixture
@@ -32,20 +33,20 @@ def test_tensor_writer_writes_what_safetensors_reads(tmp_path: Path) -> None:
         "b": torch.randint(-128, 128, (4, 7), dtype=torch.int8),
         "view": torch.arange(12.0).reshape(3, 4).T,
     }
-    writer = bundle.TensorWriter(tmp_path / "x", {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()})
+    made = writer.TensorWriter(tmp_path / "x", {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()})
     for name, tensor in tensors.items():
-        writer.write(name, tensor)
-    assert writer.close() == bundle.sha256_file(tmp_path / "x")
+        made.write(name, tensor)
+    assert made.close() == bundle.sha256_file(tmp_path / "x")
     assert all(torch.equal(t, tensors[n]) for n, t in load_file(tmp_path / "x").items())
 
 
 def test_tensor_writer_refuses_what_was_not_announced(tmp_path: Path) -> None:
-    writer = bundle.TensorWriter(tmp_path / "x", {"a": (torch.float32, (2,)), "b": (torch.int8, (1,))})
+    made = writer.TensorWriter(tmp_path / "x", {"a": (torch.float32, (2,)), "b": (torch.int8, (1,))})
     for name, tensor in [("b", torch.zeros(1, dtype=torch.int8)), ("a", torch.zeros(3))]:
         with pytest.raises(ValueError):
-            writer.write(name, tensor)
+            made.write(name, tensor)
     with pytest.raises(ValueError):
-        bundle.TensorWriter(tmp_path / "y", {"a": (torch.float32, (2,))}).close()
+        writer.TensorWriter(tmp_path / "y", {"a": (torch.float32, (2,))}).close()
 
 
 def test_edge_matrices_are_read_only_and_exact(tiny_split: Path) -> None:
@@ -240,11 +241,11 @@ def test_the_trusted_directory_is_private(tiny_split: Path) -> None:
 
 
 def test_new_directory_is_all_or_nothing(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), bundle.new_directory(tmp_path / "x") as partial:
+    with pytest.raises(RuntimeError), writer.new_directory(tmp_path / "x") as partial:
         (partial / "half").write_text("written")
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
-    with bundle.new_directory(tmp_path / "deep" / "x") as partial:
+    with writer.new_directory(tmp_path / "deep" / "x") as partial:
         (partial / "whole").write_text("written")
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["x"]
 
@@ -254,11 +255,11 @@ def test_an_empty_directory_is_filled_and_not_replaced(tmp_path: Path, monkeypat
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     before = (tmp_path / "here").stat().st_ino
-    with pytest.raises(RuntimeError), bundle.new_directory(Path()) as partial:
+    with pytest.raises(RuntimeError), writer.new_directory(Path()) as partial:
         (partial / "half").write_text("written")
         raise RuntimeError
     assert list(Path().iterdir()) == []
-    with bundle.new_directory(Path()) as partial:
+    with writer.new_directory(Path()) as partial:
         (partial / "whole").mkdir()
     assert [str(p) for p in Path().iterdir()] == ["whole"] and (tmp_path / "here").stat().st_ino == before
 
@@ -267,5 +268,5 @@ def test_an_empty_directory_is_filled_and_not_replaced(tmp_path: Path, monkeypat
 def test_what_cannot_become_a_directory_is_refused_before_any_work(tmp_path: Path, name: str) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     (tmp_path / "file").write_text("")
-    with pytest.raises(BundleError, match="already exists"), bundle.new_directory(tmp_path / name):
+    with pytest.raises(BundleError, match="already exists"), writer.new_directory(tmp_path / name):
         raise AssertionError("never reached")

@@ -13,9 +13,9 @@ from conftest import save_tiny
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from sliplm.engine.builtin import BuiltinEngine
 from sliplm.protocol.messages import Chunk, GenerateRequest
-from sliplm.split.split import Options, split
-from sliplm.trusted.engine import Engine
+from sliplm.split.model import Options, split_model
 
 WORDS = ["▁", "▁▁▁", "▁Paris", "▁is", "▁return", "Par", "is", "▁The", "▁Hello", ":", "."]
 BYTES = [f"<0x{i:02X}>" for i in range(256)]
@@ -73,11 +73,13 @@ def make_bundle(directory: Path, tokenizer: Any, generation: dict[str, Any] | No
     if generation is not None:
         settings = transformers.GenerationConfig(**generation)
         settings.save_pretrained(model)
-    split(str(model), directory / "bundle", Options(rank=4))
+    split_model(str(model), directory / "bundle", Options(rank=4))
     return directory / "bundle" / "trusted"
 
 
-def say(engine: Engine, monkeypatch: pytest.MonkeyPatch, tokens: list[int | str], **what: Any) -> tuple[str, Chunk]:
+def say(
+    engine: BuiltinEngine, monkeypatch: pytest.MonkeyPatch, tokens: list[int | str], **what: Any
+) -> tuple[str, Chunk]:
     """The engine's text and last chunk where the model's likeliest tokens are these, one after the other."""
     ids = [t if isinstance(t, int) else engine.tokenizer.convert_tokens_to_ids(t) for t in tokens]
     original = engine.model.forward

@@ -19,7 +19,7 @@ from torch import nn
 
 import sliplm
 import sliplm.trusted
-from sliplm.split.split import Options, split
+from sliplm.split.model import Options, split_model
 
 RANK = 4
 KEPT = {"CNN": ["depthwise (Conv2d)"], "MLP": []}
@@ -218,7 +218,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as scratch, torch.no_grad():
             model = build(family)
             model.save_pretrained(f"{scratch}/model")
-            summary = split(f"{scratch}/model", Path(scratch) / "out", Options(RANK))
+            summary = split_model(f"{scratch}/model", Path(scratch) / "out", Options(RANK))
             protected = family.auto.from_pretrained(f"{scratch}/out/trusted")
             inputs = inputs_for(model)
             want = model(**inputs).logits

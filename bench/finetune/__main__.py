@@ -22,14 +22,14 @@ import torch
 import transformers
 
 from bench.finetune import tune, undo, world
+from sliplm.attacks import finetune
+from sliplm.attacks.finetune import share
+from sliplm.attacks.lines import Runs
+from sliplm.attacks.stolen import ALL, Stolen, trim
+from sliplm.attacks.training import LENGTH, Data, learn, perplexity
 from sliplm.demo import find_smollm2
-from sliplm.evaluate.attacks import finetune
-from sliplm.evaluate.attacks.finetune import share
-from sliplm.evaluate.attacks.lines import Runs
-from sliplm.evaluate.attacks.stolen import ALL, Stolen, trim
-from sliplm.evaluate.attacks.training import LENGTH, Data, learn, perplexity
+from sliplm.split.model import Options, split_model
 from sliplm.split.source import load_whole
-from sliplm.split.split import Options, split
 
 RATES = (3e-4, 1e-3)
 FELL = 0.3  # correlation with the true rotation
@@ -66,7 +66,7 @@ def main() -> None:
     ):
         if not (work / name).exists():
             say(f"splitting: {name}")
-            split(str(work / kind), work / name, options)
+            split_model(str(work / kind), work / name, options)
 
     def score(model: Any) -> float:
         return perplexity(trim(copy.deepcopy(model), vocabulary), text)

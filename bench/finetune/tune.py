@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from sliplm.evaluate.attacks.lora import Correction
-from sliplm.evaluate.attacks.stolen import trim
-from sliplm.evaluate.attacks.training import Curve, Data, learn
+from sliplm.attacks.lora import Correction
+from sliplm.attacks.stolen import trim
+from sliplm.attacks.training import Curve, Data, learn
 from sliplm.split.groups import find_groups
 
 RATES = {"full": 5e-4, "lora": 3e-3}

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from sliplm.evaluate.attacks import gram, matrices, unblinding
-from sliplm.evaluate.attacks.stolen import NONE, Oracles, Stolen, guess_scales
+from sliplm.attacks import gram, matrices, unblinding
+from sliplm.attacks.stolen import NONE, Oracles, Stolen, guess_scales
 from sliplm.split.blinding import blind, stored
 from sliplm.split.planes import dequantise, quantise
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from sliplm.attacks.training import LENGTH
 from sliplm.errors import SlipError
-from sliplm.evaluate.attacks.training import LENGTH
 
 SEED = 2411
 _ONSETS = (

@@ -71,10 +71,10 @@ def main() -> int:
 
 def _split(directory: Path, console: Console) -> Path:
     from sliplm.demo import find_smollm2
-    from sliplm.split.split import split
+    from sliplm.split.model import split_model
 
     console.print("splitting SmolLM2 ...", style="bold")
-    split(find_smollm2(), directory)
+    split_model(find_smollm2(), directory)
     return directory
 
 

@@ -49,6 +49,7 @@ from sliplm.protocol.frames import (
     parse_welcome,
 )
 from sliplm.protocol.messages import decode_chunk, decode_request
+from sliplm.registry import authority
 
 VERSION = VERSIONS[1]
 PROMPT = "The capital of France is"
@@ -448,7 +449,11 @@ def _attack_trusted(here: Site, size: int, encrypted: bool, seed: int, fresh: bo
 def _attack_edge(here: Site, size: int, encrypted: bool, seed: int, fresh: bool, edges: int = 3) -> dict[str, Any]:
     bundle = EdgeBundle.open(here.bundle / "edge")
     identities = [here.enrol(f"edge{i}") for i in range(edges)]
-    context = tls.server_context(here.bundle / "trusted" / "authority") if encrypted else plain.Context()
+    context = (
+        tls.server_context(*authority.server_files(here.bundle / "trusted" / "authority"))
+        if encrypted
+        else plain.Context()
+    )
     tally = _Tally(size)
     hostile = HostileTrusted(context, bundle.digest, bundle.shapes, tally, seed)
     running = [

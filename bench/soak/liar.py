@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sliplm.edge.engine import EdgeEngine
+from sliplm.edge.multiplier import Multiplier
 from sliplm.edge.worker import EdgeWorker
 from sliplm.errors import IdentityError, SlipError
 from sliplm.field import P
@@ -139,7 +139,7 @@ class Liar(EdgeWorker):
         told: how many lies it told.
     """
 
-    def __init__(self, engine: EdgeEngine, address: str, identity: Any, seed: int) -> None:
+    def __init__(self, engine: Multiplier, address: str, identity: Any, seed: int) -> None:
         super().__init__(engine, address, identity)
         self.told = 0
         self._rng = np.random.default_rng(seed)

@@ -19,8 +19,8 @@ from typing import Any
 import psutil
 
 from sliplm.edge.client import stream
-from sliplm.protocol import authority
 from sliplm.protocol.messages import Chunk
+from sliplm.registry import authority
 
 START_SECONDS = 300.0
 
@@ -33,7 +33,7 @@ _forked.set_forkserver_preload(
     [
         "bench.soak.processes",
         "sliplm.cli",
-        "sliplm.trusted.engine",
+        "sliplm.engine.builtin",
         "sliplm.edge.serve",
         "transformers.models.llama.modeling_llama",
     ]

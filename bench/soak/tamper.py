@@ -18,7 +18,7 @@ from typing import Any
 from bench.soak.liar import LIES, NUMBERS, Liar
 from bench.soak.processes import Site, site, text
 from sliplm.bundle import EdgeBundle
-from sliplm.edge.engine import EdgeEngine
+from sliplm.edge.multiplier import Multiplier
 
 PROMPT = "Hello there"
 TOKENS = 2
@@ -31,7 +31,7 @@ def run(bundle: Path, size: int = 10_000, liars: int = 4, seed: int = 0, fresh: 
         honest = here.edge(address, here.enrol("honest"))
         api = honest.ready()["api"]
         truth = text(api, PROMPT, TOKENS)
-        engine = EdgeEngine.from_bundle(EdgeBundle.open(here.bundle / "edge"))
+        engine = Multiplier.from_bundle(EdgeBundle.open(here.bundle / "edge"))
         workers = [Liar(engine, address, here.enrol(f"liar{i}"), seed + i) for i in range(liars)]
         threads = [threading.Thread(target=w.run, daemon=True) for w in workers]
         for thread in threads:

@@ -46,16 +46,16 @@ def pads(log: Path, key: bytes) -> None:
 
 def rows(log: Path, key: bytes) -> None:
     """From now on, write an entry for each row that this edge multiplies."""
-    from sliplm.edge.engine import EdgeEngine
+    from sliplm.edge.multiplier import Multiplier
 
     handle = _open(log)
-    multiply = EdgeEngine.product
+    multiply = Multiplier.product
 
-    def product(self: EdgeEngine, group: int, x: np.ndarray, *args, **options) -> np.ndarray:
+    def product(self: Multiplier, group: int, x: np.ndarray, *args, **options) -> np.ndarray:
         _write(handle, key, x, group)
         return multiply(self, group, x, *args, **options)
 
-    EdgeEngine.product = product  # type: ignore[method-assign]
+    Multiplier.product = product  # type: ignore[method-assign]
 
 
 def count(log: Path) -> tuple[int, int]:

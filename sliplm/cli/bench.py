@@ -28,8 +28,8 @@ def bench(
     """Measure the protected model beside the unprotected one: speed, traffic, memory, and where the time goes."""
     set_up_logging(False)
     quiet_transformers()
-    from sliplm.evaluate.speed import show
-    from sliplm.evaluate.speed.bench import bench as run
+    from sliplm.speed import show
+    from sliplm.speed.bench import bench as run
 
     if plot:
         show.require_plots()

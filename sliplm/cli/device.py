@@ -38,8 +38,7 @@ def add(
 
     Limits that are not given are the server's.
     """
-    from sliplm.protocol import authority
-    from sliplm.registry import Limits
+    from sliplm.registry import Limits, authority
 
     path = output or Path(f"{name}.identity")
     limits = Limits(concurrent, tokens_per_minute, daily_tokens)
@@ -139,7 +138,7 @@ def _authority(bundle: Path) -> Path:
 
 
 def _open(bundle: Path, registry: str | None) -> Registry:
-    from sliplm.protocol import authority
+    from sliplm.registry import authority
 
     return authority.open_registry(_authority(bundle), registry)
 

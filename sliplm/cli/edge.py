@@ -36,7 +36,7 @@ def edge(
     from sliplm import kernels
     from sliplm.bundle import EdgeBundle
     from sliplm.edge.api.guard import read_key, read_name, read_origin
-    from sliplm.edge.engine import EdgeEngine
+    from sliplm.edge.multiplier import Multiplier
     from sliplm.edge.serve import ApiServer
     from sliplm.edge.worker import EdgeWorker
     from sliplm.protocol.channel import parse_address
@@ -45,7 +45,7 @@ def edge(
     key = read_key(api_key) if api_key else None
     names = [read_name(text) for text in api_name or ()]
     origins = [read_origin(text) for text in api_origin or ()]
-    engine = EdgeEngine.from_bundle(EdgeBundle.open(bundle))
+    engine = Multiplier.from_bundle(EdgeBundle.open(bundle))
     worker = EdgeWorker(engine, trusted, identity)
     stop = threading.Event()
     failure: list[BaseException] = []

@@ -63,8 +63,8 @@ def attack(
     """Try to make use of the edge bundle alone, in every way we know, and compare with a thief who has none."""
     set_up_logging(False)
     quiet_transformers()
-    from sliplm.evaluate import attack_report
-    from sliplm.evaluate.attacks import suite
+    from sliplm.attacks import report as attack_report
+    from sliplm.attacks import suite
 
     if report:
         attack_report.require_plots()

@@ -34,8 +34,8 @@ def split(
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
             signal.signal(number, lambda number, _: sys.exit(128 + number))
     from sliplm.split.advice import weaknesses
-    from sliplm.split.split import Options
-    from sliplm.split.split import split as run
+    from sliplm.split.model import Options
+    from sliplm.split.model import split_model as run
 
     quiet_transformers()
     options = Options(rank, planes, camouflage, blinding, base, again)

@@ -56,12 +56,12 @@ def trusted(
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
 
+    from sliplm.engine.builtin import BuiltinEngine
     from sliplm.protocol.channel import parse_address
     from sliplm.registry import Limits
-    from sliplm.trusted.engine import Engine
-    from sliplm.trusted.monitor import Monitor, sample
-    from sliplm.trusted.rules import SystemPrompt, compose
-    from sliplm.trusted.server import TrustedServer
+    from sliplm.serve.monitor import Monitor, sample
+    from sliplm.serve.rules import SystemPrompt, compose
+    from sliplm.serve.server import TrustedServer
 
     quiet_transformers()
     if threads:
@@ -69,7 +69,7 @@ def trusted(
     host, port = parse_address(listen)
     monitor_address = parse_address(metrics) if metrics else None
     chosen = compose(rules, system_prompt)
-    engine = Engine(bundle, pads, allow_logprobs, name)
+    engine = BuiltinEngine(bundle, pads, allow_logprobs, name)
     if isinstance(chosen, SystemPrompt):
         engine.rehearse(chosen.text)
     limits = Limits(concurrent, tokens_per_minute, daily_tokens)
@@ -93,7 +93,7 @@ def trusted(
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
-    sample(server, engine)
+    sample(server, engine.model.slip)
     monitor = Monitor(server, *monitor_address) if monitor_address else None
     engine.model.slip.pool.start()
     address = "{}:{}".format(*server.address)

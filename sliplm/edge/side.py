@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from sliplm.bundle import EdgeBundle
-from sliplm.edge.engine import EdgeEngine
+from sliplm.edge.multiplier import Multiplier
 from sliplm.edge.worker import EdgeWorker
 
 
@@ -22,4 +22,4 @@ class Edge(EdgeWorker):
     """
 
     def __init__(self, bundle: Path | str, trusted: str | tuple[str, int], identity: Path | str) -> None:
-        super().__init__(EdgeEngine.from_bundle(EdgeBundle.open(bundle)), trusted, identity)
+        super().__init__(Multiplier.from_bundle(EdgeBundle.open(bundle)), trusted, identity)

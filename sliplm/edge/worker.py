@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sliplm.edge.engine import EdgeEngine
+from sliplm.edge.multiplier import Multiplier
 from sliplm.errors import BundleError, IdentityError, LinkError, ProtocolError, SlipError
 from sliplm.protocol import tls
 from sliplm.protocol.channel import Address, Channel, connect, parse_address
@@ -55,7 +55,7 @@ class EdgeWorker:
 
     def __init__(
         self,
-        engine: EdgeEngine,
+        engine: Multiplier,
         trusted: str | Address,
         identity: Path | str,
         *,

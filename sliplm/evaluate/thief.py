@@ -17,7 +17,7 @@ from sliplm import bundle
 from sliplm.split.blinding import stored, unblind
 from sliplm.split.groups import blocks, protected_tensors
 from sliplm.split.planes import dequantise
-from sliplm.trusted.quantizer import SlipConfig
+from sliplm.trusted.transformers import SlipConfig
 
 
 def edge_only(directory: Path) -> Any:

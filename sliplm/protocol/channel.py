@@ -28,7 +28,6 @@ from sliplm.errors import (
     VersionError,
 )
 from sliplm.protocol import frames, tls
-from sliplm.protocol.authority import SERVER_NAME
 from sliplm.protocol.frames import HEADER, Code, Header, Hello, Kind, Role, Welcome
 from sliplm.protocol.messages import BusyError, LimitError, RefusedError, RequestError, TooLongError
 
@@ -304,7 +303,7 @@ def connect(
         raise LinkError(f"{peer} at {where} cannot be reached: {why}") from None
     try:
         tune(sock)
-        wrapped = context.wrap_socket(sock, server_hostname=SERVER_NAME)
+        wrapped = context.wrap_socket(sock, server_hostname=tls.SERVER_NAME)
     except ssl.SSLError as error:
         sock.close()
         raise tls.explain(error, peer) from None

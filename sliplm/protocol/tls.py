@@ -16,7 +16,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
 from sliplm.errors import IdentityError, LinkError, SlipError
-from sliplm.protocol import authority
+
+SERVER_NAME = "sliplm-trusted"
+"""The name in the trusted side's certificate, wherever it runs: edges check this, not an address."""
 
 _log = logging.getLogger(__name__)
 
@@ -25,19 +27,15 @@ class HandshakeError(IdentityError):
     """The TLS handshake failed over a certificate, or so it seems: anybody on the way can make it seem so."""
 
 
-def server_context(directory: Path | str) -> ssl.SSLContext:
-    """The trusted side's context. Creates the authority on first use and renews the server's certificate.
-
-    Raises IdentityError.
-    """
-    chain, ca_pem = authority.server_files(directory)
+def server_context(chain: Path, ca_pem: bytes) -> ssl.SSLContext:
+    """The trusted side's context, from what `registry.authority.server_files` gives. Raises IdentityError."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.num_tickets = 0  # no resumption: every connection proves its certificate afresh
     return _finish(context, chain, ca_pem)
 
 
 def client_context(identity: Path | str) -> ssl.SSLContext:
-    """An edge's context, from the identity file that `authority.add_device` wrote. Raises IdentityError."""
+    """An edge's context, from the identity file that `registry.authority.add_device` wrote. Raises IdentityError."""
     path = Path(identity)
     ca_pem = _check_identity(path)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)

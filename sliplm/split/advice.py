@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sliplm.split.split import Options
+from sliplm.split.model import Options
 
 RANK_FLOOR = 8  # below it, a thief with every oracle has less to learn than we have measured (docs/security.md)
 

@@ -4,7 +4,7 @@ transform, with a secret diagonal after the first.
 The edge's matrix is stored in blinded coordinates, so that matrices of neighbouring layers share no basis, and outliers
 spread before quantisation; moving a vector costs the trusted side O(n log n). Why so many rounds, why angles and not
 signs, and why a diagonal: with two rounds of signs a thief who has a similar matrix reads the signs off
-(`evaluate.attacks.unblinding`); four rounds of secret angles look like rotations drawn from all orthogonal matrices
+(`attacks.unblinding`); four rounds of secret angles look like rotations drawn from all orthogonal matrices
 (`bench/haar.py`), and the diagonal blurs the singular vectors by which a thief would line up what he reads with what he
 knows. It stands after the first round because there its basis is hidden: before the last one it can be stripped off.
 

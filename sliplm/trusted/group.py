@@ -35,7 +35,7 @@ class _Pending(threading.local):
     outputs: dict[int, torch.Tensor] | None = None
 
 
-class Group:
+class ProtectedGroup:
     """One group of protected linear maps, bound to a runtime.
 
     Args:
@@ -77,7 +77,7 @@ class Group:
         self._pending = _Pending()
 
     def __repr__(self) -> str:
-        return f"Group({self.number}, members={self._names})"
+        return f"ProtectedGroup({self.number}, members={self._names})"
 
     def __len__(self) -> int:
         return len(self._names)

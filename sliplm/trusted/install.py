@@ -10,19 +10,18 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from sliplm.split.blinding import Blinding
-from sliplm.split.groups import Group as Members
-from sliplm.split.groups import Sum
+from sliplm.split.groups import Group, Sum
 from sliplm.split.layers import is_experts, members
 from sliplm.trusted.conv import ProtectedConv
+from sliplm.trusted.decoder import shorten
 from sliplm.trusted.experts import protect_experts
-from sliplm.trusted.group import Group, MemberWeights
-from sliplm.trusted.lean import shorten
+from sliplm.trusted.group import MemberWeights, ProtectedGroup
 from sliplm.trusted.linear import ProtectedLinear
 from sliplm.trusted.runtime import Runtime
 from sliplm.trusted.sums import SumGroup
 
 
-def install(model: nn.Module, groups: list[Members], tensors: dict[str, torch.Tensor]) -> None:
+def install(model: nn.Module, groups: list[Group], tensors: dict[str, torch.Tensor]) -> None:
     """Replace the layers that hold the matrices of `groups`, wherever `model` uses them.
 
     Args:
@@ -50,7 +49,7 @@ def install(model: nn.Module, groups: list[Members], tensors: dict[str, torch.Te
                 parent._modules[key] = replaced[child]
 
 
-def bind(model: nn.Module, groups: list[Members], runtime: Runtime) -> None:
+def bind(model: nn.Module, groups: list[Group], runtime: Runtime) -> None:
     """Move the loaded tensors out of the modules and into `runtime`'s groups."""
     for number, group in enumerate(groups):
         modules: list[Any] = [model.get_submodule(m.name) for m in group]
@@ -62,7 +61,7 @@ def bind(model: nn.Module, groups: list[Members], runtime: Runtime) -> None:
             for m, t in zip(group, tensors, strict=True)
         ]
         row_norm = float(shared["row_norm"])
-        kind = SumGroup if isinstance(group, Sum) else Group
+        kind = SumGroup if isinstance(group, Sum) else ProtectedGroup
         bound = kind(number, weights, shared["scales"].numpy(), row_norm, (inner, outer), runtime)
         for i, (m, module) in enumerate(zip(group, modules, strict=True)):
             module.bind(bound, i, m.name)

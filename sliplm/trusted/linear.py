@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from sliplm.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
-    from sliplm.trusted.group import Group
+    from sliplm.trusted.group import ProtectedGroup
 
 
 class Absent(torch.Tensor):
@@ -47,8 +47,8 @@ class ProtectedLinear(nn.Module):
     """y = W x + b, with most of W on the edge.
 
     While a checkpoint loads, it holds the trusted tensors as buffers (`factor_a`, `factor_b`, ...). `bind`
-    moves them into a `Group`, out of reach of casts that would spoil them, and leaves a copy of `bias` for models that
-    read it.
+    moves them into a `ProtectedGroup`, out of reach of casts that would spoil them, and leaves a copy of `bias` for
+    models that read it.
 
     Args:
         dtype: of the original's weight.
@@ -67,7 +67,7 @@ class ProtectedLinear(nn.Module):
         self._loading = list(tensors)
         for name, tensor in ({"bias": None} | tensors).items():
             self.register_buffer(name, tensor)
-        self._group: Group | None = None
+        self._group: ProtectedGroup | None = None
         self._member = 0
         self._name = "a layer"
 
@@ -94,7 +94,7 @@ class ProtectedLinear(nn.Module):
         """The tensors to bind; empty once that is done."""
         return {name: self.get_buffer(name) for name in self._loading}
 
-    def bind(self, group: Group, member: int, name: str) -> None:
+    def bind(self, group: ProtectedGroup, member: int, name: str) -> None:
         """Serve outputs of `member` of `group` from now on, the matrix `name` of the model."""
         bias = None if self.bias is None else self.bias.detach().clone()  # the loader's is a view of a mapped file
         for tensor in {*self._loading, "bias"}:

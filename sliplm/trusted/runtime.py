@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 
 from sliplm import field
 from sliplm.errors import LinkError, VerificationError
+from sliplm.exchange import masking
+from sliplm.exchange.link import Link
 from sliplm.kernels import IntMatrix
 from sliplm.pads.pool import Pad, Pool
 from sliplm.pads.prg import Stream
-from sliplm.protocol import masking
-from sliplm.protocol.link import Link
 from sliplm.split.blinding import Blinding
 
 CHECKS = 2  # independent Freivalds checks per token and exchange; each misses an error with probability 1/p

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from sliplm.engine.builtin import BuiltinEngine
 from sliplm.protocol.channel import parse_address
-from sliplm.trusted.engine import Engine
-from sliplm.trusted.server import TrustedServer
+from sliplm.serve.server import TrustedServer
 
 
 class Trusted:
@@ -31,7 +31,7 @@ class Trusted:
         self, bundle: Path | str, listen: str = "127.0.0.1:0", pads: int = 64, name: str | None = None
     ) -> None:
         host, port = parse_address(listen)
-        self._engine = Engine(bundle, pads, name=name)
+        self._engine = BuiltinEngine(bundle, pads, name=name)
         self.model: Any = self._engine.model
         self.tokenizer: Any = self._engine.tokenizer
         authority = Path(bundle) / "authority"

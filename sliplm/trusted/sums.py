@@ -24,7 +24,7 @@ from sliplm.trusted.runtime import Runtime
 class SumGroup:
     """Protected linear maps of different inputs and one output size N, bound to a runtime.
 
-    Args: as for `Group`, with scales (planes, N) and the members' columns side by side in Q.
+    Args: as for `ProtectedGroup`, with scales (planes, N) and the members' columns side by side in Q.
     """
 
     def __init__(

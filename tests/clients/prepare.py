@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from sliplm import bundle
 from sliplm.demo import find_smollm2
-from sliplm.protocol import authority
-from sliplm.split.split import Options, split
+from sliplm.registry import authority
+from sliplm.split import writer
+from sliplm.split.model import Options, split_model
 
 TOOLS = """
 {%- if tools %}{{ '<|im_start|>system\n<tools>' }}{% for tool in tools %}{{ '\n' }}{{ tool | tojson }}{% endfor %}
@@ -27,11 +27,11 @@ TOOLS = """
 
 def main(directory: Path) -> None:
     # What hides the model best takes minutes on a slow machine, and no client sees anything of it.
-    digest = split(find_smollm2(), directory, Options(blinding=False)).digest
+    digest = split_model(find_smollm2(), directory, Options(blinding=False)).digest
     trusted = directory / "trusted"
     template = trusted / "chat_template.jinja"
     template.write_text(TOOLS + template.read_text() + "{% endif %}")
-    bundle.write_trusted_manifest(trusted, digest)
+    writer.write_trusted_manifest(trusted, digest)
     authority.add_device(trusted / "authority", "clients", directory / "identity", days=1)
 
 

@@ -20,7 +20,7 @@ RECOVERY_SECONDS = 5.0
 def impatient() -> None:
     """Time limits of seconds in place of half minutes: a test waits for them."""
     from sliplm.edge.worker import EdgeWorker
-    from sliplm.trusted.server import TrustedServer
+    from sliplm.serve.server import TrustedServer
 
     edge, trusted = EdgeWorker.__init__.__kwdefaults__, TrustedServer.__init__.__kwdefaults__
     assert {"idle_timeout", "generate_timeout"} <= edge.keys() and {"keepalive", "exchange_timeout"} <= trusted.keys()

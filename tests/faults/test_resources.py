@@ -17,7 +17,7 @@ import pytest
 
 from bench.soak.processes import Site, ask, eventually, site, text
 from sliplm.errors import SlipError
-from sliplm.protocol import authority
+from sliplm.registry import authority
 
 PROMPT, TOKENS = "Hello", 6
 

@@ -1,0 +1,1 @@
+"""Text from a protected model: prompts, decoding, grammars, tool calls."""

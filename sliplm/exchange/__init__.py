@@ -1,0 +1,1 @@
+"""The protocol's step: one masked, verified round trip."""

@@ -1,0 +1,61 @@
+"""A link carries one exchange: masked rows go to the edge, their product with a group's matrix comes back.
+
+A link knows nothing of masks and checks; to it the numbers are opaque. It promises that the answer has the
+right shape and belongs to this question, and that after any failure it never answers again.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sliplm.errors import LinkError
+
+Field = NDArray[np.uint32]
+Shape = tuple[int, int]
+"""A group's matrix: (M, K), rows and columns."""
+
+
+class Products(Protocol):
+    """What multiplies: an edge's `Multiplier`."""
+
+    def product(self, group: int, x: Field) -> Field: ...
+
+
+class Link(abc.ABC):
+    """The trusted side's way to one edge. Safe to call from several threads."""
+
+    @abc.abstractmethod
+    def exchange(self, group: int, x: Field, meanwhile: Callable[[], None] | None = None) -> Field:
+        """`Q x mod p` for every row of `x`: (T, K) uint32 to a fresh (T, M) uint32, with Q the matrix of
+        `group`. `meanwhile`, work to do while the edge computes, is called at most once.
+
+        Raises LinkError if the edge is gone or too slow, ProtocolError if it misbehaves. The answer is *not*
+        verified here.
+        """
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """End the link; a running exchange fails. May be called twice, and from any thread."""
+
+
+class InProcessLink(Link):
+    """An edge in this very process: tests, notebooks, `slip demo`."""
+
+    def __init__(self, products: Products) -> None:
+        self._products = products
+        self._closed = False
+
+    def exchange(self, group: int, x: Field, meanwhile: Callable[[], None] | None = None) -> Field:
+        if self._closed:
+            raise LinkError("the link is closed")
+        if meanwhile is not None:
+            meanwhile()
+        return self._products.product(group, x)
+
+    def close(self) -> None:
+        self._closed = True

@@ -1,0 +1,139 @@
+"""The link over the network: the trusted end of an edge's WORK connection."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from time import perf_counter_ns
+
+import numpy as np
+
+from sliplm.errors import LinkError, ProtocolError
+from sliplm.exchange.link import Field, Link, Shape
+from sliplm.protocol.channel import Channel
+from sliplm.protocol.frames import MAX_ROWS, Header, Kind
+
+FRAME_BYTES = 32 << 20
+"""Longer inputs travel in several frames of about this size, which bounds the memory on both sides."""
+
+_RESULT, _PONG = int(Kind.RESULT), int(Kind.PONG)  # enums are slow to look up and to compare
+
+
+class RemoteLink(Link):
+    """The trusted end of a WORK connection. The first failure, of whatever kind, closes it for good: an
+    answer that comes too late can then never be taken for the answer to a later question.
+
+    `shapes` gives (M, K) of every group, `timeout` the seconds that one frame and its answer may take. `sending`,
+    `waiting` and `receiving` are the nanoseconds spent so far on writing questions, on doing nothing until an answer
+    began to arrive, and on reading answers.
+    """
+
+    def __init__(self, channel: Channel, shapes: Sequence[Shape], timeout: float = 30.0) -> None:
+        self.last_used = time.monotonic()
+        self._channel = channel
+        self._shapes = list(shapes)
+        self._timeout = timeout
+        self._sequence = 0
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        self.sending = self.waiting = self.receiving = 0
+        channel.set_timeout(timeout)
+
+    @property
+    def alive(self) -> bool:
+        return not self._closed.is_set()
+
+    def wait_closed(self, timeout: float) -> bool:
+        """Whether the link closed within `timeout` seconds."""
+        return self._closed.wait(timeout)
+
+    def exchange(self, group: int, x: Field, meanwhile: Callable[[], None] | None = None) -> Field:
+        if not 0 <= group < len(self._shapes):
+            raise ValueError(f"there is no group {group}")
+        m, k = self._shapes[group]
+        if x.ndim != 2 or x.shape[1] != k or x.dtype != np.uint32 or not len(x):
+            raise ValueError(f"group {group} takes (T, {k}) uint32, not {x.shape} {x.dtype}")
+        most = max(1, min(MAX_ROWS, FRAME_BYTES // (4 * max(m, k))))
+        if len(x) <= most:
+            return self._exchange(group, x, m, meanwhile)
+        y = np.empty((len(x), m), np.uint32)
+        for i in range(0, len(x), most):
+            y[i : i + most] = self._exchange(group, x[i : i + most], m, meanwhile if i == 0 else None)
+        return y
+
+    def _exchange(self, group: int, x: Field, m: int, meanwhile: Callable[[], None] | None) -> Field:
+        rows, k = x.shape
+        y = np.empty((rows, m), np.uint32)
+        self._take_turn()
+        try:
+            channel, sequence = self._channel, self._sequence
+            staged = channel.stage(rows, k)
+            staged[:] = x
+            begin = perf_counter_ns()
+            channel.send_staged(Kind.EXCHANGE, group, sequence, staged)
+            sent = perf_counter_ns()
+            if meanwhile is not None:
+                meanwhile()
+            free = perf_counter_ns()
+            channel.await_input()
+            there = perf_counter_ns()
+            if not channel.comes((_RESULT, channel.version, group, rows, sequence, y.nbytes)):
+                raise self._refuse(channel.receive())
+            channel.read_array(y)
+            self.last_used = time.monotonic()
+            self.sending += sent - begin
+            self.waiting += there - free
+            self.receiving += perf_counter_ns() - there
+        except BaseException:
+            self._give_up()
+            raise
+        finally:
+            self._lock.release()
+        return y
+
+    def ping(self) -> None:
+        """Make sure that the edge is still there. Raises LinkError if not. Needless during an exchange."""
+        if self._lock.locked():
+            return
+        self._take_turn()
+        try:
+            self._channel.send(Kind.PING, sequence=self._sequence)
+            if not self._channel.comes((_PONG, self._channel.version, 0, 0, self._sequence, 0)):
+                raise self._refuse(self._channel.receive())
+            self.last_used = time.monotonic()
+        except BaseException:
+            self._give_up()
+            raise
+        finally:
+            self._lock.release()
+
+    def _take_turn(self) -> None:
+        """The channel to ourselves, for one question and its answer; whoever gets it releases the lock."""
+        if not self._lock.acquire(timeout=self._timeout):
+            raise LinkError(f"the edge was busy with other requests for {self._timeout:g} s")
+        if self._closed.is_set():
+            self._lock.release()
+            raise LinkError("the connection to the edge is closed")
+        self._sequence = (self._sequence + 1) & 0xFFFFFFFF
+
+    def _give_up(self) -> None:
+        self._closed.set()
+        self._channel.close()
+
+    def _refuse(self, header: Header) -> LinkError:
+        if header.kind == Kind.ERROR:
+            return ProtocolError(f"the edge answered: {self._channel.read_error(header)}")
+        if header.kind in (Kind.RESULT, Kind.PONG):
+            return ProtocolError("the edge's answer does not belong to the question")
+        return ProtocolError(f"the edge sent {Kind(header.kind).name} out of turn")
+
+    def close(self) -> None:
+        self._closed.set()
+        self._channel.abort()
+        if self._lock.acquire(timeout=1.0):  # an exchange under way has been woken up, and closes by itself
+            self._channel.close()
+            self._lock.release()
+
+    def __repr__(self) -> str:
+        return f"RemoteLink({self._channel.peer}, {'alive' if self.alive else 'closed'})"

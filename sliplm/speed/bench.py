@@ -1,0 +1,263 @@
+"""Run the protected and the unprotected model by turns, on the same machine and in the same minutes, and compare.
+
+Every contender is a process of its own (`speed.runner`); one works at a time. Timings on shared machines drift, so what
+counts is the ratio of medians within a run, never a time by itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+
+from sliplm import kernels
+from sliplm.bundle import EdgeBundle
+from sliplm.errors import SlipError
+from sliplm.protocol.frames import HEADER
+from sliplm.speed.models import find, protect
+from sliplm.trusted.runtime import CHECKS
+
+START_SECONDS, ANSWER_SECONDS = 600.0, 1200.0
+
+Ask = Callable[..., dict[str, Any]]
+
+
+def bench(
+    models: Sequence[str],
+    planes: Sequence[int] = (1, 2),
+    rank: int = 16,
+    tokens: int = 48,
+    prefill: int = 512,
+    rounds: int = 3,
+    long: int = 0,
+    keep: Path | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Measure every one of `models` with every number of `planes`; `rounds` times `tokens` decoded tokens each, and
+    prompts of `prefill` tokens (0 for none); then decode `long` more tokens over TLS and see what memory that left
+    occupied. Bundles stay in `keep`, and are taken from there.
+
+    Raises SlipError: a model cannot be had or split, or a process fails.
+    """
+    result: dict[str, Any] = {"kernels": kernels.describe(), "threads": torch.get_num_threads(), "results": []}
+    with tempfile.TemporaryDirectory(prefix="slip-bench-") as scratch:
+        place = keep or Path(scratch)
+        place.mkdir(parents=True, exist_ok=True)
+        for name in models:
+            source = find(name, place)
+            for count in planes:
+                say(f"{Path(name).name}, planes {count}: splitting, if that is not done yet")
+                directory = protect(name, source, count, rank, place, None)
+                say(f"{Path(name).name}, planes {count}: measuring")
+                measured = _measure(source, directory, tokens, prefill, rounds, long, say)
+                result["results"].append({"model": Path(name).name, "planes": count, "rank": rank, **measured})
+    return result
+
+
+def _measure(
+    source: str, directory: Path, tokens: int, prefill: int, rounds: int, long: int, say: Callable[[str], None]
+) -> dict[str, Any]:
+    with ExitStack() as running:
+        ask = {
+            name: running.enter_context(_runner(kind, where))
+            for name, kind, where in (
+                ("bf16", "bfloat16", source),
+                ("fp32", "float32", source),
+                ("protected", "protected", str(directory)),
+            )
+        }
+        turns = {
+            "bf16": ("bf16", {}),
+            "fp32": ("fp32", {}),
+            "tls": ("protected", {"link": "tls"}),
+            "in process": ("protected", {"link": "process"}),
+            "tls, pads included": ("protected", {"link": "tls", "pads": "made"}),
+        }
+        for who, how in turns.values():  # warms up, and shows what fails early
+            ask[who](do="decode", tokens=4, **how)
+        decoded: dict[str, list[dict[str, Any]]] = {name: [] for name in turns}
+        for number in range(rounds):
+            for name, (who, how) in turns.items():
+                decoded[name].append(ask[who](do="decode", tokens=tokens, **how))
+            say(f"  decoding, round {number + 1} of {rounds}")
+        prefilled: dict[str, list[float]] = {name: [] for name in ("bf16", "fp32", "tls", "in process")}
+        for number in range(rounds if prefill else 0):
+            for name, times in prefilled.items():
+                who, how = turns[name]
+                times.append(ask[who](do="prefill", tokens=prefill, **how)["seconds"])
+            say(f"  prompts, round {number + 1} of {rounds}")
+        memory = {name: [m["peak"] for m in ask[name](do="memory")["processes"]] for name in ask}
+        growth = _growth(ask["protected"], long, say) if long else {}
+    return _summary(directory, decoded, prefilled, prefill, memory) | growth
+
+
+def _growth(ask: Ask, tokens: int, say: Callable[[str], None]) -> dict[str, Any]:
+    """Memory that either side holds after `tokens` more tokens, minus what it held after the first tenth of them."""
+    held = []
+    for number in range(10):
+        for _ in range(max(1, tokens // 1000)):
+            ask(do="decode", tokens=100)
+        held.append([m["now"] for m in ask(do="memory")["processes"]])
+        say(f"  many tokens: {number + 1} of 10 tenths")
+    growth = [last - first for first, last in zip(held[0], held[-1], strict=True)]
+    return {"growth": {"tokens": tokens, "trusted": growth[0], "edge": growth[1]}}
+
+
+def _summary(
+    directory: Path,
+    decoded: dict[str, list[dict[str, Any]]],
+    prefilled: dict[str, list[float]],
+    prefill: int,
+    memory: dict[str, list[float]],
+) -> dict[str, Any]:
+    steps = {name: [s for run in runs for s in run["seconds"]] for name, runs in decoded.items()}
+    steps["tls, pads included"] = [run["with_pads"] for run in decoded["tls, pads included"]]
+    middle = {name: median(values) for name, values in steps.items()}
+    decode = {
+        name: {
+            "tokens_per_second": 1 / middle[name],
+            "ms": 1e3 * middle[name],
+            "ms_p10": 1e3 * _quantile(values, 0),
+            "ms_p90": 1e3 * _quantile(values, 8),
+            "times_bf16": middle["bf16"] / middle[name],
+        }
+        for name, values in steps.items()
+    }
+    prompts = {
+        name: {"tokens_per_second": prefill / median(t), "times_bf16": median(prefilled["bf16"]) / median(t)}
+        for name, t in prefilled.items()
+        if t
+    }
+    cpu = {name: median(run["spent"]["cpu"] for run in runs) for name, runs in decoded.items()}
+    size = sum(f.stat().st_size for f in (directory / "edge").iterdir())
+    return {
+        "decode": decode,
+        "prefill": prompts,
+        "per_token": {
+            "cpu_ms_unprotected": 1e3 * cpu["bf16"],
+            "cpu_ms_trusted": 1e3 * cpu["tls"],
+            "cpu_ms_edge": 1e3 * median(run["spent"]["edge_cpu"] for run in decoded["tls"]),
+            "trusted_share_of_cpu": cpu["tls"] / cpu["bf16"],
+            **_traffic(directory, decoded["tls"]),
+        },
+        "exchange_us": {"tls": _stages(decoded["tls"]), "in process": _stages(decoded["in process"])},
+        "multiply_adds": _multiply_adds(directory),
+        "memory": {
+            "bf16": memory["bf16"][0],
+            "fp32": memory["fp32"][0],
+            "trusted": memory["protected"][0],
+            "edge": memory["protected"][1],
+            "edge_bundle": size,
+        },
+    }
+
+
+def _traffic(directory: Path, runs: list[dict[str, Any]]) -> dict[str, float]:
+    """Round trips of one decoded token, counted, and the bytes each way with frame headers, by the groups' shapes."""
+    shapes = EdgeBundle.open(directory / "edge").shapes
+    return {
+        "round_trips": median(run["spent"]["exchanges"] for run in runs),
+        "bytes_sent": sum(4 * k + HEADER.size for _, k in shapes),
+        "bytes_received": sum(4 * m + HEADER.size for m, _ in shapes),
+    }
+
+
+def _stages(runs: list[dict[str, Any]]) -> dict[str, float]:
+    """Mean microseconds of a decoded token's exchange by stage, on the trusted side."""
+    total = {key: sum(run["spent"][key] for run in runs) for key in runs[0]["spent"]}
+    per = {key: total[key] / total["exchanges"] / 1e3 for key in total}
+    stages = {
+        "pad": per["pads"],
+        "encode and mask": per["encode"],
+        "low-rank": per["own"],
+        "verify": per["verify"],
+        "decode": per["decode"],
+    }
+    if total["sending"]:
+        rest = per["exchange"] - per["own"] - per["sending"] - per["waiting"] - per["receiving"]
+        stages |= {"send": per["sending"], "wait": per["waiting"], "receive": per["receiving"], "link, other": rest}
+    else:
+        stages["edge's product"] = per["exchange"] - per["own"]
+    return stages
+
+
+def _multiply_adds(directory: Path) -> dict[str, float]:
+    """Of one token, attention apart: the unprotected model's, and the trusted side's as a share of them. The check's,
+    in integers, stand apart; masks and scales, one addition or multiplication a number, are not counted."""
+    from safetensors import safe_open
+
+    shapes = EdgeBundle.open(directory / "edge").shapes
+    with safe_open(directory / "trusted" / "model.safetensors", "pt") as file:
+        sizes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - no dictionary
+    factors = [math.prod(shape) for name, shape in sizes.items() if name.endswith((".factor_a", ".factor_b"))]
+    planes = next(shape[0] for name, shape in sizes.items() if name.endswith(".scales"))
+    plain = sum(m * k for m, k in shapes) / planes
+    check = sum(CHECKS * (m + k) for m, k in shapes)
+    return {
+        "unprotected": plain,
+        "trusted_share": sum(factors) / plain,
+        "check_share": check / plain,
+        "edge": planes,
+    }
+
+
+def _quantile(values: list[float], which: int) -> float:
+    return quantiles(values, n=10)[which] if len(values) > 1 else values[0]
+
+
+@contextmanager
+def _runner(kind: str, source: str) -> Iterator[Ask]:
+    """Start a process of `speed.runner`; gives what sends it a command and returns its answer."""
+    line = [sys.executable, "-m", "sliplm.speed.runner", kind, source]
+    environment = dict(os.environ)
+    if kind == "protected":
+        environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as `slip trusted` does
+    pipe = subprocess.PIPE
+    child = subprocess.Popen(line, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=environment)
+    assert child.stdin is not None and child.stdout is not None and child.stderr is not None
+    stdin, stdout, stderr = child.stdin, child.stdout, child.stderr
+    log: deque[str] = deque(maxlen=20)
+    reader = threading.Thread(target=lambda: log.extend(stderr), daemon=True)
+    reader.start()
+
+    def answer(seconds: float) -> dict[str, Any]:
+        watchdog = threading.Timer(seconds, child.kill)
+        watchdog.start()
+        text = stdout.readline()
+        watchdog.cancel()
+        if not text:
+            child.wait()
+            reader.join(1)
+            raise SlipError(f"the process that measures {kind} ended: {''.join(log).strip() or 'no message'}")
+        parsed: dict[str, Any] = json.loads(text)
+        return parsed
+
+    def ask(**command: Any) -> dict[str, Any]:
+        with contextlib.suppress(BrokenPipeError):
+            print(json.dumps(command), file=stdin, flush=True)
+        return answer(ANSWER_SECONDS)
+
+    try:
+        answer(START_SECONDS)
+        yield ask
+    finally:
+        with contextlib.suppress(BrokenPipeError):
+            stdin.close()
+        try:
+            child.wait(20)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()

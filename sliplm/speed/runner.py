@@ -1,0 +1,201 @@
+"""One process that `slip bench` measures: the unprotected model, or the trusted side with its edge in another process.
+
+Commands come as lines of JSON on stdin, answers leave on stdout:
+
+    {"do": "decode", "tokens": n, ...} -> {"seconds": [per token], "spent": {"cpu": seconds per token, ...}}
+    {"do": "prefill", "tokens": n, ...} -> {"seconds": s, ...}
+    {"do": "memory"} -> {"processes": [{"now": bytes, "peak": bytes}, ...]}
+
+What is timed is `model.generate` and `model.__call__` of Transformers, the same for all; a decoding step is the time
+from one token to the next, so the first one, with the prompt, is apart.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers.generation.streamers import BaseStreamer
+
+import sliplm.trusted  # noqa: F401 - teaches Transformers to load the bundle
+from sliplm.processes import process
+from sliplm.protocol.remote import RemoteLink
+from sliplm.registry import authority
+from sliplm.serve.server import TrustedServer
+from sliplm.split.source import load_whole
+
+PROMPT = 8
+
+
+class _Clock(BaseStreamer):
+    """Notes when each token comes (the first call brings the prompt), and what `sample` gives at the first and last."""
+
+    def __init__(self, sample: Callable[[], dict[str, Any]]) -> None:
+        self._sample = sample
+        self.times: list[float] = []
+        self.samples: list[dict[str, Any]] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+        if len(self.times) == 2:
+            self.samples.append(self._sample())
+
+    def end(self) -> None:
+        self.samples.append(self._sample())
+
+
+def cpu_seconds(pid: int) -> float:
+    """CPU time of another process so far; nan where the system does not tell as Linux does."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return float("nan")
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def memory(pid: int) -> dict[str, float]:
+    """What a process holds now, and the most that it ever held, bytes; nan where the system does not tell as Linux
+    does."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return {"now": float("nan"), "peak": float("nan")}
+    values = {name: status.partition(f"Vm{field}:")[2].split()[0] for name, field in (("now", "RSS"), ("peak", "HWM"))}
+    return {name: float(value) * 1024 for name, value in values.items()}
+
+
+class Plain:
+    """The unprotected model, as Transformers runs it."""
+
+    def __init__(self, source: str, dtype: torch.dtype) -> None:
+        self.model: Any = load_whole(source).to(dtype)
+        self.others: list[int] = []
+
+    def decode(self, tokens: int, **_: Any) -> dict[str, Any]:
+        ids = torch.arange(PROMPT)[None] + 3
+        clock = _Clock(self._sample)
+        with torch.inference_mode():
+            self.model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=tokens,
+                min_new_tokens=tokens,
+                do_sample=False,
+                streamer=clock,
+            )
+        steps = [b - a for a, b in zip(clock.times[1:], clock.times[2:], strict=False)]
+        first, last = clock.samples
+        return {"seconds": steps, "spent": {key: (last[key] - first[key]) / len(steps) for key in last}}
+
+    def _sample(self) -> dict[str, float]:
+        return {"cpu": time.process_time()}
+
+    def prefill(self, tokens: int, **_: Any) -> dict[str, Any]:
+        ids = (torch.arange(tokens)[None] * 7919) % self.model.config.vocab_size
+        with torch.inference_mode():
+            before = self._sample()
+            begin = time.perf_counter()
+            self.model(input_ids=ids, use_cache=True, logits_to_keep=1)
+            seconds = time.perf_counter() - begin
+            return {"seconds": seconds, "spent": {key: value - before[key] for key, value in self._sample().items()}}
+
+    def memory(self, **_: Any) -> dict[str, Any]:
+        return {"processes": [memory(pid) for pid in (os.getpid(), *self.others)]}
+
+
+class _NoText:
+    """The server's engine: edges connect, and no one asks for text."""
+
+    capacity = 1
+    syntax: Any = None
+
+    def generate(self, request: Any, link: Any) -> Any:
+        raise NotImplementedError
+
+    def model_name(self) -> str:
+        return "bench"
+
+
+class Protected(Plain):
+    """The trusted side in this process, and a real `slip edge` in another."""
+
+    def __init__(self, directory: Path, running: ExitStack) -> None:
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(directory / "trusted").eval()
+        self._slip = self.model.slip
+        scratch = Path(running.enter_context(tempfile.TemporaryDirectory(prefix="slip-bench-")))
+        authority.add_device(scratch / "authority", "bench", scratch / "identity", days=1)
+        server = TrustedServer(_NoText(), self._slip.digest, self._slip.shapes, scratch / "authority")
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        running.callback(server.close)
+        where = "{}:{}".format(*server.address)
+        arguments = (directory / "edge", "--trusted", where, "--identity", scratch / "identity", "--api", "")
+        edge = running.enter_context(process("edge", *arguments))
+        while not server.links():  # the edge knows a moment before the server does
+            time.sleep(0.01)
+        self._link: RemoteLink = server.links()[0]
+        self.others = [edge["pid"]]
+        running.callback(self._slip.pool.close)
+
+    def decode(self, tokens: int, link: str = "tls", pads: str = "ready", **_: Any) -> dict[str, Any]:
+        pool = self._slip.pool
+        self._fill(PROMPT + tokens)
+        if pads == "ready":
+            pool.resize(0)
+        with self._slip.using(self._link if link == "tls" else self._slip.default_link):
+            result = super().decode(tokens)
+        if pads == "made":  # on the same cores, meanwhile and afterwards, until all that were used are replaced
+            begin = time.perf_counter()
+            pool.wait(PROMPT + tokens)
+            waited = time.perf_counter() - begin  # the prompt's pads are in it, too
+            result["with_pads"] = (sum(result["seconds"]) + waited) / len(result["seconds"])
+        return result
+
+    def prefill(self, tokens: int, link: str = "tls", **_: Any) -> dict[str, Any]:
+        self._fill(tokens)
+        self._slip.pool.resize(0)
+        with self._slip.using(self._link if link == "tls" else self._slip.default_link):
+            return super().prefill(tokens)
+
+    def _fill(self, tokens: int) -> None:
+        pool = self._slip.pool
+        pool.resize(tokens)
+        pool.start()
+        pool.wait(tokens)
+
+    def _sample(self) -> dict[str, float]:
+        counters = self._slip.counters
+        return (
+            super()._sample()
+            | {"edge_cpu": cpu_seconds(self.others[0])}
+            | {name: getattr(counters, name) for name in counters.__slots__}
+            | {name: getattr(self._link, name) for name in ("sending", "waiting", "receiving")}
+        )
+
+
+def main() -> None:
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever prints must not get among the answers
+    kind, source = sys.argv[1:3]
+    with ExitStack() as running:
+        runner = Protected(Path(source), running) if kind == "protected" else Plain(source, getattr(torch, kind))
+        print(json.dumps({"ready": True}), file=out, flush=True)
+        for line in sys.stdin:
+            command = json.loads(line)
+            answer = getattr(runner, command.pop("do"))(**command)
+            print(json.dumps(answer), file=out, flush=True)
+
+
+if __name__ == "__main__":
+    main()

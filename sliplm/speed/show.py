@@ -1,0 +1,75 @@
+"""The figures of `slip bench` as tables and as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from sliplm.attacks.report import require_plots
+
+__all__ = ["plot", "require_plots", "tables"]
+
+
+def tables(result: dict[str, Any], console: Console) -> None:
+    """Print `result`, as `speed.bench.bench` returns it."""
+    console.print(f"kernels: {result['kernels']}; torch threads: {result['threads']}", markup=False)
+    for r in result["results"]:
+        console.print(f"\n{r['model']}, planes {r['planes']}, rank {r['rank']}", style="bold", markup=False)
+        table = Table("decoding", "tokens/s", "ms a token", "p10 - p90", "x bf16", box=None)
+        for name, d in r["decode"].items():
+            spread = f"{d['ms_p10']:.1f} - {d['ms_p90']:.1f}"
+            table.add_row(name, f"{d['tokens_per_second']:.1f}", f"{d['ms']:.1f}", spread, f"{d['times_bf16']:.2f}")
+        console.print(table)
+        if r["prefill"]:
+            table = Table("prompt", "tokens/s", "x bf16", box=None)
+            for name, p in r["prefill"].items():
+                table.add_row(name, f"{p['tokens_per_second']:.0f}", f"{p['times_bf16']:.2f}")
+            console.print(table)
+        t, m, a = r["per_token"], r["memory"], r["multiply_adds"]
+        lines = [
+            f"per decoded token: {t['round_trips']:.0f} round trips, {t['bytes_sent'] / 1e3:.0f} kB to the edge, "
+            f"{t['bytes_received'] / 1e3:.0f} kB back",
+            f"CPU per token: trusted {t['cpu_ms_trusted']:.1f} ms, edge {t['cpu_ms_edge']:.1f} ms; unprotected "
+            f"{t['cpu_ms_unprotected']:.1f} ms (trusted / unprotected {t['trusted_share_of_cpu']:.0%})",
+            f"multiply-adds of the trusted side: {a['trusted_share']:.2%} of the unprotected model's, and "
+            f"{a['check_share']:.2%} for the check; of the edge {a['edge']:.0f} x",
+            f"peak memory: trusted {m['trusted'] / 1e6:.0f} MB, edge {m['edge'] / 1e6:.0f} MB "
+            f"(bundle {m['edge_bundle'] / 1e6:.0f} MB), unprotected {m['bf16'] / 1e6:.0f} MB",
+        ]
+        if g := r.get("growth"):
+            lines.append(
+                f"memory after {g['tokens']} more tokens, against that after a tenth of them: trusted "
+                f"{g['trusted'] / 1e6:+.1f} MB, edge {g['edge'] / 1e6:+.1f} MB"
+            )
+        for where, stages in r["exchange_us"].items():
+            times = ", ".join(f"{name} {us:.0f}" for name, us in stages.items())
+            lines.append(f"an exchange, {where}, us: {times}")
+        console.print("\n".join(lines), markup=False)
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Write a picture of `result` to `path`: decoding speeds, and where an exchange's time goes. Raises SlipError."""
+    require_plots()
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, len(result["results"]), figsize=(4.2 * len(result["results"]), 7), squeeze=False)
+    for column, r in enumerate(result["results"]):
+        top, bottom = axes[0][column], axes[1][column]
+        names = list(r["decode"])
+        top.bar(names, [r["decode"][n]["tokens_per_second"] for n in names], color="tab:blue")
+        top.set_title(f"{r['model']}, planes {r['planes']}")
+        top.set_ylabel("decoded tokens/s")
+        top.tick_params(axis="x", rotation=30)
+        stages = r["exchange_us"]["tls"]
+        bottom.barh(list(stages), list(stages.values()), color="tab:orange")
+        bottom.invert_yaxis()
+        bottom.set_xlabel("microseconds of an exchange over TLS")
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)

@@ -1,0 +1,390 @@
+"""Split a checkpoint into an edge bundle and a trusted bundle, one group of matrices at a time (DESIGN §3, §5)."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+import transformers
+
+from sliplm.bundle import Q_FILE
+from sliplm.errors import SlipError, UnsupportedModelError
+from sliplm.naming import checked_name
+from sliplm.split import writer
+from sliplm.split.adapter import Adapted, Lora
+from sliplm.split.again import WEIGHTS_FILE, FirstSplit, fingerprint, second_split, siblings
+from sliplm.split.base import FineTuned, divide, divide_anywhere
+from sliplm.split.blinding import Blinding, blind
+from sliplm.split.camouflage import trusted_rank
+from sliplm.split.check import Checked, compare
+from sliplm.split.files import only_adapter
+from sliplm.split.groups import Group, Sum, blocks, find_groups, left_out, size
+from sliplm.split.layers import is_experts
+from sliplm.split.origin import advice, said_base
+from sliplm.split.planes import quantise
+from sliplm.split.source import Source, continues_text, fake_mode, open_source
+from sliplm.split.tensors import Layout, differ, resolve, token_table
+from sliplm.split.tokenizer import check_ids, has_tokenizer, has_vocabulary, read_generation, read_tokenizer, save
+
+logger = logging.getLogger(__name__)
+GUARD = (torch.float32, (0,))
+WITHOUT_SLIPLM = "this is a bundle of sliplm: `import sliplm.trusted` before you load it"
+"""In a bundle's configuration in place of the weights' file: Transformers quotes it if it does not know the bundle."""
+PREPROCESSING = ("preprocessor_config.json", "processor_config.json")
+
+
+class TensorSource(Protocol):
+    """Where weights come from; see `Source`."""
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def read(self, name: str, part: int = 0, parts: int = 1) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to split.
+
+    Attributes:
+        rank: singular components per matrix that the trusted side keeps.
+        planes: int8 matrices per weight on the edge: 2 is exact for all purposes, 1 is fast.
+        camouflage, blinding: the hardenings of DESIGN §5; off only to measure what they do.
+        base: the public model that this one is a fine-tune of; then only the difference is protected (`split.base`).
+        again: DIR/trusted of an earlier split of the same weights, to use its camouflage again (`split.again`).
+        leading: off, random directions are protected in place of the most sensitive ones. This saves most of the time,
+            protects nothing, and is for benchmarks on models whose weights are random anyway.
+    """
+
+    rank: int = 16
+    planes: int = 2
+    camouflage: bool = True
+    blinding: bool = True
+    base: str | None = None
+    again: Path | None = None
+    leading: bool = True
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise SlipError("the rank must be at least 1.")
+        if self.planes not in (1, 2):
+            raise SlipError("planes must be 1 or 2.")
+
+
+class Texts(NamedTuple):
+    """What a model that reads and writes text is served with: its name, tokenizer and generation settings."""
+
+    name: str
+    tokenizer: Any
+    generation: transformers.GenerationConfig | None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a split did. Sizes in bytes; `digest` names the split (hex); `layers` counts matrices; `kept` names the
+    layers that hold weights and stay on the trusted side, embedding tables apart; `checked` and `error` say how far the
+    protected model is from the original, see `split.check.Checked`."""
+
+    digest: str
+    groups: int
+    layers: int
+    protected_parameters: int
+    edge_bytes: int
+    trusted_bytes: int
+    kept: list[str]
+    checked: str
+    error: float | None
+
+
+def split_model(
+    model: str,
+    out: Path,
+    options: Options | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    adapter: Path | None = None,
+    name: str | None = None,
+    check: bool = True,
+) -> Summary:
+    """Split `model` (directory, .gguf file or hub id) into out/edge and out/trusted.
+
+    Memory: a few times the largest group of matrices, for a checkpoint of safetensors. The check after it takes the
+    original in float32 where there is room for that, see `split.check`.
+
+    Args:
+        progress: called with (weights done, weights in all).
+        adapter: a LoRA adapter to merge into the model first. `model` may be one itself, of the model `options.base`.
+        name: what the model is called where it is served; by default as its directory or file.
+        check: compare the protected model with the original before it takes its place; off for benchmarks.
+
+    Raises:
+        UnsupportedModelError: the model cannot be read, or layers of it cannot be protected.
+        BundleError: `out` exists or cannot be written, or the protected model is not the original.
+    """
+    options = options or Options()
+    name = _name(model, name)
+    if adapter is None and options.base is not None and only_adapter(Path(model).expanduser()):
+        adapter, model = Path(model).expanduser(), options.base
+    source = open_source(model, adapter)  # its configuration first: Transformers reads the tokenizer by it
+    # Before anything that takes long; an adapter's own tokenizer has the chat template that it was trained on.
+    tuned = adapter is not None and has_vocabulary(adapter)
+    if adapter is not None and not tuned and has_tokenizer(adapter):
+        logger.warning("the adapter has settings of a tokenizer and no vocabulary: the model's own tokenizer is taken")
+    tokenizer, generation = read_tokenizer(str(adapter) if tuned else model), read_generation(model)
+    lora = None if adapter is None else Lora(adapter)
+    with fake_mode():
+        skeleton = source.skeleton()
+        if lora is not None and (tokens := lora.vocabulary(skeleton)) is not None:
+            source.config.get_text_config().vocab_size = tokens
+            skeleton = source.skeleton()
+        groups = find_groups(skeleton, rank=options.rank)
+        kept = left_out(skeleton, groups)
+        tied = dict(getattr(skeleton, "all_tied_weights_keys", {}))
+        routed = any(is_experts(module) for module in skeleton.modules())
+    if tokenizer is not None and (rows := token_table(skeleton)[1]):
+        check_ids(tokenizer, rows)
+    if routed:
+        logger.warning("this model routes tokens to experts: the edge sees how many tokens each expert gets")
+    if not continues_text(source.config):
+        logger.warning(
+            "%s does not continue text: `slip trusted` will not serve it, Python will (docs/models.md)",
+            type(skeleton).__name__,
+        )
+    plain, stored = resolve(skeleton, groups, tied, source)
+    # That all names are there does not say that each is what Transformers loads under it.
+    if source.renamed(skeleton) or set(stored.values()) - source.names():
+        logger.info("loading the whole model: its checkpoint has other tensors than the model")
+        source = source.whole()
+        plain, stored = resolve(skeleton, groups, tied, source)
+        if missing := set(stored.values()) - source.names():
+            raise UnsupportedModelError(f"the checkpoint lacks the weight {min(missing)}.")
+    if lora is not None:
+        source = adapted = Adapted(source, lora, skeleton, tied)
+        if options.base is not None:
+            for sentence in adapted.exceeding(groups, options.rank, options.camouflage):
+                logger.warning(sentence)
+    elif options.base is None and (said := said_base(Path(source.origin[0]))):
+        logger.warning("%s", advice(said))
+    tied = {target: origin for target, origin in tied.items() if not differ(source, target, origin)}
+    plain, stored = resolve(skeleton, groups, tied, source)
+    if options.base is not None:
+        weights = {stored[m.weight] for group in groups for m in group}
+        source = FineTuned(source, options.base, weights, set(stored.values()) - weights)
+    first = None
+    if options.again is not None:
+        first = FirstSplit(options.again, groups, options.rank, options.camouflage, options.base is not None)
+    with writer.new_directory(out) as partial:
+        (partial / "edge").mkdir()
+        (partial / "trusted").mkdir(mode=0o700)
+        texts = Texts(name, tokenizer, generation)
+        digest = _write(partial, out, source, groups, plain, stored, options, skeleton, texts, first, progress)
+        checked = compare(source, groups, stored, partial / "trusted", options.planes) if check else Checked("", None)
+        edge, trusted = (sum(f.stat().st_size for f in (partial / side).iterdir()) for side in ("edge", "trusted"))
+    members = [m for group in groups for m in group]
+    protected = sum(m.rows * m.columns for m in members)
+    return Summary(digest, len(groups), len(members), protected, edge, trusted, kept, checked.what, checked.error)
+
+
+def _name(model: str, name: str | None) -> str:
+    if name is not None:
+        return checked_name(name)
+    path = Path(model).expanduser()
+    own = path.stem if path.suffix == ".gguf" else path.resolve().name
+    return own or "model"
+
+
+def _write(
+    directory: Path,
+    out: Path,
+    source: Source,
+    groups: list[Group],
+    plain: Layout,
+    stored: dict[str, str],
+    options: Options,
+    skeleton: transformers.PreTrainedModel,
+    texts: Texts,
+    first: FirstSplit | None,
+    progress: Callable[[int, int], None] | None,
+) -> str:
+    edge, trusted = directory / "edge", directory / "trusted"
+    shapes = [(options.planes * rows, columns) for rows, columns in map(size, groups)]
+    for key in sorted(m.weight for group in groups for m in group):
+        if not source.dtype(stored[key]).is_floating_point:
+            raise UnsupportedModelError(f"the weight {key} is stored as {source.dtype(stored[key])}, an integer type.")
+    layout: Layout = {key: (source.dtype(stored[key]), shape) for key, (_, shape) in plain.items()}
+    layout[guard(groups)] = GUARD
+    for group in groups:
+        layout |= group_layout(group, options)
+    total = sum(m.rows * m.columns for group in groups for m in group)
+    done = 0
+    files = [
+        writer.TensorWriter(edge / Q_FILE, {str(g): (torch.int8, s) for g, s in enumerate(shapes)}),
+        writer.TensorWriter(trusted / "model.safetensors", layout),
+    ]
+    q_file, trusted_file = files
+    try:
+        for key, (_, shape) in plain.items():
+            _check_shape(key, source.shape(stored[key]), shape)
+            trusted_file.write(key, source.read(stored[key]))
+        trusted_file.write(guard(groups), torch.empty(GUARD[1], dtype=GUARD[0]))
+        weights = []
+        for number, group in enumerate(groups):
+            weights.append(fingerprint(source.read(stored[m.weight], m.part, m.parts) for m in group))
+            if first:
+                first.check_weights(number, group[0].name, weights[-1])
+            for key, tensor in split_group(source, group, stored, options, first, number):
+                if key == "q":
+                    q_file.write(str(number), tensor)
+                else:
+                    trusted_file.write(key, tensor)
+            done += sum(m.rows * m.columns for m in group)
+            if progress:
+                progress(done, total)
+        if first is None and (others := siblings(out, weights)):
+            logger.warning("%s", second_split(*others[0], len(groups)))
+        digest = writer.write_edge_manifest(edge, shapes, q_file.close())
+        trusted_file.close()
+    finally:
+        for file in files:
+            file.abort()
+    # A copy, not a link: whoever handles the edge bundle must have no hand in the trusted one.
+    shutil.copyfile(edge / Q_FILE, trusted / Q_FILE)
+    writer.write_json(trusted / WEIGHTS_FILE, weights)
+    _write_checkpoint_files(trusted, source, groups, options, skeleton, texts)
+    writer.write_trusted_manifest(trusted, digest)
+    for path in trusted.iterdir():
+        path.chmod(0o600)  # the directory is private; so is each file, should it be moved
+    return digest
+
+
+def guard(groups: list[Group]) -> str:
+    """The name under which a bundle holds an empty tensor, where the original has a protected weight.
+
+    Without sliplm, Transformers would skip the unknown quantization with a warning, and run on random numbers. A tensor
+    of the wrong shape makes it fail.
+    """
+    return groups[0][0].weight
+
+
+def group_layout(group: Group, options: Options) -> Layout:
+    """The trusted tensors of a group, in file order: factors and bias of each member; at its first, what they share."""
+    layout: Layout = {}
+    rows, columns = size(group)
+    for m in group:
+        rank = trusted_rank(options.rank, m.rows, m.columns, options.camouflage)
+        layout[f"{m.name}.factor_a"] = (torch.float32, (m.rows, rank))
+        layout[f"{m.name}.factor_b"] = (torch.float32, (rank, m.columns))
+        if m.bias:
+            layout[f"{m.name}.bias"] = (torch.float32, (m.rows,))
+    leader = group[0].name
+    layout[f"{leader}.scales"] = (torch.float32, (options.planes, rows))
+    layout[f"{leader}.row_norm"] = (torch.float32, ())
+    if options.blinding:
+        for side, length in (("in", columns), ("out", rows)):
+            layout |= {f"{leader}.{side}_{kind}": entry for kind, entry in Blinding.layout(length).items()}
+    return layout
+
+
+def split_group(
+    source: TensorSource,
+    group: Group,
+    stored: dict[str, str],
+    options: Options,
+    first: FirstSplit | None = None,
+    number: int = 0,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The group's trusted tensors in the order of `group_layout`, and "q"; `stored` says what `source` calls them.
+
+    first: an earlier split, in which the group has this `number` and whose factors are used again.
+    """
+    generator = torch.Generator().manual_seed(0)  # for the sketch of the SVD, which is no secret
+    rest = torch.empty(size(group))
+    for m, rows, columns in blocks(group):
+        where = stored[m.weight]
+        _check_shape(m.weight, source.shape(where), m.shape)
+        weight = m.matrix(source.read(where, m.part, m.parts).float())
+        public, eps = None, 0.0
+        if isinstance(source, FineTuned):
+            base = source.public(where, m.part, m.parts)
+            public = None if base is None else m.matrix(base.float())
+            eps = torch.finfo(source.dtype(where)).eps
+        factors = first.factors(m.name) if first else None
+        a, b, rest[rows, columns] = (
+            divide(weight, options.rank, options.camouflage, generator, public, eps, factors)
+            if options.leading
+            else divide_anywhere(weight, trusted_rank(options.rank, m.rows, m.columns, options.camouflage))
+        )
+        yield f"{m.name}.factor_a", a
+        yield f"{m.name}.factor_b", b
+        if m.bias:
+            yield f"{m.name}.bias", source.read(stored[m.bias], m.part, m.parts).float().reshape(m.rows)
+        del weight, public
+    if first:
+        first.check_length(number, group[0].name, rest)
+    # One of inputs and one of outputs for the whole group: see `split.blinding`.
+    blindings = [Blinding.random(rest.shape[1]), Blinding.random(rest.shape[0])] if options.blinding else []
+    if blindings:
+        rest = blind(rest, *blindings)
+    q, scales = quantise(rest, options.planes)
+    del rest
+    leader = group[0].name
+    yield f"{leader}.scales", scales
+    yield f"{leader}.row_norm", row_norm(q)
+    for side, blinding in zip(("in", "out"), blindings, strict=False):
+        for kind, tensor in blinding.tensors().items():
+            yield f"{leader}.{side}_{kind}", tensor
+    yield "q", q
+
+
+def row_norm(q: torch.Tensor) -> torch.Tensor:
+    """The largest Euclidean norm of a row of int8 `q`, rounded up to float32; at least 1."""
+    largest = max(float(block.double().square().sum(1).max()) for block in q.split(4096))
+    return torch.tensor(np.nextafter(np.float32(max(largest, 1.0) ** 0.5), np.float32(np.inf)))
+
+
+def _check_shape(name: str, actual: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    if actual != expected:
+        raise UnsupportedModelError(f"{name} has shape {actual}, its configuration says {expected}.")
+
+
+def _write_checkpoint_files(
+    trusted: Path,
+    source: Source,
+    groups: list[Group],
+    options: Options,
+    skeleton: transformers.PreTrainedModel,
+    texts: Texts,
+) -> None:
+    """Make `trusted` a checkpoint that `from_pretrained` loads: configuration, generation settings, tokenizer."""
+    config = source.config
+    config.dtype = torch.float32  # results equal those of the float32 original
+    config.architectures = [type(skeleton).__name__]
+    config.quantization_config = {
+        "quant_method": "slip",
+        "name": texts.name,
+        "planes": options.planes,
+        "rank": options.rank,
+        "blinding": options.blinding,
+        "camouflage": options.camouflage,
+        "based": options.base is not None,
+        "groups": [[m.name for m in group] for group in groups],
+        "sums": [number for number, group in enumerate(groups) if isinstance(group, Sum)],
+    }
+    config.save_pretrained(trusted)
+    written = json.loads((trusted / "config.json").read_text())  # `save_pretrained` leaves that one key out
+    writer.write_json(trusted / "config.json", written | {"transformers_weights": WITHOUT_SLIPLM})
+    if skeleton.can_generate():
+        save(trusted, texts.generation or transformers.GenerationConfig.from_model_config(config))
+    for file in PREPROCESSING:
+        if (path := Path(source.origin[0]) / file).is_file():
+            shutil.copyfile(path, trusted / file)
+    if texts.tokenizer is not None:
+        save(trusted, texts.tokenizer)
+    elif skeleton.main_input_name == "input_ids":
+        logger.warning("the model has no tokenizer, so `slip trusted` cannot serve it")

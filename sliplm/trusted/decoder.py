@@ -1,0 +1,128 @@
+"""A shorter way through the common decoder layer, for the one token of a decoding step.
+
+A Transformers layer spends far longer in Python than in arithmetic when it has one token to work on. This module
+gives layers of the Llama layout (RMS norm, rotary attention, gated MLP, two residuals) a second forward that does the
+same in some twenty calls, each group's members taken from one array. The model around it stays Transformers' own, and
+whatever the short way is not made for (several tokens, a batch, a mask, gradients) goes the long way. Attention is
+done here rather than by torch because torch's second thread, waiting for more, would take the core that an edge on the
+same machine computes on.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from sliplm._core import native
+from sliplm.trusted.group import ProtectedGroup
+from sliplm.trusted.linear import ProtectedLinear
+
+LAYOUTS = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
+
+
+def shorten(model: nn.Module) -> int:
+    """Give every layer of `model` that has the common layout, its linear maps bound, the short way; how many."""
+    count = 0
+    if native is None:
+        return count
+    for layer in model.modules():
+        if type(layer).__name__ in LAYOUTS and type(layer).__module__.startswith("transformers.models."):
+            short = _Short.of(layer)
+            if short is not None:
+                layer.forward = short
+                count += 1
+    return count
+
+
+def _group(modules: list[nn.Module]) -> ProtectedGroup | None:
+    """The group whose members are exactly `modules`, in this order."""
+    found = [m._group if isinstance(m, ProtectedLinear) else None for m in modules]
+    first = found[0]
+    if not isinstance(first, ProtectedGroup) or len(first) != len(modules) or any(g is not first for g in found):
+        return None
+    return first if [m._member for m in modules] == list(range(len(modules))) else None
+
+
+class _Short:
+    """The forward of one layer."""
+
+    def __init__(
+        self, layer: Any, qkv: ProtectedGroup, o: ProtectedGroup, gate_up: ProtectedGroup, down: ProtectedGroup
+    ) -> None:
+        attention = layer.self_attn
+        self._long = layer.forward
+        self._qkv, self._o, self._gate_up, self._down = qkv, o, gate_up, down
+        self._layer = layer
+        self._index = attention.layer_idx
+        self._head = attention.head_dim
+        self._scale = attention.scaling
+        self._queries = attention.q_proj.out_features // self._head
+        self._rotated = self._queries + attention.k_proj.out_features // self._head
+        self._norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+
+    @classmethod
+    def of(cls, layer: Any) -> _Short | None:
+        attention, mlp = layer.self_attn, layer.mlp
+        groups = [
+            _group([attention.q_proj, attention.k_proj, attention.v_proj]),
+            _group([attention.o_proj]),
+            _group([mlp.gate_proj, mlp.up_proj]),
+            _group([mlp.down_proj]),
+        ]
+        return None if any(g is None for g in groups) else cls(layer, *groups)  # type: ignore[arg-type]
+
+    def __call__(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if (
+            hidden_states.shape[:2] != (1, 1)
+            or attention_mask is not None
+            or past_key_values is None
+            or position_embeddings is None
+            or hidden_states.dtype != torch.float32
+            or hidden_states.device.type != "cpu"
+            or torch.is_grad_enabled()
+        ):
+            return self._long(
+                hidden_states,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                position_embeddings=position_embeddings,
+                **kwargs,
+            )
+        x = hidden_states.reshape(1, -1).numpy()
+        layer, size = self._layer, self._head
+        heads = self._qkv.stacked(_norm(x, layer.input_layernorm)).reshape(-1, size)
+        for norm, part in zip(self._norms, (heads[: self._queries], heads[self._queries : self._rotated]), strict=True):
+            if norm is not None:
+                part[:] = _norm(part, norm)
+        cos, sin = position_embeddings
+        native.rotate(heads[: self._rotated], cos.numpy().reshape(-1), sin.numpy().reshape(-1))
+        fresh = torch.from_numpy(heads).view(1, -1, 1, size)
+        new = fresh[:, self._queries : self._rotated], fresh[:, self._rotated :]
+        keys, values = (t[0].contiguous().numpy() for t in past_key_values.update(*new, self._index))
+        seen = np.empty((self._queries, size), np.float32)
+        native.attend(heads[: self._queries], keys, values, self._scale, seen)
+        x = x + self._o.stacked(seen.reshape(1, -1))
+        gate, up = torch.from_numpy(self._gate_up.stacked(_norm(x, layer.post_attention_layernorm))).chunk(2, dim=1)
+        x += self._down.stacked((layer.mlp.act_fn(gate) * up).numpy())
+        return torch.from_numpy(x).view(1, 1, -1)
+
+
+def _norm(x: NDArray[np.float32], norm: Any) -> NDArray[np.float32]:
+    out = np.empty_like(x)
+    native.rms_norm(x, norm.weight.detach().numpy(), norm.variance_epsilon, out)
+    return out

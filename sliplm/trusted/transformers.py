@@ -1,0 +1,163 @@
+"""Load a trusted bundle with `AutoModelForCausalLM.from_pretrained(DIR/trusted)`, through Transformers' own extension
+point for quantization methods. Importing this module registers it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from sliplm import bundle, kernels
+from sliplm.edge.multiplier import Multiplier
+from sliplm.errors import BundleError
+from sliplm.exchange.link import InProcessLink
+from sliplm.split.groups import Group, Sum, protected_tensors, size
+from sliplm.split.layers import members
+from sliplm.split.model import Options, group_layout, guard
+from sliplm.split.tensors import Layout
+from sliplm.trusted.install import bind, install
+from sliplm.trusted.runtime import Runtime
+
+
+@register_quantization_config("slip")
+class SlipConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """`quantization_config` of a trusted bundle: how it was split, the names of each group's members, the numbers of
+    the groups that are sums, what the model is called, and whether it was `based` on a public one."""
+
+    def __init__(
+        self,
+        planes: int,
+        rank: int,
+        blinding: bool,
+        camouflage: bool,
+        groups: list[list[str]],
+        sums: Sequence[int] = (),
+        name: str = "",
+        based: bool = False,
+        **_: Any,
+    ) -> None:
+        self.quant_method = "slip"  # type: ignore[assignment] # theirs are an enumeration
+        self.planes, self.rank, self.blinding, self.camouflage = planes, rank, blinding, camouflage
+        self.groups, self.sums, self.name, self.based = groups, list(sums), name, based
+
+    def members(self, model: nn.Module) -> list[Group]:
+        """The groups, their members as they are in `model`. Raises KeyError with the name of one that is not."""
+        known = {m.name: m for name, module in model.named_modules() for m in members(name, module)}
+        groups = [tuple(known[name] for name in names) for names in self.groups]
+        return [Sum(group) if number in self.sums else group for number, group in enumerate(groups)]
+
+    @property
+    def options(self) -> Options:
+        return Options(self.rank, self.planes, self.camouflage, self.blinding)
+
+
+@register_quantizer("slip")
+class SlipQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Replaces the protected layers before the weights load, and binds them to a runtime after.
+
+    The loaded model carries the runtime as `model.slip`; exchanges go to an edge in the same process unless
+    `model.slip.using(link)` says otherwise.
+    """
+
+    quantization_config: SlipConfig
+    requires_calibration = True
+
+    def update_attn_implementation(self, config: PretrainedConfig) -> PretrainedConfig:
+        """As it is, but that the weights' file has its usual name: what a bundle says in its place is for those who do
+        not have this quantizer. (Of the hooks that are given the configuration, the one before files are sought.)"""
+        config.transformers_weights = None
+        return config
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return torch.float32 if dtype is None else dtype
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
+    ) -> None:
+        if not checkpoint_files:
+            raise BundleError("a trusted bundle is loaded from its directory.")
+        self._directory = Path(checkpoint_files[0]).parent
+        self._manifest = bundle.open_trusted(self._directory)
+        try:
+            self._groups = self.quantization_config.members(model)
+        except KeyError as error:
+            raise BundleError(
+                f"{type(model).__name__} has no layer {error}, which the bundle protects; {_load_it_as(model)}."
+            ) from None
+        options = self.quantization_config.options
+        layout = {name: entry for group in self._groups for name, entry in group_layout(group, options).items()}
+        # Whatever dtype the model is asked to be: these few tensors carry the precision. Biases follow the model.
+        strict = set(model._keep_in_fp32_modules_strict or ())
+        kinds = {name.rpartition(".")[2] for name in layout} - {"bias"}
+        model._keep_in_fp32_modules_strict = strict | kinds
+        _check_layout(self._directory / "model.safetensors", layout, model)
+        install(model, self._groups, {n: torch.empty(s, dtype=d, device="meta") for n, (d, s) in layout.items()})
+        ignored = set(model._keys_to_ignore_on_load_unexpected or ())
+        model._keys_to_ignore_on_load_unexpected = ignored | {f"^{re.escape(guard(self._groups))}$"}
+        gone = protected_tensors(self._groups)
+        for target, origin in list(model.all_tied_weights_keys.items()):
+            if target in gone or origin in gone:
+                del model.all_tied_weights_keys[target]
+        _check_complete(self._directory / "model.safetensors", model)
+
+    def update_weight_conversions(self, weight_conversions: Any, model: Any) -> list[Any]:
+        """None: a bundle's tensors have the names that they have in the model."""
+        return []
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        shapes = [(self.quantization_config.planes * rows, columns) for rows, columns in map(size, self._groups)]
+        q = bundle.QFile(self._directory / bundle.Q_FILE, shapes)
+        raw = [q.matrix(g) for g in range(len(shapes))]
+        matrices = [kernels.prepare(array) for array in raw]
+        digest = bytes.fromhex(self._manifest.edge_digest)
+        runtime = Runtime(matrices, raw, digest, InProcessLink(Multiplier(matrices, digest)))
+        for group in range(len(shapes)):
+            q.forget(group)
+        bind(model, self._groups, runtime)
+        model.slip = runtime  # type: ignore[assignment]
+        return model
+
+    def is_serializable(self, *_: Any, **__: Any) -> bool:
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def _check_layout(file: Path, layout: Layout, model: PreTrainedModel) -> None:
+    """Raises BundleError if the protected groups' tensors in `file` are not those of `layout`."""
+    with safe_open(file, "pt") as tensors:
+        stored = set(tensors.keys())
+        for name, (_, shape) in layout.items():
+            if name not in stored or tuple(tensors.get_slice(name).get_shape()) != shape:
+                raise BundleError(
+                    f"{file.parent} does not hold {name} as {type(model).__name__} has it: it was split by another "
+                    f"version of this software, or as another class; split again, or {_load_it_as(model)}."
+                )
+
+
+def _check_complete(file: Path, model: PreTrainedModel) -> None:
+    """Raises BundleError if `model` has tensors that the bundle lacks: Transformers would make them up."""
+    with safe_open(file, "pt") as tensors:
+        stored = set(tensors.keys())
+    tied = model.all_tied_weights_keys
+    known = stored | {name for pair in tied.items() for name in pair if stored & set(pair)}
+    optional = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
+    missing = {name for name in model.state_dict() if name not in known and not any(p.search(name) for p in optional)}
+    if missing:
+        raise BundleError(
+            f"{type(model).__name__} needs {min(missing)}, which the bundle does not hold; {_load_it_as(model)}."
+        )
+
+
+def _load_it_as(model: PreTrainedModel) -> str:
+    return f"load it as {' or '.join(model.config.architectures or ['another class'])}"

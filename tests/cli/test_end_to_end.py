@@ -1,0 +1,306 @@
+"""Real processes, real sockets, the real model: `slip trusted` and `slip edge` as an owner and a customer run them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+
+from sliplm.edge.client import stream
+from sliplm.errors import LinkError
+from sliplm.registry import authority
+from sliplm.split.model import Options, split_model
+from sliplm.split.source import load_whole
+
+WAIT = 90.0
+
+
+class Process:
+    """A `slip` command in the background; `ready` is the JSON it prints when it is up."""
+
+    def __init__(self, *arguments: str | Path, **environment: str) -> None:
+        self.lines: list[str] = []
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "sliplm.cli", *map(str, arguments), "--json"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **environment},
+        )
+        self._reader = threading.Thread(target=lambda: self.lines.extend(self.process.stderr), daemon=True)
+        self._reader.start()
+
+    @property
+    def log(self) -> str:
+        return "".join(self.lines)
+
+    def ready(self) -> dict[str, Any]:
+        timer = threading.Timer(WAIT, self.process.kill)
+        timer.start()
+        line = self.process.stdout.readline()
+        timer.cancel()
+        assert line, self.log
+        return json.loads(line)
+
+    def fails(self) -> str:
+        assert self.process.wait(WAIT) not in (0, None)
+        self._reader.join(5)
+        assert "Traceback" not in self.log
+        return self.log
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(WAIT)
+
+
+@pytest.fixture
+def run() -> Iterator[Any]:
+    started: list[Process] = []
+
+    def start(*arguments: str | Path, **environment: str) -> Process:
+        started.append(Process(*arguments, **environment))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.process.kill()
+        process.process.wait()
+        process.process.stdout.close()
+
+
+@pytest.fixture
+def bundle(tiny_split: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny split with an authority of its own and one device."""
+    directory = Path(shutil.copytree(tiny_split, tmp_path / "bundle"))
+    shutil.rmtree(directory / "trusted" / "authority", ignore_errors=True)
+    authority.add_device(directory / "trusted" / "authority", "one", tmp_path / "one.identity")
+    return directory
+
+
+def start_trusted(run: Any, directory: Path, port: int = 0) -> tuple[Process, str]:
+    process = run("trusted", directory / "trusted", "--listen", f"127.0.0.1:{port}")
+    return process, process.ready()["listening"]
+
+
+def start_edge(run: Any, directory: Path, address: str, identity: Path, **environment: str) -> Process:
+    return run(
+        "edge", directory / "edge", "--trusted", address, "--identity", identity, "--api", "127.0.0.1:0", **environment
+    )
+
+
+def ask(api: str, prompt: str, **options: Any) -> str:
+    return "".join(c.text for c in stream(api, prompt, {"temperature": 0, **options}, raw=True))
+
+
+def eventually(what: Any) -> Any:
+    deadline = time.monotonic() + WAIT
+    while True:
+        try:
+            return what()
+        except (LinkError, AssertionError):
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+
+
+def test_the_real_model_answers_as_the_original(run: Any, smollm2: str, smollm2_split: Path, tmp_path: Path) -> None:
+    authority.add_device(smollm2_split / "trusted" / "authority", "laptop", tmp_path / "laptop.identity")
+    trusted, address = start_trusted(run, smollm2_split)
+    edge = start_edge(run, smollm2_split, address, tmp_path / "laptop.identity")
+    api = edge.ready()["api"]
+    original = load_whole(smollm2)
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_split / "trusted")
+    for prompt in ("The capital of France is", "def fibonacci(n):", "Über Gravitation 日本 🙂:"):
+        inputs = tokenizer(prompt, return_tensors="pt")
+        with torch.no_grad():
+            ids = original.generate(**inputs, max_new_tokens=32, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        assert ask(api, prompt, max_tokens=32) == tokenizer.decode(ids, skip_special_tokens=True)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "sliplm.cli",
+            "generate",
+            "What is gravity?",
+            "--api",
+            api,
+            "--max-tokens",
+            "12",
+            "--json",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=WAIT,
+    )
+    assert json.loads(done.stdout)["text"].startswith("Gravity is a fundamental concept")
+    for secret in ("gravity", "France", "fibonacci"):
+        assert secret not in (trusted.log + edge.log)
+    assert edge.stop() == 0 and trusted.stop() == 0
+
+
+def test_the_portable_path_gives_the_same_text(run: Any, bundle: Path, tmp_path: Path) -> None:
+    """An edge and a trusted side without the native core, mixed with ones that have it."""
+    texts = set()
+    for ours, theirs in (("", ""), ("torch", ""), ("", "torch")):
+        trusted = run("trusted", bundle / "trusted", "--listen", "127.0.0.1:0", SLIPLM_BACKEND=ours)
+        edge = start_edge(run, bundle, trusted.ready()["listening"], tmp_path / "one.identity", SLIPLM_BACKEND=theirs)
+        ready = edge.ready()
+        assert ("torch" in ready["kernels"]) == bool(theirs)
+        texts.add(ask(ready["api"], "Hello", max_tokens=20))
+        edge.stop()
+        trusted.stop()
+    assert len(texts) == 1
+
+
+def test_the_first_lines_are_the_programs_own(run: Any, tiny_split: Path, tmp_path: Path) -> None:
+    """A first start makes the registry; what the packages that do it have to report is not for the owner."""
+    bundle = Path(shutil.copytree(tiny_split, tmp_path / "bundle"))
+    shutil.rmtree(bundle / "trusted" / "authority", ignore_errors=True)
+    trusted = run("trusted", bundle / "trusted", "--listen", "127.0.0.1:0", "--log-format", "json")
+    trusted.ready()
+    assert trusted.stop() == 0
+    trusted._reader.join(5)
+    assert {json.loads(line)["logger"].partition(".")[0] for line in trusted.lines} == {"sliplm"}
+
+
+def test_an_edge_of_another_split_is_refused(run: Any, tiny: Path, bundle: Path, tmp_path: Path) -> None:
+    split_model(str(tiny), tmp_path / "other", Options(rank=4))
+    _, address = start_trusted(run, bundle)
+    log = start_edge(run, tmp_path / "other", address, tmp_path / "one.identity").fails()
+    assert "split" in log
+
+
+def test_a_device_of_another_authority_is_refused(run: Any, bundle: Path, tmp_path: Path) -> None:
+    authority.add_device(tmp_path / "elsewhere", "one", tmp_path / "stranger.identity")
+    _, address = start_trusted(run, bundle)
+    assert "slip: " in start_edge(run, bundle, address, tmp_path / "stranger.identity").fails()
+
+
+def test_a_revoked_device_is_refused(run: Any, bundle: Path, tmp_path: Path) -> None:
+    authority.revoke_device(bundle / "trusted" / "authority", "one")
+    _, address = start_trusted(run, bundle)
+    assert "slip: " in start_edge(run, bundle, address, tmp_path / "one.identity").fails()
+
+
+def test_the_edges_api_port_is_taken(run: Any, bundle: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        edge = run(
+            "edge",
+            bundle / "edge",
+            "--trusted",
+            "127.0.0.1:9",
+            "--identity",
+            tmp_path / "one.identity",
+            "--api",
+            f"127.0.0.1:{port}",
+        )
+        assert str(port) in edge.fails()
+
+
+def test_an_edge_killed_in_the_middle_of_an_answer(run: Any, bundle: Path, tmp_path: Path) -> None:
+    trusted, address = start_trusted(run, bundle)
+    edge = start_edge(run, bundle, address, tmp_path / "one.identity")
+    api = edge.ready()["api"]
+    want = ask(api, "Hello", max_tokens=20)
+    answer = stream(api, "Hello", {"max_tokens": 100, "temperature": 0}, raw=True)
+    next(answer)
+    edge.stop(signal.SIGKILL)
+    with pytest.raises(LinkError):
+        list(answer)
+    again = start_edge(run, bundle, address, tmp_path / "one.identity").ready()["api"]
+    assert ask(again, "Hello", max_tokens=20) == want
+    assert trusted.process.poll() is None and "Traceback" not in trusted.log
+
+
+def test_a_trusted_side_killed_in_the_middle_of_an_answer(run: Any, bundle: Path, tmp_path: Path) -> None:
+    trusted, address = start_trusted(run, bundle)
+    edge = start_edge(run, bundle, address, tmp_path / "one.identity")
+    api = edge.ready()["api"]
+    want = ask(api, "Hello", max_tokens=20)
+    answer = stream(api, "Hello", {"max_tokens": 100, "temperature": 0}, raw=True)
+    next(answer)
+    trusted.stop(signal.SIGKILL)
+    with pytest.raises(LinkError):
+        list(answer)
+    with pytest.raises(LinkError):
+        ask(api, "Hello", max_tokens=1)
+    start_trusted(run, bundle, int(address.rsplit(":", 1)[1]))
+    assert eventually(lambda: ask(api, "Hello", max_tokens=20)) == want
+    assert edge.process.poll() is None and "Traceback" not in edge.log
+
+
+def test_a_lying_edge_gives_no_text(run: Any, bundle: Path, tmp_path: Path) -> None:
+    """The edge loads a bundle whose digest is right and whose matrix changes in memory by one bit."""
+    _, address = start_trusted(run, bundle)
+    code = (
+        "import sys, numpy as np\n"
+        "from sliplm.edge.multiplier import Multiplier\n"
+        "honest = Multiplier.product\n"
+        "def lie(self, group, x, out=None):\n"
+        "    y = honest(self, group, x, out)\n"
+        "    if group == 3: y[-1, 5] ^= 4\n"
+        "    return y\n"
+        "Multiplier.product = lie\n"
+        "from sliplm.cli import main\n"
+        "main()\n"
+    )
+    edge = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            code,
+            "edge",
+            bundle / "edge",
+            "--trusted",
+            address,
+            "--identity",
+            tmp_path / "one.identity",
+            "--api",
+            "127.0.0.1:0",
+            "--json",
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    try:
+        api = json.loads(edge.stdout.readline())["api"]
+        for options in ({}, {"stream": True}):
+            body = {"prompt": "Hello", "max_tokens": 5, **options}
+            answer = httpx.post(f"{api}/v1/completions", json=body, timeout=WAIT, trust_env=False)
+            assert '"text":"' not in answer.text.replace('"text":""', "")
+            assert "error" in answer.text
+    finally:
+        edge.kill()
+        edge.wait()
+        edge.stdout.close()
+
+
+def test_clients_in_parallel_get_their_own_answers(run: Any, bundle: Path, tmp_path: Path) -> None:
+    _, address = start_trusted(run, bundle)
+    api = start_edge(run, bundle, address, tmp_path / "one.identity").ready()["api"]
+    prompts = [f"Prompt {i}" for i in range(6)]
+    alone = [ask(api, p, max_tokens=16) for p in prompts]
+    together: dict[str, str] = {}
+    threads = [threading.Thread(target=lambda p=p: together.update({p: ask(api, p, max_tokens=16)})) for p in prompts]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert [together[p] for p in prompts] == alone

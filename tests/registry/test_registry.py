@@ -1,0 +1,331 @@
+"""The registry, on SQLite and on a real PostgreSQL: devices, usage records that are written once, migrations."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pwd
+import shutil
+import socket
+import sqlite3
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import alembic.script
+import pytest
+import sqlalchemy as sa
+
+from sliplm import registry as registry_package
+from sliplm.errors import IdentityError
+from sliplm.registry import Device, Limits, Registry, RegistryError, authority, database
+from sliplm.registry.devices import now
+from sliplm.registry.usage import Tokens, midnight
+
+
+@pytest.fixture(scope="session")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A PostgreSQL server of our own, on a socket in a directory."""
+    # Debian keeps its programs apart, one directory for each version.
+    versions = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"), key=lambda p: int(p.parts[-3]))
+    program = shutil.which("postgres") or next(reversed(versions), None)
+    if program is None:
+        pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
+    binaries = Path(program).resolve().parent
+    # Its socket's path has to be short, and the server refuses to run as root.
+    home = Path(tempfile.mkdtemp(prefix="slip-", dir="/tmp"))
+    user: str | None = None
+    if os.geteuid() == 0:
+        try:
+            shutil.chown(home, pwd.getpwnam("postgres").pw_uid)
+        except KeyError:
+            pytest.skip("PostgreSQL does not run as root, and there is no user for it: adduser --system postgres")
+        user = "postgres"
+    try:
+        subprocess.run([binaries / "initdb", "-D", home / "data", "-U", "slip", "-A", "trust", "--no-sync"],
+                       check=True, capture_output=True, user=user, cwd=home)  # fmt: skip
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        server = subprocess.Popen(
+            [binaries / "postgres", "-D", home / "data", "-h", "127.0.0.1", "-p", str(port), "-k", home, "-F"],
+            stderr=subprocess.PIPE, text=True, user=user, cwd=home)  # fmt: skip
+        try:
+            assert server.stderr is not None
+            for line in server.stderr:
+                if "ready to accept connections" in line:
+                    break
+            threading.Thread(target=server.stderr.read, daemon=True).start()
+            yield f"postgresql://slip@127.0.0.1:{port}"
+        finally:
+            server.kill()
+            server.wait()
+    finally:
+        shutil.rmtree(home, ignore_errors=True)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str | Path:
+    if request.param == "sqlite":
+        return tmp_path / "registry.db"
+    server = request.getfixturevalue("postgres")
+    name = f"test{abs(hash(tmp_path)):x}"
+    engine = sa.create_engine(
+        f"{server}/postgres".replace("postgresql", "postgresql+psycopg"), isolation_level="AUTOCOMMIT"
+    )
+    with engine.connect() as connection:
+        connection.exec_driver_sql(f'CREATE DATABASE "{name}"')
+    engine.dispose()
+    return f"{server}/{name}"
+
+
+@pytest.fixture
+def registry(url: str | Path) -> Iterator[Registry]:
+    with Registry(url) as opened:
+        yield opened
+
+
+def device(name: str = "laptop", fingerprint: str = "aa", days: int = 1, **more: object) -> Device:
+    return Device(name=name, fingerprint=fingerprint, added=now(), expires=now() + timedelta(days=days), **more)
+
+
+def records(registry: Registry) -> list[tuple[str, int, int, str | None]]:
+    t = database.usage.c
+    with registry._db.read() as c:
+        query = sa.select(t.request, t.prompt_tokens, t.completion_tokens, t.outcome).order_by(t.id)
+        return [tuple(row) for row in c.execute(query)]
+
+
+def test_devices(registry: Registry) -> None:
+    devices = registry.devices
+    one = devices.add(device(limits=Limits(concurrent=2)))
+    assert devices.all() == [one] and devices.admit("aa") == one and devices.get("laptop") == one
+    assert one.expires.tzinfo is not None and one.limits == Limits(2, None, None)
+    version = devices.version()
+    with pytest.raises(IdentityError, match="enrolled already"):
+        devices.add(device(fingerprint="bb"))
+    devices.suspend(one, "it lied")
+    assert devices.version() > version
+    assert (devices.get("laptop").state, devices.get("laptop").reason) == ("suspended", "it lied")
+    with pytest.raises(IdentityError, match="suspended"):
+        devices.admit("aa")
+    devices.resume("laptop")
+    assert devices.admit("aa").reason == ""
+    with pytest.raises(IdentityError, match="not suspended"):
+        devices.resume("laptop")
+    assert devices.limit("laptop", Limits(daily_tokens=5)).limits == Limits(None, None, 5)
+    devices.revoke("laptop")
+    with pytest.raises(IdentityError, match="revoked"):
+        devices.admit("aa")
+    with pytest.raises(IdentityError, match="not suspended"):
+        devices.resume("laptop")
+    again = devices.add(device(fingerprint="bb"))
+    assert devices.get("laptop") == again
+    kinds = [e.kind for e in devices.events(one)]
+    assert kinds == ["revoked", "limited", "resumed", "suspended", "added"]
+    with pytest.raises(IdentityError, match="not enrolled"):
+        devices.admit("cc")
+    with pytest.raises(IdentityError, match="no device named"):
+        devices.get("nobody")
+
+
+def test_usage_is_recorded_once(registry: Registry) -> None:
+    one = registry.devices.add(device())
+    usage = registry.usage
+    assert usage.begin("r1", one) == (midnight(now()), 0)
+    usage.update([Tokens("r1", 10, 5)])
+    assert usage.begin("r2", one).tokens == 15
+    usage.finish(Tokens("r1", 10, 7), "stop")
+    usage.finish(Tokens("r1", 10, 7), "stop")  # repeated, as after a doubtful answer of the database
+    usage.finish(Tokens("r1", 99, 99), "length")  # and whatever else comes late
+    usage.update([Tokens("r1", 99, 99)])
+    assert records(registry) == [("r1", 10, 7, "stop"), ("r2", 0, 0, None)]
+    with pytest.raises(RegistryError):
+        usage.begin("r1", one)
+    assert usage.totals(one) == (2, 10, 7) == usage.totals(one, midnight(now()))
+    assert usage.totals(one, now() + timedelta(days=1)) == (0, 0, 0)
+
+
+def test_what_a_killed_server_left_open_is_closed(registry: Registry) -> None:
+    one = registry.devices.add(device())
+    for name in ("r1", "r2"):
+        registry.usage.begin(name, one)
+    registry.usage.update([Tokens("r1", 10, 5)])
+    assert registry.usage.sweep() == 0  # it may be alive
+    assert registry.usage.sweep(stale=0) == 2 and registry.usage.sweep(stale=0) == 0
+    registry.usage.finish(Tokens("r2", 3, 4), "stop")  # it was: its own server knows better
+    assert records(registry) == [("r1", 10, 5, "interrupted"), ("r2", 3, 4, "stop")]
+
+
+def test_a_device_that_may_not_connect_begins_nothing(registry: Registry) -> None:
+    one = registry.devices.add(device())
+    registry.devices.revoke("laptop")
+    with pytest.raises(IdentityError, match="revoked"):
+        registry.usage.begin("r1", one)
+    assert records(registry) == []
+
+
+def test_many_writers(registry: Registry) -> None:
+    one = registry.devices.add(device())
+    failures: list[BaseException] = []
+
+    def use(i: int) -> None:
+        try:
+            for j in range(5):
+                registry.usage.begin(f"{i}-{j}", one)
+                registry.usage.update([Tokens(f"{i}-{j}", 1, 1)])
+                registry.usage.finish(Tokens(f"{i}-{j}", 1, 2), "stop")
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=use, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not failures and registry.usage.totals(one) == (40, 40, 80)
+
+
+def test_two_processes_create_it_at_once(url: str | Path) -> None:
+    where = f"sqlite:///{url}" if isinstance(url, Path) else url
+    code = "import sys; from sliplm.registry import Registry; print(Registry(sys.argv[1]).devices.version())"
+    both = [subprocess.Popen([sys.executable, "-c", code, where], stdout=subprocess.PIPE) for _ in range(2)]
+    assert [p.communicate(timeout=120)[0] for p in both] == [b"0\n"] * 2
+
+
+def test_the_migrations_make_the_tables_that_are_used(registry: Registry) -> None:
+    found = sa.MetaData()
+    with registry._db.read() as c:
+        found.reflect(c)
+    for table in database.metadata.sorted_tables:
+        real = found.tables[table.name].columns
+        assert {(k.name, k.nullable) for k in table.columns} == {(k.name, k.nullable) for k in real}
+    scripts = alembic.script.ScriptDirectory(str(Path(registry_package.__file__).parent / "migrations"))
+    assert scripts.get_heads() == [database.HEAD]
+
+
+def test_a_newer_registry_is_refused(registry: Registry, url: str | Path) -> None:
+    with registry._db.write() as c:
+        c.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
+    with pytest.raises(RegistryError, match="another version of this program"):
+        Registry(url)
+
+
+@pytest.mark.parametrize("text", ["nonsense", "mysql://x/y", "postgresql://host", "sqlite://", ""])
+def test_bad_urls(text: str) -> None:
+    with pytest.raises(RegistryError):
+        Registry(text)
+
+
+@pytest.mark.parametrize("password", ["hunter2@x:y", "x@hunter2", "x:y@hunter2:z"])
+def test_a_password_that_is_not_escaped_is_not_shown(password: str) -> None:
+    with pytest.raises(RegistryError, match="in which a password has %40 for @") as caught:
+        Registry(f"postgresql://me:{password}@127.0.0.1/devices")
+    assert "hunter2" not in str(caught.value)
+
+
+def test_an_unreachable_server_gets_a_sentence_without_the_password() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with pytest.raises(RegistryError, match="devices at 127") as caught:
+        Registry(f"postgresql://me:hunter2@127.0.0.1:{port}/devices")
+    assert "hunter2" not in str(caught.value)
+
+
+def test_a_postgresql_server_that_is_gone_is_noticed_while_its_answer_is_awaited(postgres: str) -> None:
+    with Registry(f"{postgres}/postgres") as registry, registry._db.read() as c:
+        parameters = c.connection.dbapi_connection.info.get_parameters()  # type: ignore[union-attr]
+    wanted = {"keepalives_idle": "5", "keepalives_interval": "2", "keepalives_count": "2", "tcp_user_timeout": "5000"}
+    assert wanted.items() <= parameters.items()
+
+
+def test_a_locked_registry_is_not_waited_for_forever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(database, "BUSY_SECONDS", 0.1)
+    with Registry(tmp_path / "r.db") as registry:
+        one = registry.devices.add(device())
+        other = sqlite3.connect(tmp_path / "r.db", isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(RegistryError, match="locked"):
+            registry.usage.begin("r1", one)
+        assert registry.devices.admit("aa") == one  # reading goes on
+        other.execute("ROLLBACK")
+        other.close()
+        registry.usage.begin("r1", one)
+
+
+def test_readers_do_not_wait_for_a_crowd_of_writers(tmp_path: Path) -> None:
+    with Registry(tmp_path / "r.db") as registry:
+        one = registry.devices.add(device())
+        other = sqlite3.connect(tmp_path / "r.db", isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")
+
+        def use(name: str) -> None:
+            with contextlib.suppress(RegistryError):
+                registry.usage.begin(name, one)
+
+        crowd = [threading.Thread(target=use, args=(f"r{i}",)) for i in range(20)]  # more than have a connection
+        for thread in crowd:
+            thread.start()
+        time.sleep(0.5)
+        started = time.monotonic()
+        assert registry.devices.version() and time.monotonic() - started < 0.5
+        other.execute("ROLLBACK")
+        other.close()
+        for thread in crowd:
+            thread.join(60)
+
+
+def test_a_full_disk_is_an_error_and_leaves_the_registry_whole(tmp_path: Path) -> None:
+    with Registry(tmp_path / "r.db") as registry:
+        one = registry.devices.add(device())
+
+        @sa.event.listens_for(registry._db._engine, "connect")
+        def small(connection: sqlite3.Connection, _: object) -> None:
+            connection.execute(f"PRAGMA max_page_count={connection.execute('PRAGMA page_count').fetchone()[0]}")
+
+        registry._db._engine.dispose()  # connect anew
+        with pytest.raises(RegistryError, match="full"):
+            for i in range(1000):
+                registry.usage.begin(f"{i:032}", one)
+    with Registry(tmp_path / "r.db") as registry:
+        assert registry.devices.admit("aa") == one and registry.usage.totals(one).requests == i
+
+
+def test_files_are_private_whatever_the_umask(tmp_path: Path) -> None:
+    old = os.umask(0)
+    try:
+        with Registry(tmp_path / "r.db") as registry:
+            registry.devices.add(device())
+            assert {stat.S_IMODE(f.stat().st_mode) for f in tmp_path.iterdir()} == {0o600}
+    finally:
+        os.umask(old)
+
+
+OLD = """{"version": 1, "devices": [
+  {"name": "a", "fingerprint": "aa", "created": "2026-01-02T03:04:05Z", "expires": "2099-01-01T00:00:00Z",
+   "revoked": null},
+  {"name": "b", "fingerprint": "bb", "created": "2026-01-02T03:04:05Z", "expires": "2099-01-01T00:00:00Z",
+   "revoked": "2026-02-01T00:00:00Z"}]}"""
+
+
+def test_a_json_registry_is_taken_over(url: str | Path, tmp_path: Path) -> None:
+    home = tmp_path / "authority"
+    authority.server_files(home)
+    where = f"sqlite:///{url}" if isinstance(url, Path) else url
+    for _ in range(2):  # the second time as after a crash between the two steps
+        (home / "devices.json").write_text(OLD)
+        with authority.open_registry(home, where) as registry:
+            assert [(d.name, d.state) for d in registry.devices.all()] == [("a", "active"), ("b", "revoked")]
+            assert registry.devices.admit("aa").added.isoformat() == "2026-01-02T03:04:05+00:00"
+    assert not (home / "devices.json").exists() and (home / "devices.json.imported").exists()
+
+
+@pytest.mark.parametrize("value", [-1, 1 << 31])
+def test_senseless_limits(value: int) -> None:
+    with pytest.raises(IdentityError, match="a limit is"):
+        Limits(daily_tokens=value)
