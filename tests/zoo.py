@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import transformers as tf
+from loading import attached
 from torch import nn
 
 import sliplm
@@ -219,7 +220,7 @@ def main() -> None:
             model = build(family)
             model.save_pretrained(f"{scratch}/model")
             summary = split_model(f"{scratch}/model", Path(scratch) / "out", Options(RANK))
-            protected = family.auto.from_pretrained(f"{scratch}/out/trusted")
+            protected = attached(family.auto.from_pretrained(f"{scratch}/out/trusted"))
             inputs = inputs_for(model)
             want = model(**inputs).logits
             ours, theirs = relative_error(want, protected(**inputs).logits), bfloat16_error(model, inputs, want)

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from conftest import byte_tokenizer, save_tiny
+from loading import attached
 from torch import nn
 from zoo import EXPERTS, FAMILIES, RANK, Family, bfloat16_error, build, inputs_for, relative_error
 
@@ -30,9 +31,9 @@ class Counting(Link):
     def __init__(self, inner: Any) -> None:
         self.inner, self.groups = inner, []
 
-    def exchange(self, group: int, x: np.ndarray, meanwhile=None) -> np.ndarray:
+    def exchange(self, group: int, x: np.ndarray, own: Any) -> Any:
         self.groups.append(group)
-        return self.inner.exchange(group, x)
+        return self.inner.exchange(group, x, own)
 
     def close(self) -> None:
         self.inner.close()
@@ -43,7 +44,7 @@ def halves(family: Family, where: Path) -> tuple[Any, Any]:
     model = build(family)
     model.save_pretrained(where / "model")
     split_model(str(where / "model"), where / "out", Options(RANK))
-    return model, family.auto.from_pretrained(where / "out" / "trusted")
+    return model, attached(family.auto.from_pretrained(where / "out" / "trusted"))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -105,7 +106,7 @@ def test_experts_without_tokens_are_not_asked(tmp_path: Path) -> None:
 def test_models_loaded_in_half_precision(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     family = FAMILIES[name]
     model, _ = halves(family, tmp_path)
-    protected = family.auto.from_pretrained(tmp_path / "out" / "trusted", dtype=dtype)
+    protected = attached(family.auto.from_pretrained(tmp_path / "out" / "trusted", dtype=dtype))
     inputs = inputs_for(model)
     cast = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
     got = protected(**cast).logits
@@ -189,7 +190,7 @@ def test_parallel_and_cross_attention_groups() -> None:
 @pytest.fixture(scope="module")
 def pair(tiny: Path, tiny_split: Path) -> tuple[Any, Any]:
     auto = transformers.AutoModelForCausalLM
-    return auto.from_pretrained(tiny, dtype=torch.float32), auto.from_pretrained(tiny_split / "trusted")
+    return auto.from_pretrained(tiny, dtype=torch.float32), attached(auto.from_pretrained(tiny_split / "trusted"))
 
 
 @pytest.mark.parametrize(
