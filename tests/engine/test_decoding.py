@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import save_tiny
+from tiny import save_tiny
 
 from sliplm.engine.builtin import BuiltinEngine
 from sliplm.engine.decoding import Decoding

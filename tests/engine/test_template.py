@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import templates
-from conftest import byte_tokenizer
+from tiny import byte_tokenizer
 
 from sliplm.engine.builtin import BuiltinEngine
 from sliplm.engine.once import Once

@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 
 import pytest
 import transformers
-from conftest import byte_tokenizer
 from texts import CHATML, GEMMA, LLAMA3, MISTRAL, WORDY, llama_tokenizer, make_bundle, say
+from tiny import byte_tokenizer
 
 from sliplm.engine.builtin import BuiltinEngine
 from sliplm.engine.detokenise import Text, special_tokens
