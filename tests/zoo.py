@@ -168,6 +168,14 @@ def build(family: Family) -> Any:
     return model
 
 
+def halves(family: Family, where: Path) -> tuple[Any, Any]:
+    """The original and the protected model, which went through files."""
+    model = build(family)
+    model.save_pretrained(where / "model")
+    split_model(str(where / "model"), where / "out", Options(RANK))
+    return model, attached(family.auto.from_pretrained(where / "out" / "trusted"))
+
+
 def inputs_for(model: Any) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     if model.main_input_name == "pixel_values":

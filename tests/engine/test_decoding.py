@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import save_tiny
 from loading import attached
+from tiny import save_tiny
 
 from sliplm.engine.builtin import BuiltinEngine
 from sliplm.engine.decoding import Decoding

@@ -220,7 +220,7 @@ def test_models_that_adapt_their_positions_generate_one_at_a_time(rope: dict[str
 
 
 def test_a_dynamic_rope_leaves_one_slot(tmp_path: Path) -> None:
-    from conftest import save_tiny
+    from tiny import save_tiny
 
     from sliplm.split.model import Options, split_model
 

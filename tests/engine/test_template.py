@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import templates
-from conftest import byte_tokenizer
 from loading import attached
+from tiny import byte_tokenizer
 
 from sliplm.engine.builtin import BuiltinEngine
 from sliplm.engine.once import Once

@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 
 import pytest
 import transformers
-from conftest import byte_tokenizer
 from loading import attached
 from texts import CHATML, GEMMA, LLAMA3, MISTRAL, WORDY, llama_tokenizer, make_bundle, say
+from tiny import byte_tokenizer
 
 from sliplm.engine.builtin import BuiltinEngine
 from sliplm.engine.detokenise import Text, special_tokens

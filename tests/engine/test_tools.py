@@ -11,9 +11,9 @@ import pytest
 import templates
 import torch
 import transformers
-from conftest import byte_tokenizer
 from loading import attached
 from texts import make_bundle
+from tiny import byte_tokenizer
 from tokenizers import AddedToken
 
 from sliplm.engine import constraint

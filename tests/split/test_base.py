@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import save_tiny
 from loading import attached
 from safetensors.torch import load_file, save_file
+from tiny import save_tiny
 
 import sliplm.trusted  # noqa: F401 - teaches Transformers to load the bundle
 from sliplm.attacks.stolen import ALL, Stolen

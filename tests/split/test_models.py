@@ -7,44 +7,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import byte_tokenizer, save_tiny
+from counting import Counting
 from loading import attached
+from tiny import byte_tokenizer, save_tiny
 from torch import nn
-from zoo import EXPERTS, FAMILIES, RANK, Family, bfloat16_error, build, inputs_for, relative_error
+from zoo import EXPERTS, FAMILIES, RANK, Family, bfloat16_error, halves, inputs_for, relative_error
 
 import sliplm
 from sliplm.errors import BundleError, UnsupportedModelError
 from sliplm.evaluate import thief
-from sliplm.exchange.link import Link
 from sliplm.split import source
 from sliplm.split.groups import find_groups
 from sliplm.split.model import Options, split_model
-
-
-class Counting(Link):
-    """Notes the group of every exchange."""
-
-    def __init__(self, inner: Any) -> None:
-        self.inner, self.groups = inner, []
-
-    def exchange(self, group: int, x: np.ndarray, own: Any) -> Any:
-        self.groups.append(group)
-        return self.inner.exchange(group, x, own)
-
-    def close(self) -> None:
-        self.inner.close()
-
-
-def halves(family: Family, where: Path) -> tuple[Any, Any]:
-    """The original and the protected model, which went through files."""
-    model = build(family)
-    model.save_pretrained(where / "model")
-    split_model(str(where / "model"), where / "out", Options(RANK))
-    return model, attached(family.auto.from_pretrained(where / "out" / "trusted"))
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -125,7 +125,7 @@ def test_inspect_tells_what_is_where(tiny_split: Path) -> None:
     assert "model.embed_tokens.weight" in found["kept"] and not any("proj" in name for name in found["kept"])
     assert sum(g["edge"]["bytes"] for g in found["groups"]) < found["edge_bytes"]
     rows = summarise(found["groups"])
-    assert [(r["count"], r["shape"]) for r in rows][0] == (2, (200, 60)) and sum(r["count"] for r in rows) == 9
+    assert (rows[0]["count"], rows[0]["shape"]) == (2, (200, 60)) and sum(r["count"] for r in rows) == 9
     assert summarise_kept({"a.0.b": 1, "a.1.b": 2, "c": 9}) == [("c", 1, 9), ("a.*.b", 2, 3)]
 
 

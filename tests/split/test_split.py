@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import save_tiny
 from hypothesis import given
 from hypothesis import strategies as st
 from loading import attached
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny import save_tiny
 
 from sliplm.errors import BundleError, SlipError, UnsupportedModelError
 from sliplm.evaluate import thief

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from test_models import Counting
+from counting import exchanges
 from torch import nn
 from zoo import RANK, Cnn, mlp, relative_error
 
@@ -19,12 +19,6 @@ import sliplm
 from sliplm.errors import NumericsError, UnsupportedModelError
 from sliplm.protocol.messages import GenerateRequest
 from sliplm.registry import authority
-
-
-def exchanges(module: Any, *inputs: Any) -> tuple[torch.Tensor, list[int]]:
-    link = Counting(module.slip.default_link)
-    with module.slip.using(link), torch.no_grad():
-        return module(*inputs), link.groups
 
 
 @pytest.mark.parametrize(("make", "shape"), [(mlp, (64, 33)), (Cnn, (4, 3, 32, 32))])
