@@ -48,7 +48,7 @@ def encode(
     """
     length = amplitude(row_norm, x.shape[1])
     if native is not None:
-        masked = np.empty(x.shape, np.uint32)
+        masked: NDArray[np.uint32] = np.empty(x.shape, np.uint32)
         inv_c = np.empty(x.shape[0], np.float64)
         finite = native.encode(np.ascontiguousarray(x), np.ascontiguousarray(r), length, _map(blinding), masked, inv_c)
     else:
