@@ -212,6 +212,9 @@ def test_a_long_prompt(tmp_path: Path) -> None:
     split_model(str(directory), tmp_path / "out", Options(4))
     auto = transformers.AutoModelForCausalLM
     ids = torch.randint(0, 256, (1, 1500), generator=torch.Generator().manual_seed(0))
-    models = [auto.from_pretrained(where, dtype=torch.float32) for where in (directory, tmp_path / "out" / "trusted")]
+    models = [
+        auto.from_pretrained(directory, dtype=torch.float32),
+        attached(auto.from_pretrained(tmp_path / "out" / "trusted")),
+    ]
     want, got = (m(ids).logits for m in models)
     assert relative_error(want, got) < 1e-3
