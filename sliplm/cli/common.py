@@ -108,7 +108,7 @@ def emit(as_json: bool, value: dict[str, Any], text: str) -> None:
 
 
 def read_api_key(path: Path | None) -> str | None:
-    from sliplm.edge.api.guard import read_key
+    from sliplm.edge.options import read_key
 
     return read_key(path) if path else None
 
