@@ -50,7 +50,7 @@ def medians(contenders: dict[str, Contender], rounds: int) -> dict[str, float]:
 def products(rows: int, cols: int, tokens: int, rounds: int) -> list[dict[str, object]]:
     rng = np.random.default_rng(0)
     count = max(2, WORKING_SET // (rows * cols))
-    cpu = next(name for name in kernels.available_backends() if name in ("native", "torch"))
+    cpu = next(name for name in kernels.available_backends() if name in ("native", "portable"))
     exact = [kernels.prepare(rng.integers(-128, 128, (rows, cols), np.int8), cpu) for _ in range(min(count, 32))]
     plain = [torch.randn(rows, cols).bfloat16() for _ in range(max(2, len(exact) // 2))]
     # from numpy, which asks for large pages, as the kernel does

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,11 +46,12 @@ class TrustedManifest(msgspec.Struct, forbid_unknown_fields=True):
 
 def sha256_file(path: Path, advance: Callable[[int], None] | None = None) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
+    block = memoryview(bytearray(1 << 20))  # one, so that no allocator keeps more
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(block):
+            digest.update(block[:count])
             if advance:
-                advance(len(block))
+                advance(count)
     return digest.hexdigest()
 
 
@@ -87,6 +89,28 @@ def _check(path: Path, expected: str) -> None:
         raise BundleError(f"{str(path)!a} is not the name of a file.") from None
     if actual != expected:
         raise BundleError(f"{path} is damaged: its SHA-256 is not the one in the manifest.")
+
+
+class _Checking(threading.Thread):
+    """`_check` in a thread of its own: computing a digest takes no interpreter."""
+
+    def __init__(self, path: Path, expected: str) -> None:
+        super().__init__(name="digest", daemon=True)
+        self._arguments = path, expected
+        self._failure: BaseException | None = BundleError(f"{path} was not checked.")
+        self.start()
+
+    def run(self) -> None:
+        try:
+            _check(*self._arguments)
+            self._failure = None
+        except BaseException as error:
+            self._failure = error
+
+    def wait(self) -> None:
+        self.join()
+        if self._failure is not None:
+            raise self._failure
 
 
 class QFile:
@@ -134,18 +158,35 @@ class EdgeBundle:
         shapes: (M, K) of every group.
     """
 
-    def __init__(self, digest: bytes, shapes: list[tuple[int, int]], q: QFile) -> None:
+    def __init__(self, digest: bytes, shapes: list[tuple[int, int]], q: QFile, checking: _Checking) -> None:
         self.digest = digest
         self.shapes = shapes
         self._q = q
+        self._checking = checking
 
     @classmethod
     def open(cls, path: Path | str) -> EdgeBundle:
         """Open DIR/edge, checking every digest. Raises BundleError."""
+        bundle = cls.opening(path)
+        bundle.check()
+        return bundle
+
+    @classmethod
+    def opening(cls, path: Path | str) -> EdgeBundle:
+        """As `open`, while Q is still being read in a thread: nothing may leave it before `check` returns."""
         directory = Path(path)
         manifest, digest = read_edge_manifest(directory)
-        _check(directory / Q_FILE, manifest.q_sha256)
-        return cls(digest, manifest.shapes, QFile(directory / Q_FILE, manifest.shapes))
+        checking = _Checking(directory / Q_FILE, manifest.q_sha256)
+        try:
+            q = QFile(directory / Q_FILE, manifest.shapes)
+        except BundleError:
+            checking.wait()  # where the digest is wrong, too, this is what is said
+            raise
+        return cls(digest, manifest.shapes, q, checking)
+
+    def check(self) -> None:
+        """Wait until the digest of Q is known. Raises BundleError if it is not the manifest's."""
+        self._checking.wait()
 
     def matrix(self, group: int) -> NDArray[np.int8]:
         """Q of `group`: int8, (M, K), memory-mapped, read-only."""

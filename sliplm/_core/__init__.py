@@ -1,6 +1,6 @@
 """The native core, if it was built: `native` is the extension module, or None. All of it has a portable twin.
 
-SLIPLM_BACKEND=torch leaves the core unused, as if it had not been built.
+SLIPLM_BACKEND=portable leaves the core unused, as if it had not been built.
 """
 
 import importlib
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 native: "type[Native] | None" = None
 
-if os.environ.get("SLIPLM_BACKEND") != "torch":
+if os.environ.get("SLIPLM_BACKEND") != "portable":
     try:
         native = cast("type[Native]", importlib.import_module("sliplm._core._native"))
     except ImportError as reason:

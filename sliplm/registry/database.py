@@ -17,6 +17,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import URL, Connection, Engine
 
 from sliplm.errors import IdentityError
+from sliplm.extras import advice
 
 HEAD = "0001"
 """The newest migration; `migrations/versions` has one file for each."""
@@ -185,9 +186,7 @@ class Database:
                     },
                 )
             except ModuleNotFoundError:
-                raise RegistryError(
-                    "a registry in PostgreSQL needs the package psycopg: pip install 'sliplm[postgres]'"
-                ) from None
+                raise RegistryError(advice("psycopg", "a registry in PostgreSQL")) from None
 
 
 def _parse(text: str) -> URL:
