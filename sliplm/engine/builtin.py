@@ -14,6 +14,7 @@ import torch
 import transformers
 from transformers.generation.streamers import BaseStreamer
 
+import sliplm.trusted  # noqa: F401 - teaches Transformers to load the bundle
 from sliplm import bundle
 from sliplm.engine.constraint import Constraint, Grammars
 from sliplm.engine.decoding import Decoding
