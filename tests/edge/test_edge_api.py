@@ -21,24 +21,19 @@ from sliplm.edge.api import create_app, generations
 from sliplm.edge.worker import EdgeWorker
 from sliplm.errors import (
     BundleError,
+    BusyError,
+    HandshakeError,
     IdentityError,
     InternalError,
+    LimitError,
     LinkError,
     ProtocolError,
+    RequestError,
+    TooLongError,
     VerificationError,
     VersionError,
 )
-from sliplm.protocol.messages import (
-    BusyError,
-    Chunk,
-    GenerateRequest,
-    LimitError,
-    Message,
-    RequestError,
-    TokenLogprob,
-    TooLongError,
-)
-from sliplm.protocol.tls import HandshakeError
+from sliplm.protocol.messages import Chunk, GenerateRequest, Message, TokenLogprob
 
 CHAT = "/v1/chat/completions"
 PLAIN = "/v1/completions"

@@ -16,12 +16,12 @@ import pytest
 from link_fakes import DIGEST, SHAPES, FakeEngine, break_registry, enrol, running, serving, wait_until, working
 
 from sliplm.edge.worker import EdgeWorker
-from sliplm.errors import IdentityError, InternalError, LinkError
+from sliplm.errors import BusyError, IdentityError, InternalError, LimitError, LinkError, RequestError
 from sliplm.exchange.link import Link
 from sliplm.protocol import tls
 from sliplm.protocol.channel import connect
 from sliplm.protocol.frames import Kind, Role
-from sliplm.protocol.messages import BusyError, Chunk, GenerateRequest, LimitError, RequestError, TokenLogprob
+from sliplm.protocol.messages import Chunk, GenerateRequest, TokenLogprob
 from sliplm.registry import Device, Limits, authority
 from sliplm.registry.usage import Used, midnight
 from sliplm.serve import meter
