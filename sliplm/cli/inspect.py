@@ -34,7 +34,7 @@ def _show(found: dict[str, Any]) -> None:
         hidden = [name for name in ("blinding", "camouflage") if found[name]] or ["no hardening"]
         base = "; of a fine-tune, split with its public base" if found["based"] else ""
         head += f": {found['model']} ({found['architecture']}), {' and '.join(hidden)}{base}"
-    out.print(head, markup=False)
+    out().print(head, markup=False)
     table = Table(box=None, pad_edge=False)
     table.add_column("groups", justify="right")
     table.add_column("matrices", overflow="fold")
@@ -45,9 +45,9 @@ def _show(found: dict[str, Any]) -> None:
         plan = [str(row[key] or "?") for key in ("kind", "rank", "planes", "place")]
         sizes = [f"{row[side] / 1e6:.1f}" if row[side] else "?" for side in ("edge", "trusted")]
         table.add_row(str(row["count"]), row["members"], *plan, shape, *sizes)
-    out.print(table)
+    out().print(table)
     for name, count, size in summarise_kept(found.get("kept", {})):
-        out.print(f"on the trusted side, whole: {name} ({count}), {size / 1e6:.1f} MB", markup=False)
+        out().print(f"on the trusted side, whole: {name} ({count}), {size / 1e6:.1f} MB", markup=False)
     for side in ("edge", "trusted"):
         if f"{side}_bytes" in found:
-            out.print(f"{side} bundle on disk: {found[f'{side}_bytes'] / 1e6:.1f} MB", markup=False)
+            out().print(f"{side} bundle on disk: {found[f'{side}_bytes'] / 1e6:.1f} MB", markup=False)

@@ -19,8 +19,8 @@ from sliplm.engine.builtin import BuiltinEngine
 from sliplm.engine.detokenise import Text, special_tokens
 from sliplm.engine.stops import StopTexts, end_tokens
 from sliplm.engine.template import Chat
-from sliplm.errors import SlipError
-from sliplm.protocol.messages import GenerateRequest, Message, RequestError
+from sliplm.errors import RequestError, SlipError
+from sliplm.protocol.messages import GenerateRequest, Message
 
 CHAT = {"messages": [Message("user", "Hello")]}
 SMILE = ["<0xF0>", "<0x9F>", "<0x98>", "<0x80>"]

@@ -33,12 +33,11 @@ from link_fakes import (
 )
 
 from sliplm.edge.worker import EdgeWorker
-from sliplm.errors import IdentityError, LinkError, ProtocolError, VerificationError
+from sliplm.errors import Code, IdentityError, LinkError, ProtocolError, TooLongError, VerificationError
 from sliplm.exchange.link import InProcessLink
 from sliplm.protocol import channel
 from sliplm.protocol.channel import Channel
-from sliplm.protocol.frames import HEADER, Code, Kind
-from sliplm.protocol.messages import TooLongError
+from sliplm.protocol.frames import HEADER, Kind
 from sliplm.registry import authority
 
 
