@@ -14,11 +14,11 @@ import pytest
 
 from sliplm import field, kernels
 from sliplm.edge.multiplier import Multiplier
-from sliplm.errors import ProtocolError, SlipError
+from sliplm.errors import Code, ProtocolError, SlipError
 from sliplm.exchange import masking
 from sliplm.protocol import frames
 from sliplm.protocol.channel import Channel
-from sliplm.protocol.frames import HEADER, Code, Hello, Kind, Role, Welcome
+from sliplm.protocol.frames import HEADER, Hello, Kind, Role, Welcome
 from sliplm.protocol.messages import decode_chunk, decode_request, encode
 
 VECTORS: dict[str, Any] = json.loads(Path(__file__).with_name("vectors.json").read_text("utf-8"))
