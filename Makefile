@@ -21,6 +21,7 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror sliplm/_core/*.cpp sliplm/_core/*.h
 
 bench: $(STAMP)
 	$(BIN)/slip bench

@@ -16,9 +16,9 @@ class Counting(Link):
     def __init__(self, inner: Any) -> None:
         self.inner, self.groups = inner, []
 
-    def exchange(self, group: int, x: np.ndarray, meanwhile=None) -> np.ndarray:
+    def exchange(self, group: int, x: np.ndarray, own: Any) -> Any:
         self.groups.append(group)
-        return self.inner.exchange(group, x)
+        return self.inner.exchange(group, x, own)
 
     def close(self) -> None:
         self.inner.close()

@@ -31,14 +31,13 @@ import numpy as np
 from bench.soak import plain
 from bench.soak.processes import Command, Site, eventually, site, text
 from sliplm.bundle import EdgeBundle
-from sliplm.errors import IdentityError, SlipError
+from sliplm.errors import Code, IdentityError, SlipError
 from sliplm.protocol import tls
 from sliplm.protocol.channel import Channel, connect, parse_address
 from sliplm.protocol.frames import (
     HEADER,
     MAX_JSON_BYTES,
     VERSIONS,
-    Code,
     Hello,
     Kind,
     Role,

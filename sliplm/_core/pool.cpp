@@ -1,5 +1,6 @@
 #include "pool.h"
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <mutex>
@@ -125,6 +126,8 @@ size_t cores() {
     const size_t n = std::thread::hardware_concurrency();
     return n ? n : 1;
 }
+
+size_t threads_for(size_t work, size_t each) { return std::clamp<size_t>(work / each, 1, cores()); }
 
 void parallel(size_t count, size_t threads, const std::function<void(size_t)>& task) {
     const size_t most = threads ? threads : cores();

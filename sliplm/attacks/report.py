@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import base64
 import html
-import importlib.util
 import io
 from pathlib import Path
 from typing import Any
 
 from sliplm.attacks.verdict import SUCCESS
-from sliplm.errors import SlipError
+from sliplm.extras import require
 
 LIMITS = (
     "These are the attacks that we know, at the budget stated. A thief with more text, more time or a better idea may "
@@ -32,8 +31,7 @@ _STYLE = (
 
 def require_plots() -> None:
     """Raise SlipError, before hours of training, if the report could not be drawn."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise SlipError("a report needs matplotlib: pip install 'sliplm[attack]'.")
+    require("matplotlib", "a report")
 
 
 def write(result: dict[str, Any], spectra: dict[str, dict[str, list[float]]], path: Path) -> None:

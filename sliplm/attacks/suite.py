@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +21,7 @@ from sliplm.attacks.training import LENGTH, Data, language_loss, perplexity
 from sliplm.attacks.verdict import verdict
 from sliplm.errors import BundleError, SlipError
 from sliplm.evaluate import agreement, text
+from sliplm.extras import require
 from sliplm.split.groups import blocks
 from sliplm.split.source import load_whole
 
@@ -64,8 +64,8 @@ def attack(
     chosen = tuple(methods) or METHODS
     if unknown := [m for m in chosen if m not in METHODS]:
         raise SlipError(f"there is no attack {unknown[0]!r}; choose from {', '.join(METHODS)}.")
-    if {"blinding", "public-base"} & set(chosen) and importlib.util.find_spec("scipy") is None:
-        raise SlipError("this attack needs scipy: pip install 'sliplm[attack]'.")
+    if {"blinding", "public-base"} & set(chosen):
+        require("scipy", "this attack")
     stolen = [Stolen(d) for d in directories]
     original = load_whole(reference)
     for s, d in zip(stolen, directories, strict=True):

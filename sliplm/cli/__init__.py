@@ -12,9 +12,10 @@ import typer
 
 os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' progress bars; read when tqdm is first imported
 
-from sliplm.cli import ask, bench, chat, demo, device, edge, evaluate, split, top, trusted
+from sliplm.cli import ask, bench, chat, demo, device, edge, evaluate, inspect, split, top, trusted
 from sliplm.cli.common import fail
 from sliplm.errors import SlipError
+from sliplm.extras import advice
 
 app = typer.Typer(
     add_completion=False,
@@ -24,6 +25,7 @@ app = typer.Typer(
 )
 for command in (
     split.split,
+    inspect.inspect,
     trusted.trusted,
     edge.edge,
     ask.generate,
@@ -44,6 +46,10 @@ def main() -> None:
         app(standalone_mode=True)
     except SlipError as error:
         fail(str(error))
+    except ModuleNotFoundError as missing:  # an edge has fewer packages than the owner's commands need
+        if (sentence := advice(missing.name, f"`slip {sys.argv[1]}`")) is None:
+            raise
+        fail(sentence)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:

@@ -35,11 +35,11 @@ def bench(
         show.require_plots()
     result = run(
         models or ["smollm2", "llama-1.1b"], planes or [1, 2], rank, tokens, prefill, rounds, long, keep,
-        lambda line: err.print(line, markup=False),
+        lambda line: err().print(line, markup=False),
     )  # fmt: skip
     if plot:
         show.plot(result, plot)
     if as_json:
         emit(True, result, "")
     else:
-        show.tables(result, out)
+        show.tables(result, out())

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from sliplm.cli.common import Api, ApiKey, err, fail, plain, printable, read_api_key
 from sliplm.errors import SlipError
@@ -96,7 +95,7 @@ def chat(
             import readline  # arrow keys and earlier lines in input()
 
             readline.parse_and_bind("set enable-bracketed-paste on")  # pasted lines are one question
-        err.print(f"[bold]{plain(name)}[/bold] at {api}. /help lists the commands.", style="dim")
+        err().print(f"[bold]{plain(name)}[/bold] at {api}. /help lists the commands.", style="dim")
     for line in _lines(by_hand):
         try:
             if line.startswith("/"):
@@ -107,7 +106,7 @@ def chat(
         except SlipError as error:
             if not by_hand:
                 raise
-            err.print(f"slip: {error}", style="red", markup=False)
+            err().print(f"slip: {error}", style="red", markup=False)
 
 
 def _lines(by_hand: bool) -> Iterator[str]:
@@ -142,7 +141,7 @@ def _answer(conversation: Conversation, question: str, by_hand: bool) -> None:
     """Print the answer as it comes. Raises LinkError."""
     pieces = conversation.ask(question)
     try:
-        with Console(stderr=True).status("", spinner="dots") if by_hand else contextlib.nullcontext():
+        with err().status("", spinner="dots") if by_hand else contextlib.nullcontext():
             first = next(pieces, "")
         print(printable(first, by_hand), end="", flush=True)
         for piece in pieces:
@@ -153,7 +152,7 @@ def _answer(conversation: Conversation, question: str, by_hand: bool) -> None:
             raise
         pieces.close()
         print(flush=True)
-        err.print("stopped", style="dim")
+        err().print("stopped", style="dim")
     except SlipError:
         print(flush=True)  # what came of the answer, if anything, ends here
         raise
@@ -182,5 +181,5 @@ def _command(conversation: Conversation, line: str, by_hand: bool) -> bool:
     else:
         raise SlipError(f"{line!r} is not a command: /help lists them.")
     if by_hand:
-        err.print(said, style="dim", markup=False)
+        err().print(said, style="dim", markup=False)
     return True

@@ -8,18 +8,16 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
-from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sliplm.logs import JsonFormatter
 
-out = Console(soft_wrap=True, highlight=False)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+if TYPE_CHECKING:
+    from rich.console import Console
 
 Json = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON on stdout.")]
 Model = Annotated[str, typer.Argument(help="A directory of safetensors, a .gguf file, or a hub id.")]
@@ -44,14 +42,45 @@ class Format(str, Enum):
 LogFormat = Annotated[Format, typer.Option("--log-format", help="Log lines for people, or one JSON object each.")]
 
 
+# Rich is imported when there is something to say: an edge starts without it.
+
+
+@cache
+def out() -> Console:
+    from rich.console import Console
+
+    return Console(soft_wrap=True, highlight=False)
+
+
+@cache
+def err() -> Console:
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+class _ForPeople(logging.Handler):
+    """Log lines as Rich sets them."""
+
+    @cached_property
+    def _rich(self) -> logging.Handler:
+        from rich.logging import RichHandler
+
+        handler = RichHandler(console=err(), show_path=False, markup=False)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        return handler
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._rich.emit(record)
+
+
 def fail(sentence: str) -> NoReturn:
-    err.print(f"slip: {sentence}", style="red", markup=False)
+    err().print(f"slip: {sentence}", style="red", markup=False)
     sys.exit(1)
 
 
 def set_up_logging(verbose: bool, log_format: Format = Format.TEXT) -> None:
-    handler: logging.Handler = RichHandler(console=err, show_path=False, markup=False)
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler: logging.Handler = _ForPeople()
     if log_format == Format.JSON:
         handler = logging.StreamHandler()
         handler.setFormatter(JsonFormatter())
@@ -62,8 +91,10 @@ def set_up_logging(verbose: bool, log_format: Format = Format.TEXT) -> None:
 
 @contextmanager
 def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
+    with Progress(*columns, console=err(), transient=True, disable=not err().is_terminal) as bar:
         task = bar.add_task(label, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
@@ -72,12 +103,12 @@ def emit(as_json: bool, value: dict[str, Any], text: str) -> None:
     if as_json:
         print(json.dumps(value), flush=True)
     else:
-        out.print(text, markup=False)
+        out().print(text, markup=False)
         sys.stdout.flush()
 
 
 def read_api_key(path: Path | None) -> str | None:
-    from sliplm.edge.api.guard import read_key
+    from sliplm.edge.options import read_key
 
     return read_key(path) if path else None
 

@@ -22,6 +22,6 @@ def demo(
     quiet_transformers()
     from sliplm.demo import run
 
-    result = run(model, question, max_tokens, keep, err if as_json else out)
+    result = run(model, question, max_tokens, keep, err() if as_json else out())
     if as_json:
         emit(True, result, "")

@@ -35,8 +35,10 @@ def edge(
     set_up_logging(True, log_format)
     from sliplm import kernels
     from sliplm.bundle import EdgeBundle
-    from sliplm.edge.api.guard import read_key, read_name, read_origin
+
+    opening = EdgeBundle.opening(bundle)  # its digest is computed while the rest is imported
     from sliplm.edge.multiplier import Multiplier
+    from sliplm.edge.options import read_key, read_name, read_origin
     from sliplm.edge.serve import ApiServer
     from sliplm.edge.worker import EdgeWorker
     from sliplm.protocol.channel import parse_address
@@ -45,7 +47,7 @@ def edge(
     key = read_key(api_key) if api_key else None
     names = [read_name(text) for text in api_name or ()]
     origins = [read_origin(text) for text in api_origin or ()]
-    engine = Multiplier.from_bundle(EdgeBundle.open(bundle))
+    engine = Multiplier.from_bundle(opening)
     worker = EdgeWorker(engine, trusted, identity)
     stop = threading.Event()
     failure: list[BaseException] = []

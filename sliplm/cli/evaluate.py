@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from sliplm.cli.common import Json, Reference, emit, out, progress_bar, quiet_transformers, set_up_logging
 
@@ -32,22 +31,24 @@ def evaluate(
     if as_json:
         emit(True, result, "")
         return
+    from rich.table import Table
+
     table = Table("", "perplexity", "mean KL", "worst KL", "top-1", "largest logit error", box=None)
     table.add_row("original (float32)", f"{result['reference']['ppl']:.4f}", "", "", "", "")
     for key, label in (("protected", "protected"), ("bf16", "original (bfloat16)"), ("edge_only", "edge part alone")):
         r = result[key]
         table.add_row(label, f"{r['ppl']:.6g}", f"{r['kl']:.2e}", f"{r['kl_max']:.2e}", f"{r['top1']:.2%}",
                       f"{r['max_abs_logit_error']:.4f}")  # fmt: skip
-    out.print(table)
+    out().print(table)
     if g := result.get("greedy"):
-        out.print(
+        out().print(
             f"greedy text, {g['tokens']} tokens each: {g['identical']} of {g['prompts']} identical, "
             f"{g['ties']} part at a tie, {g['unexplained']} unexplained"
         )
     for task, metrics in result.get("tasks", {}).get("reference", {}).items():
         for metric, value in metrics.items():
             ours = result["tasks"]["protected"][task][metric]
-            out.print(f"{task} {metric}: original {value:.4f}, protected {ours:.4f}", markup=False)
+            out().print(f"{task} {metric}: original {value:.4f}, protected {ours:.4f}", markup=False)
 
 
 def attack(

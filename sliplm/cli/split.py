@@ -40,7 +40,7 @@ def split(
     quiet_transformers()
     options = Options(rank, planes, camouflage, blinding, base, again)
     for sentence in weaknesses(options):
-        err.print(f"slip: warning: {sentence}", style="yellow", markup=False)
+        err().print(f"slip: warning: {sentence}", style="yellow", markup=False)
     with progress_bar("splitting (weights)") as progress:
         s = run(model, output, options, progress, adapter=adapter, name=name)
     emit(

@@ -38,11 +38,12 @@ class Multiplier:
 
     @classmethod
     def from_bundle(cls, bundle: EdgeBundle) -> Multiplier:
-        """Prepare every matrix of `bundle` for this machine's kernels."""
+        """Prepare every matrix of `bundle` for this machine's kernels. Raises BundleError if its digest is wrong."""
         matrices = []
         for group in range(len(bundle.shapes)):
             matrices.append(kernels.prepare(bundle.matrix(group)))
             bundle.forget(group)
+        bundle.check()
         engine = cls(matrices, bundle.digest)
         engine._few = _useful_threads(max(matrices, key=lambda m: m.nbytes))
         return engine

@@ -7,12 +7,17 @@ import logging
 import socket
 import threading
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import uvicorn
-
-from sliplm.edge.api import create_app
 from sliplm.edge.worker import EdgeWorker
 from sliplm.errors import LinkError
+
+if TYPE_CHECKING:
+    import uvicorn
+
+HEAD_START = 0.5
+"""So many seconds the worker has to connect before the API is imported, which would take the interpreter from it.
+Clients wait meanwhile: the address is bound."""
 
 _log = logging.getLogger(__name__)
 
@@ -42,30 +47,42 @@ class ApiServer:
         self.address: tuple[str, int] = self._socket.getsockname()[:2]
         if api_key is None and not ipaddress.ip_address(self.address[0]).is_loopback:
             _log.warning("the API has no key, and other machines can reach it: see --api-key")
-        app = create_app(
-            worker.generate,
-            lambda: worker.model_name,
-            worker.connected.is_set,
-            host,
-            api_key,
-            worker.counters,
-            names,
-            origins,
-            lambda: worker.failure,
-        )
-        # Access logs would name what people ask; the worker's own log has what an operator needs.
-        config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=2)
-        self._server = uvicorn.Server(config)
+        self._worker, self._options = worker, (host, api_key, worker.counters, names, origins)
+        self._server: uvicorn.Server | None = None
+        self._closing = False
         self._thread = threading.Thread(target=self._run, name="api", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         try:
-            self._server.run(sockets=[self._socket])
+            self._worker.connected.wait(HEAD_START)
+            self._server = self._make()
+            if not self._closing:
+                self._server.run(sockets=[self._socket])
         except BaseException:
             _log.exception("the API stopped")
 
+    def _make(self) -> uvicorn.Server:
+        import uvicorn
+
+        from sliplm.edge.api import create_app
+
+        worker = self._worker
+        app = create_app(
+            worker.generate,
+            lambda: worker.model_name,
+            worker.connected.is_set,
+            *self._options,
+            failure=lambda: worker.failure,
+        )
+        # Access logs would name what people ask; the worker's own log has what an operator needs.
+        return uvicorn.Server(
+            uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=2)
+        )
+
     def close(self) -> None:
-        self._server.should_exit = True
+        self._closing = True
+        if self._server:
+            self._server.should_exit = True
         self._thread.join(5)
         self._socket.close()

@@ -22,4 +22,4 @@ class Edge(EdgeWorker):
     """
 
     def __init__(self, bundle: Path | str, trusted: str | tuple[str, int], identity: Path | str) -> None:
-        super().__init__(Multiplier.from_bundle(EdgeBundle.open(bundle)), trusted, identity)
+        super().__init__(Multiplier.from_bundle(EdgeBundle.opening(bundle)), trusted, identity)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sliplm.errors import SlipError
+from sliplm.extras import require
 
 
 def run_tasks(
@@ -20,11 +21,10 @@ def run_tasks(
     Raises:
         SlipError: lm-eval is not installed, or knows no such task.
     """
-    try:
-        import lm_eval
-        from lm_eval.models.huggingface import HFLM
-    except ImportError:
-        raise SlipError("--tasks needs another package: pip install 'sliplm[tasks]'.") from None
+    require("lm_eval", "--tasks")
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
     try:
         adapter = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1)
         answer = lm_eval.simple_evaluate(model=adapter, tasks=list(tasks), limit=limit)

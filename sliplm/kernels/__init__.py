@@ -1,9 +1,11 @@
 """Exact products Q x mod p on the wire format, whatever the machine offers: one function, several backends.
 
 A backend is used only after it has proved itself, in this process, against exact integers; one that fails is
-passed over for the next. SLIPLM_BACKEND=triton|cuda|native|torch forces one.
+passed over for the next. SLIPLM_BACKEND=triton|cuda|native|portable forces one. Each is imported when it is first
+asked for: those for CUDA need torch, which an edge can do without.
 """
 
+import importlib
 import logging
 import os
 from collections.abc import Iterator
@@ -15,17 +17,14 @@ from numpy.typing import NDArray
 from sliplm.errors import UnsupportedModelError
 from sliplm.field import P
 from sliplm.kernels.base import MAX_COLUMNS, IntMatrix
-from sliplm.kernels.cuda import CudaMatrix, TritonMatrix
-from sliplm.kernels.native import NativeMatrix
-from sliplm.kernels.portable import TorchMatrix
 
 __all__ = ["MAX_COLUMNS", "IntMatrix", "available_backends", "describe", "prepare", "self_proof"]
 
-BACKENDS: dict[str, type[IntMatrix]] = {  # the fastest first
-    "triton": TritonMatrix,
-    "cuda": CudaMatrix,
-    "native": NativeMatrix,
-    "torch": TorchMatrix,
+BACKENDS = {  # the fastest first, and where each is
+    "triton": "sliplm.kernels.cuda:TritonMatrix",
+    "cuda": "sliplm.kernels.cuda:CudaMatrix",
+    "native": "sliplm.kernels.native:NativeMatrix",
+    "portable": "sliplm.kernels.portable:PortableMatrix",
 }
 # (rows, columns, tokens): every kernel of every backend, on whole tiles and on parts of them, and the widest sum
 _PROOF = [(1, 1, 1), (17, 65, 2), (33, 515, 5), (100, 1030, 1), (64, 4099, 7), (3, MAX_COLUMNS, 2)]
@@ -56,20 +55,20 @@ def available_backends() -> list[str]:
 
 def describe() -> str:
     """The backend in use and how it runs, for logs and reports: "native (AVX-512 VNNI, 2 threads)"."""
-    return BACKENDS[_choose()].describe()
+    return _kind(_choose()).describe()
 
 
 @cache
 def self_proof(backend: str) -> bool:
     """Whether `backend` runs here and is exact on random and extreme values; asked once per process."""
-    kind = BACKENDS[backend]
-    if not kind.available():
-        return False
-    rng = np.random.default_rng()
     try:
+        kind = _kind(backend)
+        if not kind.available():
+            return False
         for rows, cols, tokens in _PROOF:
-            q = rng.integers(-128, 128, (rows, cols)).astype(np.int8)
-            x = rng.integers(0, P, (tokens, cols)).astype(np.uint32)
+            # Not numpy.random, which takes longer to import than all of this to run.
+            q = np.frombuffer(bytearray(os.urandom(rows * cols)), np.int8).reshape(rows, cols)
+            x = np.frombuffer(bytearray(os.urandom(4 * tokens * cols)), np.uint32).reshape(tokens, cols) % np.uint32(P)
             q[0], q[-1], q[rows // 2, ::2] = -128, 127, -127
             x[0, ::3], x[-1, 1::3] = P - 1, 0
             x[tokens // 2, 2::3] = 0x00FFFFFF
@@ -77,6 +76,8 @@ def self_proof(backend: str) -> bool:
             if not (kind(q).product(x) == exact).all():
                 raise ArithmeticError("a product is wrong")
     except Exception as reason:
+        if isinstance(reason, ModuleNotFoundError) and reason.name == "torch":
+            return False  # nothing to warn of: an edge without a GPU does not need it
         _log.warning("the %s kernels failed their self-proof and are not used: %s", backend, reason)
         return False
     return True
@@ -96,4 +97,11 @@ def _choose() -> str:
 def _named(backend: str) -> type[IntMatrix]:
     if backend not in BACKENDS or not self_proof(backend):
         raise ValueError(f"the kernel backend {backend!r} is not available")
-    return BACKENDS[backend]
+    return _kind(backend)
+
+
+def _kind(backend: str) -> type[IntMatrix]:
+    """Raises ModuleNotFoundError if the backend needs a package that is not installed."""
+    module, _, name = BACKENDS[backend].partition(":")
+    kind: type[IntMatrix] = getattr(importlib.import_module(module), name)
+    return kind

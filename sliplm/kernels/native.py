@@ -11,6 +11,7 @@ class NativeMatrix(IntMatrix):
     """Q repacked in aligned memory, for the best instruction set or for `isa`, one of `native.isas()`."""
 
     def __init__(self, q: NDArray[np.int8], isa: str = "") -> None:
+        assert native is not None
         self._packed = native.PackedMatrix(np.ascontiguousarray(q), isa)
         self.rows, self.cols = q.shape
         self.nbytes = self._packed.nbytes
@@ -28,4 +29,5 @@ class NativeMatrix(IntMatrix):
 
     @staticmethod
     def describe() -> str:
+        assert native is not None
         return f"native ({native.isas()[0]}, {native.threads()} threads)"

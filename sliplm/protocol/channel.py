@@ -18,18 +18,17 @@ from numpy.typing import NDArray
 
 from sliplm._core import native
 from sliplm.errors import (
-    BundleError,
+    RECEIVED,
+    Code,
     IdentityError,
     InternalError,
     LinkError,
+    MismatchError,
     ProtocolError,
     SlipError,
-    VerificationError,
-    VersionError,
 )
 from sliplm.protocol import frames, tls
-from sliplm.protocol.frames import HEADER, Code, Header, Hello, Kind, Role, Welcome
-from sliplm.protocol.messages import BusyError, LimitError, RefusedError, RequestError, TooLongError
+from sliplm.protocol.frames import HEADER, Header, Hello, Kind, Role, Welcome
 
 Address = tuple[str, int]
 
@@ -99,6 +98,11 @@ class Channel:
         """Send an ERROR; `sentence` must hold no secret."""
         self.send(Kind.ERROR, frames.clean(sentence).encode(), group=code, sequence=sequence)
 
+    def tell(self, error: Exception) -> None:
+        """Send the ERROR that stands for `error`; of what is none of the other side's business, it says just that."""
+        known = error if isinstance(error, SlipError) else InternalError()
+        self.send_error(known.code, known.told or str(known), known.retry_after or 0)
+
     def _write(self, data: bytes | memoryview) -> None:
         try:
             # Piece by piece, because the timeout holds for one call.
@@ -155,9 +159,8 @@ class Channel:
     def read_error(self, header: Header) -> SlipError:
         """The exception that stands for an ERROR frame."""
         sentence = frames.clean(self.read(header).decode("utf-8", "replace")) or "the other side gave no reason"
-        error = _EXCEPTIONS.get(header.group, LinkError)(sentence)
-        if isinstance(error, BusyError):
-            error.retry_after = header.sequence or None
+        error = RECEIVED.get(header.group, LinkError)(sentence)
+        error.retry_after = header.sequence or None
         return error
 
     def _read(self, view: memoryview) -> None:
@@ -233,20 +236,6 @@ class Channel:
         return f"Channel({self.peer})"
 
 
-_EXCEPTIONS: dict[int, type[SlipError]] = {
-    Code.VERSION: VersionError,
-    Code.IDENTITY: IdentityError,
-    Code.BUNDLE: BundleError,
-    Code.BUSY: BusyError,
-    Code.REQUEST: RequestError,
-    Code.UNVERIFIED: VerificationError,
-    Code.LIMITED: LimitError,
-    Code.REFUSED: RefusedError,
-    Code.TOO_LONG: TooLongError,
-    Code.INTERNAL: InternalError,
-}
-
-
 def drain_socket(sock: socket.socket) -> None:
     """Say that nothing more will be sent, then swallow what still arrives, for at most a second."""
     deadline = time.monotonic() + DRAIN_SECONDS
@@ -287,8 +276,8 @@ def connect(
 ) -> tuple[Channel, Welcome]:
     """The edge's end of a new connection, after HELLO and WELCOME; `timeout` holds from then on.
 
-    Raises IdentityError, BundleError or ProtocolError where trying again cannot help, tls.HandshakeError where it
-    might, and LinkError, or InternalError, where it can.
+    Raises IdentityError, MismatchError or ProtocolError where trying again cannot help, HandshakeError where it might,
+    and LinkError, or InternalError, where it can.
     """
     peer = "the trusted side"
     where = f"{address[0]}:{address[1]}"
@@ -329,6 +318,6 @@ def connect(
 
 
 def check_digest(ours: bytes, theirs: bytes) -> None:
-    """Raises BundleError unless both sides' bundles come from the same split."""
+    """Raises MismatchError unless both sides' bundles come from the same split."""
     if not hmac.compare_digest(ours, theirs):
-        raise BundleError("this edge bundle belongs to another split than the trusted bundle")
+        raise MismatchError("this edge bundle belongs to another split than the trusted bundle")

@@ -15,16 +15,12 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
-from sliplm.errors import IdentityError, LinkError, SlipError
+from sliplm.errors import HandshakeError, IdentityError, LinkError, SlipError
 
 SERVER_NAME = "sliplm-trusted"
 """The name in the trusted side's certificate, wherever it runs: edges check this, not an address."""
 
 _log = logging.getLogger(__name__)
-
-
-class HandshakeError(IdentityError):
-    """The TLS handshake failed over a certificate, or so it seems: anybody on the way can make it seem so."""
 
 
 def server_context(chain: Path, ca_pem: bytes) -> ssl.SSLContext:

@@ -16,7 +16,8 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import URL, Connection, Engine
 
-from sliplm.errors import IdentityError
+from sliplm.errors import RegistryError
+from sliplm.extras import advice
 
 HEAD = "0001"
 """The newest migration; `migrations/versions` has one file for each."""
@@ -25,11 +26,6 @@ BUSY_SECONDS = 2.0
 """A writer waits so long for another one."""
 
 _MIGRATION_LOCK = 0x736C6970  # any number: PostgreSQL's advisory locks have no names
-
-
-class RegistryError(IdentityError):
-    """The registry cannot be used just now, which says nothing about any device. The text is the operator's: it
-    names a path or a host."""
 
 
 class UtcTime(sa.types.TypeDecorator[datetime]):
@@ -185,9 +181,7 @@ class Database:
                     },
                 )
             except ModuleNotFoundError:
-                raise RegistryError(
-                    "a registry in PostgreSQL needs the package psycopg: pip install 'sliplm[postgres]'"
-                ) from None
+                raise RegistryError(advice("psycopg", "a registry in PostgreSQL")) from None
 
 
 def _parse(text: str) -> URL:

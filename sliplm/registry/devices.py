@@ -10,9 +10,9 @@ import msgspec
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from sliplm.errors import IdentityError
+from sliplm.errors import IdentityError, RegistryError
 from sliplm.registry import database
-from sliplm.registry.database import Database, RegistryError
+from sliplm.registry.database import Database
 
 
 class Limits(msgspec.Struct, frozen=True):

@@ -18,16 +18,12 @@ from typing import Any, Protocol
 
 import msgspec
 
-from sliplm.errors import SlipError, locate
-from sliplm.protocol.messages import Chunk, GenerateRequest, Message, RefusedError, RequestError
+from sliplm.errors import RefusedError, RequestError, RulesError, locate
+from sliplm.protocol.messages import Chunk, GenerateRequest, Message
 
 GROUP = "sliplm.rules"
 
 Refused = RefusedError
-
-
-class RulesError(SlipError):
-    """The rules cannot be loaded, or failed. The text is the operator's."""
 
 
 class Rules(Protocol):

@@ -18,23 +18,24 @@ from collections import Counter
 from collections.abc import Generator, Sequence
 from pathlib import Path
 
-from sliplm.errors import IdentityError, LinkError, ProtocolError, SlipError, VerificationError, locate
+from sliplm.errors import (
+    BusyError,
+    Code,
+    IdentityError,
+    LinkError,
+    NoWorkerError,
+    ProtocolError,
+    SlipError,
+    VerificationError,
+    locate,
+)
 from sliplm.exchange.link import Shape
 from sliplm.protocol import frames, tls
 from sliplm.protocol.channel import Address, Channel, check_digest, drain_socket, tune
-from sliplm.protocol.frames import Code, Kind, Role, Welcome
-from sliplm.protocol.messages import (
-    BusyError,
-    Chunk,
-    LimitError,
-    RefusedError,
-    RequestError,
-    TooLongError,
-    decode_request,
-    encode,
-)
+from sliplm.protocol.frames import Kind, Role, Welcome
+from sliplm.protocol.messages import Chunk, decode_request, encode
 from sliplm.protocol.remote import RemoteLink
-from sliplm.registry import Device, Limits, RegistryError, authority
+from sliplm.registry import Device, Limits, authority
 from sliplm.serve.limits import DEFAULTS
 from sliplm.serve.rules import Rules
 from sliplm.serve.service import Engine, Service
@@ -52,11 +53,6 @@ LOG_BYTES = 200
 
 SHUTTING_DOWN = "the trusted side is shutting down"
 NO_WORKER = "this device has no worker connected: start `slip edge` on it, or try again soon"
-NO_REGISTRY = "the trusted side cannot look this device up: try again later"
-
-INTERNAL = "generation failed on the trusted side; its log says why"
-"""What an edge is told of every fault inside: a sentence for each would tell it about activations, layers and rules."""
-
 _log = logging.getLogger(__name__)
 
 
@@ -305,32 +301,19 @@ class TrustedServer:
 
     def _greet(self, channel: Channel, sock: ssl.SSLSocket) -> tuple[Device, Role]:
         """HELLO and WELCOME; who this is and what for. A refusal is sent to the edge, and raised here."""
-        code = Code.FAILED
         try:
             header = channel.receive()
             if header.kind != Kind.HELLO:
                 raise ProtocolError("the edge did not start with HELLO")
             payload = channel.read(header)
-            code = Code.VERSION
             hello = frames.parse_hello(payload)
             version = frames.choose_version(hello)
-            code = Code.IDENTITY
             device = self._watch.admit(authority.fingerprint(channel.certificate()))
-            code = Code.BUNDLE
             check_digest(self._digest, hello.digest)
-            code = Code.BUSY
             self._identify(_Known(sock, device.fingerprint, hello.role))
-        except RegistryError:  # its text names a path, and the device may well be enrolled
+        except Exception as error:  # without a word, the edge would take it for a broken connection
             with contextlib.suppress(LinkError):
-                channel.send_error(Code.FAILED, NO_REGISTRY)
-            raise
-        except SlipError as error:
-            with contextlib.suppress(LinkError):
-                channel.send_error(code, str(error))
-            raise
-        except Exception:  # without a word, the edge would take it for a broken connection
-            with contextlib.suppress(LinkError):
-                channel.send_error(Code.INTERNAL, INTERNAL)
+                channel.tell(error)
             raise
         channel.send(Kind.WELCOME, frames.pack_welcome(Welcome(version, self._digest, self._engine.model_name())))
         channel.version = version
@@ -342,15 +325,15 @@ class TrustedServer:
         with self._changed:
             mine = [c.role for c in self._connections.values() if c.fingerprint == known.fingerprint]
             if known.role == Role.WORK and mine.count(Role.WORK) >= self._max_workers:
-                raise LinkError(f"this device has {self._max_workers} workers connected already: try again later")
+                raise BusyError(f"this device has {self._max_workers} workers connected already: try again later")
             if known.role == Role.REQUEST and mine.count(Role.REQUEST) >= self._max_requests:
-                raise LinkError(f"this device has {self._max_requests} requests running or waiting: try again later")
+                raise BusyError(f"this device has {self._max_requests} requests running or waiting: try again later")
             free = self._max_connections - len(self._connections)
             # Those that have many leave half of the rest to others, so that a few cannot take all.
             if not free or len(mine) >= max(self._max_workers, free // 2):
-                raise LinkError("the trusted side has too many connections: try again later")
+                raise BusyError("the trusted side has too many connections: try again later")
             if self._strangers.pop(me, None) is None:
-                raise LinkError("the trusted side gave this connection up: try again later")
+                raise BusyError("the trusted side gave this connection up: try again later")
             self._connections[me] = known
 
     # --- devices that may not stay ------------------------------------------------------------------------------
@@ -401,7 +384,7 @@ class TrustedServer:
                 while not (alive := [k for k in self._links.get(device.fingerprint, ()) if k.alive]):
                     left = deadline - time.monotonic()
                     if left <= 0 or self._stopping.is_set():
-                        raise _NoWorkerError(NO_WORKER)
+                        raise NoWorkerError(NO_WORKER)
                     self._changed.wait(left)
             link = alive[-1]
             try:
@@ -444,34 +427,9 @@ class TrustedServer:
             expected = isinstance(error, SlipError)
             why = frames.clean(str(error), LOG_BYTES) if expected else f"internal error: {locate(error)}"
             _log.warning("device %s: %s", device.name, why)
-            code, sentence = self._explain(error)
-            channel.send_error(code, sentence, getattr(error, "retry_after", None) or 0)
-
-    def _explain(self, error: Exception) -> tuple[Code, str]:
-        """What the edge is told."""
-        match error:
-            case _NoWorkerError():
-                return Code.NO_WORKER, str(error)
-            case RefusedError():
-                return Code.REFUSED, str(error)
-            case TooLongError():
-                return Code.TOO_LONG, str(error)
-            case RequestError():
-                return Code.REQUEST, str(error)
-            case LimitError():
-                return Code.LIMITED, str(error)
-            case BusyError():
-                return Code.BUSY, str(error)
-            case VerificationError():
-                return Code.UNVERIFIED, "an answer of this edge failed its check, so generation stopped"
-            case LinkError():
-                return Code.FAILED, f"generation stopped: {SHUTTING_DOWN if self._stopping.is_set() else error}"
-            case RegistryError():
-                return Code.FAILED, NO_REGISTRY
-            case IdentityError():
-                return Code.IDENTITY, str(error)
-            case _:
-                return Code.INTERNAL, INTERNAL
+            if isinstance(error, SlipError) and error.code == Code.FAILED and not error.told:
+                error = LinkError(f"generation stopped: {SHUTTING_DOWN if self._stopping.is_set() else error}")
+            channel.tell(error)
 
     def _send(self, channel: Channel, chunks: Generator[Chunk, None, None]) -> None:
         with contextlib.closing(chunks):
@@ -484,10 +442,6 @@ class TrustedServer:
                     channel.send(Kind.TEXT if chunk.finish_reason is None else Kind.DONE, encode(chunk))
                 except LinkError:
                     raise _PeerGone from None
-
-
-class _NoWorkerError(LinkError):
-    """The device has no WORK connection."""
 
 
 class _PeerGone(Exception):

@@ -66,11 +66,11 @@ def test_the_real_model_answers_as_the_original(run: Any, smollm2: str, smollm2_
 def test_the_portable_path_gives_the_same_text(run: Any, bundle: Path, tmp_path: Path) -> None:
     """An edge and a trusted side without the native core, mixed with ones that have it."""
     texts = set()
-    for ours, theirs in (("", ""), ("torch", ""), ("", "torch")):
+    for ours, theirs in (("", ""), ("portable", ""), ("", "portable")):
         trusted = run("trusted", bundle / "trusted", "--listen", "127.0.0.1:0", SLIPLM_BACKEND=ours)
         edge = start_edge(run, bundle, trusted.ready()["listening"], tmp_path / "one.identity", SLIPLM_BACKEND=theirs)
         ready = edge.ready()
-        assert ("torch" in ready["kernels"]) == bool(theirs)
+        assert ("portable" in ready["kernels"]) == bool(theirs)
         texts.add(ask(ready["api"], "Hello", max_tokens=20))
         edge.stop()
         trusted.stop()

@@ -16,7 +16,7 @@ from edge_api import listening
 from rich.console import Console
 
 from sliplm import top
-from sliplm.cli.top import HEADINGS, view
+from sliplm.cli.table import HEADINGS, view
 from sliplm.edge.api import create_app
 from sliplm.edge.worker import WorkCounters
 from sliplm.errors import LinkError

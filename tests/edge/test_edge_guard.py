@@ -6,7 +6,8 @@ import pytest
 from edge_api import CHAT, HELLO, PLAIN, error_of, local
 from starlette.testclient import TestClient
 
-from sliplm.edge.api import create_app, guard
+from sliplm.edge import options
+from sliplm.edge.api import create_app
 from sliplm.errors import IdentityError
 
 
@@ -81,12 +82,12 @@ def test_an_api_with_a_key_wants_it(backend):
 def test_a_file_that_holds_no_key(tmp_path, content):
     path = tmp_path / "key"
     with pytest.raises(IdentityError, match="cannot read"):
-        guard.read_key(path)
+        options.read_key(path)
     path.write_bytes(content)
     with pytest.raises(IdentityError, match="does not hold"):
-        guard.read_key(path)
+        options.read_key(path)
     path.write_bytes(b"a-good_key\n")
-    assert guard.read_key(path) == "a-good_key"
+    assert options.read_key(path) == "a-good_key"
 
 
 @pytest.mark.parametrize(
@@ -124,8 +125,8 @@ def test_names_that_the_api_was_given(backend, host, origin, answered):
     ],
 )
 def test_names_are_taken_as_the_host_header_has_them(backend, given, name, host):
-    assert guard.read_name(given) == name
-    here = TestClient(create_app(backend, names=[guard.read_name(given)]))
+    assert options.read_name(given) == name
+    here = TestClient(create_app(backend, names=[options.read_name(given)]))
     assert here.post(CHAT, json=HELLO, headers={"host": host}).status_code == 200
     for other in ("evil.example", f"evil.{host}", ""):
         assert here.post(CHAT, json=HELLO, headers={"host": other}).status_code == 403
@@ -139,7 +140,7 @@ def test_names_are_taken_as_the_host_header_has_them(backend, given, name, host)
 def test_what_is_no_name(text):
     """It would never match, or, the empty one, match requests without a name."""
     with pytest.raises(IdentityError, match="without scheme, port or path"):
-        guard.read_name(text)
+        options.read_name(text)
 
 
 def test_an_address_that_the_api_is_bound_to_has_several_spellings(backend):
@@ -208,7 +209,7 @@ def test_a_page_that_may_ask_may_not_rename_this_api(backend):
     ],
 )
 def test_origins_are_taken_as_browsers_write_them(text, origin):
-    assert guard.read_origin(text) == origin
+    assert options.read_origin(text) == origin
 
 
 @pytest.mark.parametrize(
@@ -216,4 +217,4 @@ def test_origins_are_taken_as_browsers_write_them(text, origin):
 )
 def test_what_is_no_origin(text):
     with pytest.raises(IdentityError, match="not the origin"):
-        guard.read_origin(text)
+        options.read_origin(text)

@@ -11,6 +11,7 @@ import pytest
 import templates
 import torch
 import transformers
+from loading import attached
 from texts import make_bundle
 from tiny import byte_tokenizer
 from tokenizers import AddedToken
@@ -23,8 +24,8 @@ from sliplm.engine.decoding import Decoding
 from sliplm.engine.once import Once
 from sliplm.engine.template import Chat
 from sliplm.engine.tools import NO_TOOLS, Syntax, find_syntax
-from sliplm.errors import SlipError
-from sliplm.protocol.messages import Chunk, GenerateRequest, Message, RequestError, Tool, ToolCall
+from sliplm.errors import RequestError, SlipError
+from sliplm.protocol.messages import Chunk, GenerateRequest, Message, Tool, ToolCall
 
 USER = Message("user", "Hi")
 CITY = {"type": "object", "properties": {"city": {"enum": ["Bonn", "Köln"]}, "days": {"type": "integer", "maximum": 9,
@@ -36,7 +37,7 @@ TIME = Tool("time")
 @pytest.fixture(scope="module")
 def plain(tiny_split: Path) -> BuiltinEngine:
     """Its template has no tools."""
-    return BuiltinEngine(tiny_split / "trusted", pool_depth=0, allow_logprobs=True)
+    return attached(BuiltinEngine(tiny_split / "trusted", stock=0, allow_logprobs=True))
 
 
 @pytest.fixture(params=["HERMES", "LLAMA", "MISTRAL", "FUNCTION"])
@@ -342,7 +343,7 @@ def test_a_model_with_markers_of_its_own_makes_a_call(
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens([AddedToken(m, special=special) for m in ("<tool_call>", "</tool_call>")])
     bundle = make_bundle(tmp_path, tokenizer, max_position_embeddings=4000)
-    engine = with_template(BuiltinEngine(bundle, pool_depth=0), templates.HERMES, monkeypatch)
+    engine = with_template(attached(BuiltinEngine(bundle, stock=0)), templates.HERMES, monkeypatch)
     text, calls, last = ask(engine, tools=[WEATHER], must_call=["get_weather"], parallel_calls=False)
     assert not text and calls[0][1]["city"] and last.finish_reason == "tool_calls"
     said, calls, _ = ask(engine, tools=[WEATHER], schema=CITY, parallel_calls=False)

@@ -15,7 +15,8 @@ from tiny import byte_tokenizer
 
 from sliplm.engine import trial
 from sliplm.engine.constraint import TOO_COMPLEX, Constraint, Grammars
-from sliplm.protocol.messages import BusyError, GenerateRequest, RequestError
+from sliplm.errors import BusyError, RequestError
+from sliplm.protocol.messages import GenerateRequest
 
 
 @pytest.fixture(scope="module")

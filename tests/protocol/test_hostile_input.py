@@ -24,11 +24,10 @@ from link_fakes import (
     working,
 )
 
-from sliplm.errors import IdentityError, LinkError
+from sliplm.errors import BusyError, Code, IdentityError, LinkError, RequestError
 from sliplm.protocol import channel, frames, tls
 from sliplm.protocol.channel import connect
-from sliplm.protocol.frames import HEADER, Code, Hello, Kind, Role
-from sliplm.protocol.messages import BusyError, RequestError
+from sliplm.protocol.frames import HEADER, Hello, Kind, Role
 from sliplm.serve.server import TrustedServer
 from sliplm.serve.server import _network as network
 

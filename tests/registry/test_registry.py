@@ -20,8 +20,8 @@ import pytest
 import sqlalchemy as sa
 
 from sliplm import registry as registry_package
-from sliplm.errors import IdentityError
-from sliplm.registry import Device, Limits, Registry, RegistryError, authority, database
+from sliplm.errors import IdentityError, RegistryError
+from sliplm.registry import Device, Limits, Registry, authority, database
 from sliplm.registry.devices import now
 from sliplm.registry.usage import Tokens, midnight
 

@@ -24,12 +24,12 @@ from link_fakes import (
 )
 
 from sliplm.edge.worker import EdgeWorker
-from sliplm.errors import IdentityError, LinkError
+from sliplm.errors import BusyError, IdentityError, LinkError, RequestError
 from sliplm.exchange.link import Link
 from sliplm.protocol import tls
 from sliplm.protocol.channel import connect
 from sliplm.protocol.frames import Kind, Role
-from sliplm.protocol.messages import BusyError, Chunk, GenerateRequest, RequestError
+from sliplm.protocol.messages import Chunk, GenerateRequest
 from sliplm.registry import authority
 from sliplm.serve import meter
 from sliplm.serve.server import TrustedServer

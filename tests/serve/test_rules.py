@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from link_fakes import FakeEngine, enrol, serving, working
 
-from sliplm.errors import InternalError, LinkError
+from sliplm.errors import InternalError, LinkError, RefusedError, RequestError, RulesError
 from sliplm.exchange.link import Link
-from sliplm.protocol.messages import Chunk, GenerateRequest, Message, RefusedError, RequestError
+from sliplm.protocol.messages import Chunk, GenerateRequest, Message
 from sliplm.serve import rules
-from sliplm.serve.rules import Refused, Rules, RulesError, SystemPrompt, compose, review_answer, review_request
+from sliplm.serve.rules import Refused, Rules, SystemPrompt, compose, review_answer, review_request
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from counting import Counting
+from loading import attached
 from tiny import byte_tokenizer, save_tiny
 from torch import nn
 from zoo import EXPERTS, FAMILIES, RANK, Family, bfloat16_error, halves, inputs_for, relative_error
@@ -82,7 +83,7 @@ def test_experts_without_tokens_are_not_asked(tmp_path: Path) -> None:
 def test_models_loaded_in_half_precision(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     family = FAMILIES[name]
     model, _ = halves(family, tmp_path)
-    protected = family.auto.from_pretrained(tmp_path / "out" / "trusted", dtype=dtype)
+    protected = attached(family.auto.from_pretrained(tmp_path / "out" / "trusted", dtype=dtype))
     inputs = inputs_for(model)
     cast = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
     got = protected(**cast).logits
@@ -166,7 +167,7 @@ def test_parallel_and_cross_attention_groups() -> None:
 @pytest.fixture(scope="module")
 def pair(tiny: Path, tiny_split: Path) -> tuple[Any, Any]:
     auto = transformers.AutoModelForCausalLM
-    return auto.from_pretrained(tiny, dtype=torch.float32), auto.from_pretrained(tiny_split / "trusted")
+    return auto.from_pretrained(tiny, dtype=torch.float32), attached(auto.from_pretrained(tiny_split / "trusted"))
 
 
 @pytest.mark.parametrize(
@@ -211,6 +212,9 @@ def test_a_long_prompt(tmp_path: Path) -> None:
     split_model(str(directory), tmp_path / "out", Options(4))
     auto = transformers.AutoModelForCausalLM
     ids = torch.randint(0, 256, (1, 1500), generator=torch.Generator().manual_seed(0))
-    models = [auto.from_pretrained(where, dtype=torch.float32) for where in (directory, tmp_path / "out" / "trusted")]
+    models = [
+        auto.from_pretrained(directory, dtype=torch.float32),
+        attached(auto.from_pretrained(tmp_path / "out" / "trusted")),
+    ]
     want, got = (m(ids).logits for m in models)
     assert relative_error(want, got) < 1e-3

@@ -212,7 +212,7 @@ def test_importing_the_package_or_an_edge_is_light() -> None:
 def test_both_sides_from_python(tiny: Path, tmp_path: Path) -> None:
     summary = sliplm.split_model(str(tiny), tmp_path / "out")
     authority.add_device(tmp_path / "out" / "trusted" / "authority", "laptop", tmp_path / "identity", 1)
-    with sliplm.Trusted(tmp_path / "out" / "trusted", pads=0) as trusted:
+    with sliplm.Trusted(tmp_path / "out" / "trusted", stock=0) as trusted:
         assert summary.digest == trusted.model.slip.digest.hex()
         serving = threading.Thread(target=trusted.serve_forever)
         serving.start()
@@ -223,6 +223,7 @@ def test_both_sides_from_python(tiny: Path, tmp_path: Path) -> None:
             assert edge.connected.wait(20)
             text = "".join(chunk.text for chunk in edge.generate(GenerateRequest(prompt="Hello", max_tokens=5)))
             ids = trusted.tokenizer("Hello", return_tensors="pt")
+            trusted.model.slip.attach(tmp_path / "out" / "edge")
             want = trusted.model.generate(**ids, max_new_tokens=5, do_sample=False)[0, 5:]
         finally:
             edge.stop()

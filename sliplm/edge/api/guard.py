@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import hmac
-import ipaddress
-import re
 from collections.abc import Sequence
-from pathlib import Path
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sliplm.edge.api.errors import ApiError
-from sliplm.errors import IdentityError
+from sliplm.edge.options import address, named, plain
 
 OPEN = ("/", "/healthz", "/readyz")
 """Paths that need no key: the chat page, which asks for one, and what tells no more than "up" or "not up"."""
-
-MAX_KEY_BYTES = 4096
 
 
 class OwnNamesOnly:
@@ -31,9 +26,9 @@ class OwnNamesOnly:
         self._app = app
         self._origins = frozenset(origins)
         self._given = frozenset(given)
-        self._names = {_plain(host), "localhost", "127.0.0.1", "::1"} | self._given
-        address = _address(host)
-        self._any_address = address is not None and address.is_unspecified
+        self._names = {plain(host), "localhost", "127.0.0.1", "::1"} | self._given
+        own = address(host)
+        self._any_address = own is not None and own.is_unspecified
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and (why := self._refusal(Headers(scope=scope))):
@@ -43,12 +38,12 @@ class OwnNamesOnly:
 
     def _refusal(self, headers: Headers) -> str | None:
         host = headers.get("host", "").lower()
-        name = _name(host)
-        if name not in self._names and not (self._any_address and _address(name)):
+        name = named(host)
+        if name not in self._names and not (self._any_address and address(name)):
             return "this API does not go by the name in the Host header: use its address, or start it with --api-name"
         if (origin := headers.get("origin")) is not None and origin not in self._origins:
             scheme, _, authority = origin.lower().partition("://")  # a proxy may have added TLS, or changed Host
-            if scheme not in ("http", "https") or (authority != host and _name(authority) not in self._given):
+            if scheme not in ("http", "https") or (authority != host and named(authority) not in self._given):
                 return "this API does not serve other web pages but those that it was started with --api-origin for"
         return None
 
@@ -75,56 +70,3 @@ class KeyOnly:
     def _has_key(self, headers: Headers) -> bool:
         scheme, _, key = headers.get("authorization", "").partition(" ")
         return scheme.lower() == "bearer" and hmac.compare_digest(key.strip().encode(), self._key)
-
-
-def read_name(text: str) -> str:
-    """The name in `text`, as the Host header has it before its port: names are answered on every port. Raises
-    IdentityError for what would never match."""
-    name = _plain(text.strip().removeprefix("[").removesuffix("]"))
-    # No name ends in a number, or a browser takes it for an address; and it writes other letters than these as xn--.
-    if _address(name) is None and not re.fullmatch(r"([a-z0-9_-]+\.)*[a-z0-9_-]*[a-z_-][a-z0-9_-]*", name):
-        raise IdentityError(
-            f"{text[:200]!a} is not a name of this API: write it as slip.example.com, without scheme, port or path."
-        )
-    return name
-
-
-def read_origin(text: str) -> str:
-    """The origin in `text`, as browsers send it: scheme, host, and a port that is not the scheme's own. Raises
-    IdentityError; there is no sign for all pages, since those of strangers are some of them."""
-    found = re.fullmatch(r"([a-z][a-z0-9+.-]*)://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:\d{1,5})?/?", text.strip().lower())
-    if not found:
-        raise IdentityError(f"{text[:200]!a} is not the origin of a web page, such as https://app.example.com.")
-    scheme, host, port = found.groups()
-    return f"{scheme}://{host}" + ("" if (scheme, port) in (("http", ":80"), ("https", ":443")) else port or "")
-
-
-def read_key(path: Path) -> str:
-    """The API key in a file: one line of printable ASCII without spaces. Raises IdentityError."""
-    try:
-        with path.open("rb") as file:
-            key = file.read(MAX_KEY_BYTES + 1).strip().decode("ascii", "replace")
-    except OSError as error:
-        raise IdentityError(f"cannot read the API key in {path}: {error.strerror or error}.") from None
-    if not 1 <= len(key) <= MAX_KEY_BYTES or not all("!" <= c <= "~" for c in key):
-        raise IdentityError(f"{path} does not hold an API key: one line of printable characters without spaces.")
-    return key
-
-
-def _name(authority: str) -> str:
-    """The host of an authority, which may have a port."""
-    return _plain(re.sub(r":\d*$", "", authority).removeprefix("[").removesuffix("]"))
-
-
-def _plain(name: str) -> str:
-    """The one spelling of a name or an address, of which there are several."""
-    name = name.lower().removesuffix(".")
-    address = _address(name)
-    return name if address is None else str(address)
-
-
-def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    try:
-        return ipaddress.ip_address(host)
-    except ValueError:
-        return None
