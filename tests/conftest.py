@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import transformers
+from filelock import FileLock
 from link_fakes import enrol
 from postgres import server
 from processes import Process
@@ -25,15 +26,31 @@ transformers.utils.logging.disable_progress_bar()
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("tiny") / "model")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """`once(name, make)` is what `make` wrote under that name, made by one of the processes that share a run (xdist's
+    workers) and read by all of them."""
+    home = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        home = home.parent
+
+    def path(name: str, make: Callable[[Path], object]) -> Path:
+        with FileLock(home / f"{name}.lock"):
+            if not (home / name).exists():
+                make(home / name)
+        return home / name
+
+    return path
 
 
 @pytest.fixture(scope="session")
-def tiny_split(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("tiny-split") / "tinymodel"
-    split_model(str(tiny), out, Options(rank=4))
-    return out
+def tiny(once: Any) -> Path:
+    return once("model", save_tiny)
+
+
+@pytest.fixture(scope="session")
+def tiny_split(tiny: Path, once: Any) -> Path:
+    """To read; `bundle` is a copy to write to."""
+    return once("tinymodel", lambda out: split_model(str(tiny), out, Options(rank=4)))
 
 
 @pytest.fixture(scope="session")
@@ -42,10 +59,9 @@ def smollm2() -> str:
 
 
 @pytest.fixture(scope="session")
-def smollm2_split(smollm2: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("smollm2") / "bundle"
-    split_model(smollm2, out)
-    return out
+def smollm2_split(smollm2: str, once: Any) -> Path:
+    """To read: it takes a minute to make."""
+    return once("smollm2", lambda out: split_model(smollm2, out))
 
 
 def _skipped(reporter: Any) -> Counter[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import socket
@@ -25,14 +26,15 @@ from sliplm.split.source import load_whole
 
 
 def test_the_real_model_answers_as_the_original(run: Any, smollm2: str, smollm2_split: Path, tmp_path: Path) -> None:
-    authority.add_device(smollm2_split / "trusted" / "authority", "laptop", tmp_path / "laptop.identity")
-    trusted, address = start_trusted(run, smollm2_split)
-    edge = start_edge(run, smollm2_split, address, tmp_path / "laptop.identity")
+    bundle = Path(shutil.copytree(smollm2_split, tmp_path / "bundle", copy_function=os.link))
+    authority.add_device(bundle / "trusted" / "authority", "laptop", tmp_path / "laptop.identity")
+    trusted, address = start_trusted(run, bundle)
+    edge = start_edge(run, bundle, address, tmp_path / "laptop.identity")
     api = edge.ready()["api"]
     original = load_whole(smollm2)
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(smollm2_split / "trusted")
+    tokenizer = AutoTokenizer.from_pretrained(bundle / "trusted")
     for prompt in ("The capital of France is", "def fibonacci(n):", "Über Gravitation 日本 🙂:"):
         inputs = tokenizer(prompt, return_tensors="pt")
         with torch.no_grad():
