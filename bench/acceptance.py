@@ -44,9 +44,9 @@ class Recording(Link):
         self.inner = inner
         self.seen: list[np.ndarray] = []
 
-    def exchange(self, group: int, x: np.ndarray, meanwhile=None) -> np.ndarray:
+    def exchange(self, group: int, x: np.ndarray, own: Any) -> Any:
         self.seen.append(x.copy())
-        return self.inner.exchange(group, x)
+        return self.inner.exchange(group, x, own)
 
     def close(self) -> None:
         self.inner.close()
@@ -55,6 +55,7 @@ class Recording(Link):
 def masking(directory: Path) -> dict[str, Any]:
     """Everything the edge receives in two runs on one prompt: chi-square of its bits, and how often the runs agree."""
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(directory / "trusted").eval()
+    model.slip.attach(directory / "edge")
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory / "trusted")
     ids = agreement.windows(tokenizer, text.read_text(None), 128, 128)
     runs = []

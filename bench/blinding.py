@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from sliplm import kernels
-from sliplm.exchange import masking
+from sliplm.exchange import check, masking
+from sliplm.exchange.operator import Operator
 from sliplm.field import P
 from sliplm.split.blinding import Blinding
 
@@ -42,18 +43,22 @@ def measure(rows: int, columns: int, rounds: int) -> tuple[float, float, float]:
     scales, inv_c = rng.random((2, rows)).astype(np.float32), np.ones(1)
     u, uq = (rng.integers(0, P, (2, n)).astype(np.uint32) for n in (2 * rows, columns))
     into, out = Blinding.random(columns, rng), Blinding.random(rows, rng)
+    plain, blinded = (
+        Operator(0, (2 * rows, columns), 5000.0, scales, *bases, u, uq) for bases in ((None, None), (into, out))
+    )
+    y = np.zeros((1, rows), np.float32)
 
     def edge() -> None:
         matrix.product(r, threads=1)
-        masking.verify(u, uq, r, answer)
+        check.check(plain, r, answer)
 
-    def own(*blindings: Blinding | None) -> None:
-        masking.encode(x, r, 5000.0, blindings[0])
-        masking.decode(answer, image, scales, inv_c, blindings[1])
+    def own(op: Operator) -> None:
+        masking.encode(op, x, r)
+        masking.decode(op, answer, image, inv_c, y)
 
     best = [float("inf")] * 3
     for _ in range(rounds):
-        for i, run in enumerate((edge, lambda: own(None, None), lambda: own(into, out))):
+        for i, run in enumerate((edge, lambda: own(plain), lambda: own(blinded))):
             start = time.perf_counter()
             run()
             best[i] = min(best[i], time.perf_counter() - start)

@@ -21,7 +21,8 @@ import numpy as np
 import torch
 
 from sliplm import field, kernels
-from sliplm.exchange import masking
+from sliplm.exchange import check, masking
+from sliplm.exchange.operator import Operator
 from sliplm.field import P
 from sliplm.kernels.cuda import TILE
 from sliplm.split.blinding import Blinding
@@ -135,15 +136,16 @@ def trusted(rows: int, cols: int, tokens: int, rounds: int) -> list[dict[str, ob
     u = rng.integers(0, P, (2, 2 * outputs)).astype(np.uint32)
     uq = rng.integers(0, P, (2, cols)).astype(np.uint32)
     scales = rng.random((2, outputs)).astype(np.float32)
+    op = Operator(0, (2 * outputs, cols), 5000.0, scales, into, out, u, uq)
     results: list[dict[str, object]] = []
     for t in (1, tokens):
         x, r = rng.normal(size=(t, cols)).astype(np.float32), rng.integers(0, P, (t, cols)).astype(np.uint32)
         answer = rng.integers(0, P, (t, 2 * outputs)).astype(np.uint32)
-        image, inv_c = answer[::-1].copy(), np.ones(t)
+        image, inv_c, y = answer[::-1].copy(), np.ones(t), np.zeros((t, outputs), np.float32)
         contenders: dict[str, Contender] = {
-            "encode": lambda i, x=x, r=r: masking.encode(x, r, 5000.0, into),
-            "verify": lambda i, r=r, answer=answer: masking.verify(u, uq, r, answer),
-            "decode": lambda i, a=answer, b=image, c=inv_c: masking.decode(a, b, scales, c, out),
+            "encode": lambda i, x=x, r=r: masking.encode(op, x, r),
+            "verify": lambda i, r=r, answer=answer: check.check(op, r, answer),
+            "decode": lambda i, a=answer, b=image, c=inv_c, y=y: masking.decode(op, a, b, c, y),
         }
         for name, seconds in medians(contenders, rounds).items():
             results.append({"what": name, "tokens": t, "us_per_token": seconds / t * 1e6})

@@ -113,7 +113,7 @@ def main() -> None:
         rng = np.random.default_rng()
         for rows, rounds in plan:
             x = rng.integers(0, P, (rows, args.cols)).astype(np.uint32)
-            took = time_rounds(lambda _, x=x: link.exchange(0, x), rounds)
+            took = time_rounds(lambda _, x=x: link.exchange(0, x, lambda: None), rounds)
             results.append({"what": "link", "rows": rows, "bytes": x.nbytes, **took})
         edge.terminate()
         server.close()

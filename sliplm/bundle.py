@@ -3,8 +3,7 @@
     DIR/edge/manifest.json      format version, the shape of every Q, SHA-256 of q.safetensors
     DIR/edge/q.safetensors      int8 tensors "0", "1", ...: the stacked planes of each group, (M, K)
     DIR/trusted/manifest.json   format version, SHA-256 of every file, and of the edge's manifest
-    DIR/trusted/...             a Transformers checkpoint (see `sliplm.trusted`), and the same q.safetensors,
-                                from which pads are made
+    DIR/trusted/...             a Transformers checkpoint (see `sliplm.trusted`), without Q
 
 The digest of a bundle is the SHA-256 of its edge manifest: it names Q byte by byte, so two sides that agree on it hold
 halves of the same split. Directories appear under their final name only when they are complete.
@@ -26,11 +25,11 @@ from numpy.typing import NDArray
 
 from sliplm.errors import BundleError
 
-FORMAT = 3
+FORMAT = 4
 LAST_FORMAT = 2  # of which the trusted bundle is still read, for a second split of the same weights
 MANIFEST = "manifest.json"
 Q_FILE = "q.safetensors"
-TRUSTED_FILES = {"config.json", "model.safetensors", Q_FILE}
+TRUSTED_FILES = {"config.json", "model.safetensors"}
 
 
 class EdgeManifest(msgspec.Struct, forbid_unknown_fields=True):
@@ -176,14 +175,14 @@ class EdgeBundle:
     def opening(cls, path: Path | str) -> EdgeBundle:
         """As `open`, while Q is still being read in a thread: nothing may leave it before `check` returns."""
         directory = Path(path)
-        manifest, raw = _read_manifest(directory, EdgeManifest, "edge")
+        manifest, digest = read_edge_manifest(directory)
         checking = _Checking(directory / Q_FILE, manifest.q_sha256)
         try:
             q = QFile(directory / Q_FILE, manifest.shapes)
         except BundleError:
             checking.wait()  # where the digest is wrong, too, this is what is said
             raise
-        return cls(hashlib.sha256(raw).digest(), manifest.shapes, q, checking)
+        return cls(digest, manifest.shapes, q, checking)
 
     def check(self) -> None:
         """Wait until the digest of Q is known. Raises BundleError if it is not the manifest's."""
@@ -196,6 +195,26 @@ class EdgeBundle:
     def forget(self, group: int) -> None:
         """See QFile."""
         self._q.forget(group)
+
+
+def read_edge_manifest(path: Path | str) -> tuple[EdgeManifest, bytes]:
+    """The manifest of DIR/edge, and the split's digest; Q itself is not looked at. Raises BundleError."""
+    manifest: EdgeManifest
+    manifest, raw = _read_manifest(Path(path), EdgeManifest, "edge")
+    return manifest, hashlib.sha256(raw).digest()
+
+
+def tensor_sizes(path: Path) -> dict[str, int]:
+    """The bytes of every tensor of a safetensors file, by its header alone. Raises BundleError."""
+    try:
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        header.pop("__metadata__", None)
+        return {name: entry["data_offsets"][1] - entry["data_offsets"][0] for name, entry in header.items()}
+    except OSError as error:
+        raise BundleError(f"cannot read {path}: {error.strerror}.") from error
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, MemoryError, RecursionError):
+        raise BundleError(f"{path} is damaged: its header cannot be read.") from None
 
 
 def read_trusted_manifest(path: Path | str, oldest: int = FORMAT) -> TrustedManifest:

@@ -47,7 +47,11 @@ def run(model: str | None, question: str, max_tokens: int, keep: Path | None, co
         with ExitStack() as running:
             identity = Path(scratch) / "demo.identity"
             authority.add_device(directory / "trusted" / "authority", "demo", identity, days=1)
-            trusted = running.enter_context(process("trusted", directory / "trusted", "--listen", "127.0.0.1:0"))
+            trusted = running.enter_context(
+                process(
+                    "trusted", directory / "trusted", "--pads", f"self:{directory / 'edge'}", "--listen", "127.0.0.1:0"
+                )
+            )
             edge = running.enter_context(
                 process(
                     "edge",

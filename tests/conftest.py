@@ -3,58 +3,25 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import transformers
 from link_fakes import enrol
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from postgres import server
+from processes import Process
+from tiny import save_tiny
 
 import sliplm.trusted  # noqa: F401 - teaches Transformers to load trusted bundles
 from sliplm.demo import find_smollm2
+from sliplm.registry import authority
 from sliplm.split.model import Options, split_model
 
 transformers.utils.logging.disable_progress_bar()
-
-
-def byte_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """One token per byte, and an end token."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)} | {"<end>": 256}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
-    fast.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}model: "
-    return fast
-
-
-def save_tiny(directory: Path, **changes: Any) -> Path:
-    """A random Llama with awkward sizes, as a checkpoint."""
-    settings = {
-        "vocab_size": 257,
-        "hidden_size": 60,
-        "intermediate_size": 150,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
-        "head_dim": 10,
-        "max_position_embeddings": 128,
-        "initializer_range": 0.2,
-        "bos_token_id": None,
-        "eos_token_id": 256,
-        "attention_bias": True,
-    }
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**(settings | changes)))
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            torch.nn.init.normal_(parameter)
-    model.save_pretrained(directory)
-    byte_tokenizer().save_pretrained(directory)
-    return directory
 
 
 @pytest.fixture(scope="session")
@@ -111,3 +78,33 @@ def home(tmp_path: Path) -> Path:
 def identity(home: Path) -> Path:
     """Of a device that this authority knows."""
     return enrol(home)
+
+
+@pytest.fixture
+def run() -> Iterator[Any]:
+    started: list[Process] = []
+
+    def start(*arguments: str | Path, **environment: str) -> Process:
+        started.append(Process(*arguments, **environment))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.process.kill()
+        process.process.wait()
+        process.process.stdout.close()
+
+
+@pytest.fixture
+def bundle(tiny_split: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny split with an authority of its own and one device."""
+    directory = Path(shutil.copytree(tiny_split, tmp_path / "bundle"))
+    shutil.rmtree(directory / "trusted" / "authority", ignore_errors=True)
+    authority.add_device(directory / "trusted" / "authority", "one", tmp_path / "one.identity")
+    return directory
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[str]:
+    with server() as url:
+        yield url

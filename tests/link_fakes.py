@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import sqlite3
 import ssl
 import threading
 import time
@@ -14,6 +15,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import sqlalchemy
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from sliplm.edge.multiplier import Multiplier
 from sliplm.edge.worker import EdgeWorker
@@ -63,6 +66,11 @@ def make_engine(kind: type[FakeMatrix] = FakeMatrix, digest: bytes = DIGEST) -> 
     return Multiplier([kind(m, k, seed) for seed, (m, k) in enumerate(SHAPES)], digest)
 
 
+def answer_of(link: Link, group: int, x: np.ndarray) -> np.ndarray:
+    """The answer of an exchange beside which there is nothing else to do."""
+    return link.exchange(group, x, lambda: None)[0]
+
+
 class FakeEngine:
     """Yields `max_tokens` words after `delay` seconds each; every word costs an exchange, which is checked.
 
@@ -89,7 +97,7 @@ class FakeEngine:
             if request.prompt == "layer":
                 raise SlipError("model.layers.3 is broken")
             x = rng.integers(0, P, (2, SHAPES[0][1])).astype(np.uint32)
-            if not np.array_equal(link.exchange(0, x), self._truth.product(0, x)):
+            if not np.array_equal(answer_of(link, 0, x), self._truth.product(0, x)):
                 raise VerificationError("an answer of the edge is wrong")
             time.sleep(self.delay)
             last = i + 1 == request.max_tokens
@@ -154,6 +162,15 @@ def enrol(directory: Path, name: str = "laptop") -> Path:
     return identity
 
 
+def issue(home: Path, identity: Path, name: str = "x", days: float = 1, usage=ExtendedKeyUsageOID.CLIENT_AUTH) -> None:
+    """An identity signed by the authority, but not registered."""
+    with authority._locked(home):
+        ca_key, ca_cert = authority._authority(home)
+    key = ec.generate_private_key(ec.SECP256R1())
+    cert = authority._sign(ca_key, ca_cert, key, name, days, usage)
+    identity.write_bytes(authority._pem_key(key) + authority._pem(cert) + authority._pem(ca_cert))
+
+
 def break_registry(patch, server: TrustedServer) -> None:
     """The server's registry answers nothing until `patch`, a MonkeyPatch, is undone."""
 
@@ -162,6 +179,12 @@ def break_registry(patch, server: TrustedServer) -> None:
 
     patch.setattr(server._registry._db, "_engine", SimpleNamespace(begin=broken))
     patch.setattr(server._registry._db, "_reader", SimpleNamespace(connect=broken))
+
+
+def usage(home: Path) -> list[tuple[int, int, str | None]]:
+    """What the registry in `home` recorded of every request: tokens of the prompt and of the answer, and its end."""
+    with contextlib.closing(sqlite3.connect(home / "registry.db")) as db:
+        return db.execute("SELECT prompt_tokens, completion_tokens, outcome FROM usage ORDER BY id").fetchall()
 
 
 def rows(count: int, group: int = 0) -> np.ndarray:

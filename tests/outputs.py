@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import transformers
+from loading import attached
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -19,4 +20,4 @@ def error(want: torch.Tensor, got: torch.Tensor) -> float:
 
 
 def protected(out: Path) -> torch.Tensor:
-    return logits(transformers.AutoModelForCausalLM.from_pretrained(out / "trusted"))
+    return logits(attached(transformers.AutoModelForCausalLM.from_pretrained(out / "trusted")))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import save_tiny
+from tiny import save_tiny
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers.modeling_outputs import CausalLMOutputWithPast
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import transformers as tf
+from loading import attached
 from torch import nn
 
 import sliplm
@@ -167,6 +168,14 @@ def build(family: Family) -> Any:
     return model
 
 
+def halves(family: Family, where: Path) -> tuple[Any, Any]:
+    """The original and the protected model, which went through files."""
+    model = build(family)
+    model.save_pretrained(where / "model")
+    split_model(str(where / "model"), where / "out", Options(RANK))
+    return model, attached(family.auto.from_pretrained(where / "out" / "trusted"))
+
+
 def inputs_for(model: Any) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     if model.main_input_name == "pixel_values":
@@ -219,7 +228,7 @@ def main() -> None:
             model = build(family)
             model.save_pretrained(f"{scratch}/model")
             summary = split_model(f"{scratch}/model", Path(scratch) / "out", Options(RANK))
-            protected = family.auto.from_pretrained(f"{scratch}/out/trusted")
+            protected = attached(family.auto.from_pretrained(f"{scratch}/out/trusted"))
             inputs = inputs_for(model)
             want = model(**inputs).logits
             ours, theirs = relative_error(want, protected(**inputs).logits), bfloat16_error(model, inputs, want)

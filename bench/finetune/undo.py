@@ -32,17 +32,17 @@ def tried(stolen: Stolen, public: Any, based: bool) -> Iterator[dict[str, Any]]:
             group = groups[number]
             size = float(torch.cat([matrices.weight(public, m).flatten() for m in group]).square().mean().sqrt())
             members = [matrices.weight(public, m) for m in group]
-            rank = stolen.settings["rank"]
+            rank, planes = stolen.plan[number].rank, stolen.plan[number].planes
             known = torch.cat(members if based else [gram.without_leading(w, rank, filled=False) for w in members])
             new = stored(file.get_tensor, group[0].name)
             rng = np.random.default_rng(number)
             old = Rotation.random(known.shape[1], rng), Rotation.random(known.shape[0], rng)
             held = stolen.matrix(number, group, Oracles(scales=True, blinding=True), file, size)
-            q, scales = quantise(blind(held.double(), *old).float(), stolen.settings["planes"])
+            q, scales = quantise(blind(held.double(), *old).float(), planes)
             seen = {
                 "today": (stolen.matrix(number, group, NONE, file, size), new, False),
                 "today, row scales given": (stolen.matrix(number, group, SCALES, file, size), new, True),
-                "format 2": (dequantise(q, guess_scales(q, stolen.settings["planes"], size)), old, False),
+                "format 2": (dequantise(q, guess_scales(q, planes, size)), old, False),
                 "format 2, row scales given": (dequantise(q, scales), old, True),
             }
             for what, (matrix, secret, given) in seen.items():

@@ -43,7 +43,7 @@ def direct(stolen: Stolen, public: Any, based: bool, scales: bool = False) -> Ma
 
     def guess(number: int, group: Group) -> torch.Tensor:
         known = _stack(public, group)
-        ours = _split_alone(known, group, stolen.settings, based, scales)
+        ours = _split_alone(known, number, group, stolen, based, scales)
         with safe_open(stolen.trusted / "model.safetensors", "pt") as file:
             theirs = stolen.matrix(number, group, Oracles(scales=scales), file, 1.0)
         values, vectors = _spectrum(known)
@@ -51,7 +51,7 @@ def direct(stolen: Stolen, public: Any, based: bool, scales: bool = False) -> Ma
         if not scales:  # sizes are unknown: the whole keeps its own
             ratio = ratio / ratio.median()
         if not based:  # the leading values are not in the bundle; the others are mixed with planted ones
-            rank = stolen.settings["rank"]
+            rank = stolen.plan[number].rank
             place = np.linspace(0, len(values) - 1, len(values) - rank)
             below = np.interp(place, np.arange(len(values)), ratio.numpy())
             ratio = torch.cat([torch.ones(rank), torch.from_numpy(below).float()])
@@ -69,7 +69,7 @@ def known_edge(stolen: Stolen, public: Any, based: bool) -> Matrix:
         with safe_open(stolen.trusted / "model.safetensors", "pt") as file:
             edge = stolen.matrix(number, group, Oracles(scales=True, blinding=True), file, 1.0)
         for m, rows, columns in () if based else blocks(group):
-            rank = trusted_rank(stolen.settings["rank"], m.rows, m.columns, stolen.settings["camouflage"])
+            rank = trusted_rank(stolen.plan[number].rank, m.rows, m.columns, stolen.settings["camouflage"])
             u, s, vt, _ = leading(known[rows, columns] - edge[rows, columns], rank, torch.Generator().manual_seed(0))
             edge[rows, columns] += (u * s) @ vt
         return edge
@@ -100,17 +100,17 @@ def _stack(model: Any, group: Group) -> torch.Tensor:
 
 
 def _split_alone(
-    known: torch.Tensor, group: Group, settings: dict[str, Any], based: bool, scales: bool
+    known: torch.Tensor, number: int, group: Group, stolen: Stolen, based: bool, scales: bool
 ) -> torch.Tensor:
     """What the thief reads of a split of the public matrix that it makes itself (N, K)."""
-    edge = known.clone()
+    edge, plan, planted = known.clone(), stolen.plan[number], stolen.settings["camouflage"]
     generator = torch.Generator().manual_seed(0)
     for _, rows, columns in () if based else blocks(group):
-        edge[rows, columns] = divide(known[rows, columns], settings["rank"], settings["camouflage"], generator)[2]
-    if settings["blinding"]:
+        edge[rows, columns] = divide(known[rows, columns], plan.rank, planted, generator)[2]
+    if stolen.settings["blinding"]:
         edge = blind(edge, Blinding.random(edge.shape[1]), Blinding.random(edge.shape[0]))
-    q, true = quantise(edge, settings["planes"])
-    return dequantise(q, true if scales else guess_scales(q, settings["planes"], 1.0))
+    q, true = quantise(edge, plan.planes)
+    return dequantise(q, true if scales else guess_scales(q, plan.planes, 1.0))
 
 
 def _spectrum(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -33,8 +33,8 @@ class Correction(nn.Module):
 
 def prepare(model: Any, stolen: Stolen, oracles: Oracles) -> list[nn.Parameter]:
     """Add the corrections to `model`; what is trained are they and what the thief had to make up."""
-    rank = stolen.settings["rank"]
-    for group in stolen.groups(model):
+    for group, plan in zip(stolen.groups(model), stolen.plan, strict=True):
+        rank = plan.rank
         for m in group:
             a, b = torch.zeros(m.rows, rank), torch.randn(rank, m.columns) / m.columns**0.5
             model.set_submodule(m.name, Correction(model.get_submodule(m.name), a, b))

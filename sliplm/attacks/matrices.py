@@ -25,11 +25,11 @@ _NOISE = 0.02  # of the weights' standard deviation: how far the public base is 
 def subspaces(stolen: Stolen, original: Any) -> dict[str, Any]:
     """What every detector finds, without blinding secrets and with them: mean overlap, and mean and worst in units of
     chance; on the shorter side of each matrix ("determined"), where a hole pins the subspace down, and on the other."""
-    rank = stolen.settings["rank"]
     secret = [Oracles(scales=True)] + [Oracles(scales=True, blinding=True)] * stolen.settings["blinding"]
     scores: dict[tuple[str, str, str], list[tuple[float, float]]] = {}
     with safe_open(stolen.trusted / "model.safetensors", "pt") as file:
         for number, group in _some(stolen.groups(original), _SAMPLE):
+            rank = stolen.plan[number].rank
             factors = [leading(weight(original, m), rank, torch.Generator().manual_seed(0)) for m in group]
             for oracles in secret:
                 hidden = stolen.settings["blinding"] and not oracles.blinding
@@ -85,11 +85,11 @@ def public_base(stolen: Stolen, original: Any) -> dict[str, Any]:
     """What a public model that is as close as the original plus 2 % noise gives away of the basis: rows matched by
     their directions, columns by Gram matrices; singular directions lined up (mean squared cosine), and how far the
     rotation is undone from there (correlation). Means over groups."""
-    rank = stolen.settings["rank"]
     scores: dict[str, list[float]] = {name: [] for name in ("rows", "columns", "directions", "rotation", "chance")}
     generator = torch.Generator().manual_seed(0)
     with safe_open(stolen.trusted / "model.safetensors", "pt") as file:
         for number, group in _some(stolen.groups(original), _FEW):
+            rank = stolen.plan[number].rank
             rows, columns = size(group)
             if max(rows, columns) > _LARGEST:
                 continue

@@ -21,8 +21,8 @@ RATES = RATES_IF_KNOWN = (3e-2, 3e-1)
 
 def prepare(model: Any, stolen: Stolen, oracles: Oracles) -> list[nn.Parameter]:
     """Add the cores to `model`; what is trained are they and what the thief had to make up."""
-    rank = stolen.settings["rank"]
-    for group in stolen.groups(model):
+    for group, plan in zip(stolen.groups(model), stolen.plan, strict=True):
+        rank = plan.rank
         for m in group:
             weight = model.get_parameter(m.weight).detach()
             left, right = smallest(weight.T if m.transposed else weight, rank)

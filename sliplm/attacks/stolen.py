@@ -18,6 +18,7 @@ from safetensors import safe_open
 from sliplm import bundle
 from sliplm.split.blinding import stored, unblind
 from sliplm.split.groups import Group, blocks, protected_tensors
+from sliplm.split.plan import read_plan
 from sliplm.split.planes import dequantise
 from sliplm.trusted.transformers import SlipConfig
 
@@ -55,6 +56,7 @@ class Stolen:
         self.digest = self.edge.digest.hex()[:16]
         self.config = transformers.AutoConfig.from_pretrained(self.trusted)
         self.settings: dict[str, Any] = self.config.quantization_config
+        self.plan = read_plan(self.settings)
         del self.config.quantization_config
 
     def scratch(self, seed: int = 0) -> Any:
@@ -100,7 +102,7 @@ class Stolen:
         return model
 
     def groups(self, model: Any) -> list[Group]:
-        found: list[Group] = SlipConfig.from_dict(self.settings).members(model)
+        found: list[Group] = SlipConfig.from_dict(self.settings).groups(model)
         return found
 
     def matrix(self, number: int, group: Group, oracles: Oracles, file: Any, size: float) -> torch.Tensor:
@@ -110,7 +112,7 @@ class Stolen:
         if oracles.scales:
             weight = dequantise(q, file.get_tensor(f"{leader}.scales"))
         else:
-            weight = dequantise(q, guess_scales(q, self.settings["planes"], size))
+            weight = dequantise(q, guess_scales(q, self.plan[number].planes, size))
         if oracles.blinding and self.settings["blinding"]:
             weight = unblind(weight, *stored(file.get_tensor, leader))
         return weight

@@ -12,7 +12,7 @@ import typer
 
 os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' progress bars; read when tqdm is first imported
 
-from sliplm.cli import ask, bench, chat, demo, device, edge, evaluate, split, top, trusted
+from sliplm.cli import ask, bench, chat, demo, device, edge, evaluate, inspect, split, top, trusted
 from sliplm.cli.common import fail
 from sliplm.errors import SlipError
 from sliplm.extras import advice
@@ -25,6 +25,7 @@ app = typer.Typer(
 )
 for command in (
     split.split,
+    inspect.inspect,
     trusted.trusted,
     edge.edge,
     ask.generate,

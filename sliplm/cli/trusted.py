@@ -20,7 +20,11 @@ def trusted(
     name: Annotated[
         str | None, typer.Option(help="What the model is called; by default as the split or its directory says.")
     ] = None,
-    pads: Annotated[int, typer.Option(min=0, help="Tokens for which to keep one-time pads ready.")] = 64,
+    pads: Annotated[
+        str | None,
+        typer.Option(help="Who makes one-time pads: self:DIR/edge, this process, from an edge bundle (the default)."),
+    ] = None,
+    stock: Annotated[int, typer.Option(min=0, help="Tokens for which to keep one-time pads ready.")] = 64,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads for the model; 0 takes all.")] = 0,
     allow_logprobs: Annotated[
         bool,
@@ -57,6 +61,7 @@ def trusted(
     import torch
 
     from sliplm.engine.builtin import BuiltinEngine
+    from sliplm.pads.sources import find_source
     from sliplm.protocol.channel import parse_address
     from sliplm.registry import Limits
     from sliplm.serve.monitor import Monitor, sample
@@ -69,7 +74,8 @@ def trusted(
     host, port = parse_address(listen)
     monitor_address = parse_address(metrics) if metrics else None
     chosen = compose(rules, system_prompt)
-    engine = BuiltinEngine(bundle, pads, allow_logprobs, name)
+    engine = BuiltinEngine(bundle, stock, allow_logprobs, name)
+    engine.model.slip.pool.source = find_source(pads, bundle, engine.digest)
     if isinstance(chosen, SystemPrompt):
         engine.rehearse(chosen.text)
     limits = Limits(concurrent, tokens_per_minute, daily_tokens)

@@ -14,6 +14,7 @@ import torch
 import transformers
 from transformers.generation.streamers import BaseStreamer
 
+import sliplm.trusted  # noqa: F401 - teaches Transformers to load the bundle
 from sliplm import bundle
 from sliplm.engine.constraint import Constraint, Grammars
 from sliplm.engine.decoding import Decoding
@@ -24,7 +25,7 @@ from sliplm.engine.stops import StopTexts, end_tokens
 from sliplm.engine.template import Chat, unknown_token
 from sliplm.engine.tools import Syntax, find_syntax
 from sliplm.errors import BundleError, LinkError, SlipError, VerificationError, locate
-from sliplm.exchange.link import Field, Link
+from sliplm.exchange.link import Field, Link, Own
 from sliplm.naming import model_name
 from sliplm.protocol.messages import MAX_TOKENS, Chunk, GenerateRequest, Message, RequestError, Tool, TooLongError
 from sliplm.split.source import refuse_other_tasks
@@ -58,19 +59,20 @@ class BuiltinEngine:
     """
 
     def __init__(
-        self, directory: Path | str, pool_depth: int = 64, allow_logprobs: bool = False, name: str | None = None
+        self, directory: Path | str, stock: int = 64, allow_logprobs: bool = False, name: str | None = None
     ) -> None:
         """Load DIR/trusted, all digests checked. Raises BundleError, also for a bundle without a tokenizer.
 
         Without `allow_logprobs`, requests for them are refused: they say far more about the model than its text.
-        `name` is what the model is called, see `naming`."""
+        `stock` is for how many tokens pads are kept ready, once `model.slip.pool` has a source. `name` is what the
+        model is called, see `naming`."""
         path = Path(directory)
         self._name = model_name(path, name)
         bundle.open_trusted(path)
         refuse_other_tasks(path)
         self.tokenizer: Any = _tokenizer(path)
         self.model: Any = transformers.AutoModelForCausalLM.from_pretrained(path).eval()
-        self.model.slip.pool.resize(pool_depth)
+        self.model.slip.pool.resize(stock)
         settings = self.model.generation_config
         self._vocabulary: int = self.model.config.get_text_config().vocab_size
         self.chat = Chat(self.tokenizer, self._vocabulary)
@@ -287,10 +289,10 @@ class _Cancellable(Link):
     def __init__(self, link: Link, cancelled: threading.Event) -> None:
         self._link, self._cancelled = link, cancelled
 
-    def exchange(self, group: int, x: Field, meanwhile: Callable[[], None] | None = None) -> Field:
+    def exchange(self, group: int, x: Field, own: Callable[[], Own]) -> tuple[Field, Own]:
         if self._cancelled.is_set():
             raise LinkError("the request was cancelled")
-        return self._link.exchange(group, x, meanwhile)
+        return self._link.exchange(group, x, own)
 
     def close(self) -> None:
         self._link.close()

@@ -47,6 +47,7 @@ def evaluate(
     if bundle.open_trusted(directory / "trusted").edge_digest != edge_digest:
         raise BundleError(f"{directory / 'edge'} and {directory / 'trusted'} come from two different splits.")
     protected = _load(directory / "trusted")
+    protected.slip.attach(directory / "edge")
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory / "trusted")
     original = load_whole(reference)
     if type(original) is not type(protected) or original.config.vocab_size != protected.config.vocab_size:

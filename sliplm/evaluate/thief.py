@@ -31,7 +31,7 @@ def edge_only(directory: Path) -> Any:
     model = getattr(transformers, config.architectures[0])._from_config(config)
     model.tie_weights()
     with safe_open(trusted / "model.safetensors", "pt") as file:
-        groups = SlipConfig.from_dict(settings).members(model)
+        groups = SlipConfig.from_dict(settings).groups(model)
         plain = set(file.keys()) - protected_tensors(groups)
         state = {name: file.get_tensor(name) for name in model.state_dict() if name in plain}
         model.load_state_dict(state, strict=False)

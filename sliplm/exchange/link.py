@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ from sliplm.errors import LinkError
 Field = NDArray[np.uint32]
 Shape = tuple[int, int]
 """A group's matrix: (M, K), rows and columns."""
+Own = TypeVar("Own")
 
 
 class Products(Protocol):
@@ -30,9 +31,9 @@ class Link(abc.ABC):
     """The trusted side's way to one edge. Safe to call from several threads."""
 
     @abc.abstractmethod
-    def exchange(self, group: int, x: Field, meanwhile: Callable[[], None] | None = None) -> Field:
+    def exchange(self, group: int, x: Field, own: Callable[[], Own]) -> tuple[Field, Own]:
         """`Q x mod p` for every row of `x`: (T, K) uint32 to a fresh (T, M) uint32, with Q the matrix of
-        `group`. `meanwhile`, work to do while the edge computes, is called at most once.
+        `group`; and what `own` returned, which is called exactly once, while the edge computes.
 
         Raises LinkError if the edge is gone or too slow, ProtocolError if it misbehaves. The answer is *not*
         verified here.
@@ -44,18 +45,17 @@ class Link(abc.ABC):
 
 
 class InProcessLink(Link):
-    """An edge in this very process: tests, notebooks, `slip demo`."""
+    """An edge in this very process: tests, notebooks, `slip evaluate`."""
 
     def __init__(self, products: Products) -> None:
         self._products = products
         self._closed = False
 
-    def exchange(self, group: int, x: Field, meanwhile: Callable[[], None] | None = None) -> Field:
+    def exchange(self, group: int, x: Field, own: Callable[[], Own]) -> tuple[Field, Own]:
         if self._closed:
             raise LinkError("the link is closed")
-        if meanwhile is not None:
-            meanwhile()
-        return self._products.product(group, x)
+        mine = own()
+        return self._products.product(group, x), mine
 
     def close(self) -> None:
         self._closed = True

@@ -22,8 +22,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from sliplm.kernels import IntMatrix
+from sliplm.errors import LinkError
 from sliplm.pads.prg import Stream
+from sliplm.pads.sources import Source
 
 Array = NDArray[np.uint32]
 
@@ -55,15 +56,19 @@ class Pool:
     """Pads of every group, refilled by one background thread while somebody wants it.
 
     Args:
-        matrices: Q of each group.
+        shapes: (M, K) of every group's Q.
         depth: tokens per group to keep ready; 0 makes every pad when it is taken.
         batch: tokens made at a time.
+
+    Attributes:
+        source: who makes the images; None is nobody, and there are no pads then.
     """
 
-    def __init__(self, matrices: Sequence[IntMatrix], depth: int = 64, batch: int = 16) -> None:
-        self._matrices = list(matrices)
-        self._ready: list[deque[tuple[Array, Array]]] = [deque() for _ in matrices]
-        self._levels = [0] * len(self._matrices)
+    def __init__(self, shapes: Sequence[tuple[int, int]], depth: int = 64, batch: int = 16) -> None:
+        self.source: Source | None = None
+        self._widths = [columns for _, columns in shapes]
+        self._ready: list[deque[tuple[Array, Array]]] = [deque() for _ in shapes]
+        self._levels = [0] * len(self._ready)
         self._depth = depth
         self._batch = batch
         self._state = threading.Condition()
@@ -73,7 +78,7 @@ class Pool:
         self._closed = False
 
     def __repr__(self) -> str:
-        return f"Pool(groups={len(self._matrices)}, level={self.level})"
+        return f"Pool(groups={len(self._levels)}, level={self.level})"
 
     @property
     def level(self) -> int:
@@ -97,9 +102,9 @@ class Pool:
             self._state.notify_all()
 
     def start(self) -> None:
-        """Begin filling in the background. Does nothing when depth is 0 or a filler runs."""
+        """Begin filling in the background. Does nothing when depth is 0, or a filler runs, or nobody makes pads."""
         with self._state:
-            if self._depth and self._filler is None and not self._closed:
+            if self._depth and self.source is not None and self._filler is None and not self._closed:
                 # A thread inside the kernels while the interpreter takes them down would abort the process.
                 atexit.register(self.close)
                 self._filler = threading.Thread(target=self._fill, name="pads", daemon=True)
@@ -111,7 +116,7 @@ class Pool:
             self._state.notify_all()
         if self._filler is not None:
             self._filler.join()
-        self._ready = [deque() for _ in self._matrices]
+        self._ready = [deque() for _ in self._levels]
 
     def wait(self, tokens: int, timeout: float | None = None) -> bool:
         """Wait until `tokens` (at most the depth) pads are ready in every group; false after `timeout` seconds."""
@@ -124,7 +129,10 @@ class Pool:
                 self._waiting.remove(tokens)
 
     def take(self, group: int, tokens: int) -> Pad:
-        """Pads for `tokens` tokens of `group`; those that are not ready are made now."""
+        """Pads for `tokens` tokens of `group`; those that are not ready are made now.
+
+        Raises LinkError if nobody makes any.
+        """
         if os.getpid() != self._pid:
             raise RuntimeError("a pool of pads does not survive fork")
         if self._closed:
@@ -150,9 +158,10 @@ class Pool:
         return Pad(np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts]))
 
     def _make(self, group: int, tokens: int, threads: int = 0) -> tuple[Array, Array]:
-        matrix = self._matrices[group]
-        mask = Stream().elements(tokens, matrix.cols)
-        return mask, matrix.product(mask, threads=threads)
+        if self.source is None:
+            raise LinkError("nobody makes one-time pads: say where they come from (--pads self:DIR/edge).")
+        mask = Stream().elements(tokens, self._widths[group])
+        return mask, self.source.image(group, mask, threads)
 
     def _lacking(self) -> bool:
         """Whether it is time for another batch: small ones cost more a token."""

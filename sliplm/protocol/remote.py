@@ -10,12 +10,9 @@ from time import perf_counter_ns
 import numpy as np
 
 from sliplm.errors import LinkError, ProtocolError
-from sliplm.exchange.link import Field, Link, Shape
+from sliplm.exchange.link import Field, Link, Own, Shape
 from sliplm.protocol.channel import Channel
 from sliplm.protocol.frames import MAX_ROWS, Header, Kind
-
-FRAME_BYTES = 32 << 20
-"""Longer inputs travel in several frames of about this size, which bounds the memory on both sides."""
 
 _RESULT, _PONG = int(Kind.RESULT), int(Kind.PONG)  # enums are slow to look up and to compare
 
@@ -48,37 +45,27 @@ class RemoteLink(Link):
         """Whether the link closed within `timeout` seconds."""
         return self._closed.wait(timeout)
 
-    def exchange(self, group: int, x: Field, meanwhile: Callable[[], None] | None = None) -> Field:
+    def exchange(self, group: int, x: Field, own: Callable[[], Own]) -> tuple[Field, Own]:
+        """See Link. Raises ValueError, without a word to the edge, for a question that no frame can ask."""
         if not 0 <= group < len(self._shapes):
             raise ValueError(f"there is no group {group}")
         m, k = self._shapes[group]
-        if x.ndim != 2 or x.shape[1] != k or x.dtype != np.uint32 or not len(x):
+        if x.ndim != 2 or x.shape[1] != k or x.dtype != np.uint32 or not 0 < len(x) <= MAX_ROWS:
             raise ValueError(f"group {group} takes (T, {k}) uint32, not {x.shape} {x.dtype}")
-        most = max(1, min(MAX_ROWS, FRAME_BYTES // (4 * max(m, k))))
-        if len(x) <= most:
-            return self._exchange(group, x, m, meanwhile)
         y = np.empty((len(x), m), np.uint32)
-        for i in range(0, len(x), most):
-            y[i : i + most] = self._exchange(group, x[i : i + most], m, meanwhile if i == 0 else None)
-        return y
-
-    def _exchange(self, group: int, x: Field, m: int, meanwhile: Callable[[], None] | None) -> Field:
-        rows, k = x.shape
-        y = np.empty((rows, m), np.uint32)
         self._take_turn()
         try:
             channel, sequence = self._channel, self._sequence
-            staged = channel.stage(rows, k)
+            staged = channel.stage(len(x), k)
             staged[:] = x
             begin = perf_counter_ns()
             channel.send_staged(Kind.EXCHANGE, group, sequence, staged)
             sent = perf_counter_ns()
-            if meanwhile is not None:
-                meanwhile()
+            mine = own()
             free = perf_counter_ns()
             channel.await_input()
             there = perf_counter_ns()
-            if not channel.comes((_RESULT, channel.version, group, rows, sequence, y.nbytes)):
+            if not channel.comes((_RESULT, channel.version, group, len(x), sequence, y.nbytes)):
                 raise self._refuse(channel.receive())
             channel.read_array(y)
             self.last_used = time.monotonic()
@@ -90,7 +77,7 @@ class RemoteLink(Link):
             raise
         finally:
             self._lock.release()
-        return y
+        return y, mine
 
     def ping(self) -> None:
         """Make sure that the edge is still there. Raises LinkError if not. Needless during an exchange."""

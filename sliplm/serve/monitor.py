@@ -72,7 +72,7 @@ class Monitor:
 
 def sample(server: TrustedServer, slip: Runtime) -> None:
     """Let the server's metrics show what it and `slip`, the model's runtime, know at any time."""
-    service, pool, counters = server.service, slip.pool, slip.counters
+    service, pool, counters, spent = server.service, slip.pool, slip.counters, slip.measure()
     for name, what, value in (
         ("requests_waiting", "Requests waiting for their turn", lambda: service.queue.waiting),
         ("requests_generating", "Requests that have a slot of the engine", lambda: service.queue.running),
@@ -84,16 +84,15 @@ def sample(server: TrustedServer, slip: Runtime) -> None:
         ("ready", "Whether /readyz says yes", lambda: server.ready),
     ):
         service.metrics.sample("gauge", f"slip_trusted_{name}", what, value)
-    stages = ("pads", "encode", "exchange", "own", "verify", "decode")
     for name, what, read in (
         ("exchanges", "Exchanges with edges", lambda: counters.exchanges),
         ("exchange_rows", "Tokens in them", lambda: counters.rows),
         ("exchange_bytes", "Their payloads", lambda: {"sent": counters.sent, "received": counters.received}),
-        ("exchange_seconds", "From question to answer", lambda: counters.exchange / 1e9),
+        ("exchange_seconds", "From an input to its output", lambda: counters.exchange / 1e9),
         (
             "stage_seconds",
-            "Time in the stages of exchanges; own work lies within exchange",
-            lambda: {stage: getattr(counters, stage) / 1e9 for stage in stages},
+            "Time in the steps of exchanges; own work lies within link",
+            lambda: {step: nanoseconds / 1e9 for step, nanoseconds in spent.items()},
         ),
     ):
         service.metrics.sample("counter", f"slip_trusted_{name}", what, read)

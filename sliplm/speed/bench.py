@@ -26,9 +26,9 @@ import torch
 from sliplm import kernels
 from sliplm.bundle import EdgeBundle
 from sliplm.errors import SlipError
+from sliplm.exchange.check import CHECKS
 from sliplm.protocol.frames import HEADER
 from sliplm.speed.models import find, protect
-from sliplm.trusted.runtime import CHECKS
 
 START_SECONDS, ANSWER_SECONDS = 600.0, 1200.0
 
@@ -183,14 +183,14 @@ def _stages(runs: list[dict[str, Any]]) -> dict[str, float]:
         "pad": per["pads"],
         "encode and mask": per["encode"],
         "low-rank": per["own"],
-        "verify": per["verify"],
+        "verify": per["check"],
         "decode": per["decode"],
     }
     if total["sending"]:
-        rest = per["exchange"] - per["own"] - per["sending"] - per["waiting"] - per["receiving"]
+        rest = per["link"] - per["own"] - per["sending"] - per["waiting"] - per["receiving"]
         stages |= {"send": per["sending"], "wait": per["waiting"], "receive": per["receiving"], "link, other": rest}
     else:
-        stages["edge's product"] = per["exchange"] - per["own"]
+        stages["edge's product"] = per["link"] - per["own"]
     return stages
 
 

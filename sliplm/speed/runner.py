@@ -132,6 +132,8 @@ class Protected(Plain):
     def __init__(self, directory: Path, running: ExitStack) -> None:
         self.model = transformers.AutoModelForCausalLM.from_pretrained(directory / "trusted").eval()
         self._slip = self.model.slip
+        self._slip.attach(directory / "edge")
+        self._spent = self._slip.measure()
         scratch = Path(running.enter_context(tempfile.TemporaryDirectory(prefix="slip-bench-")))
         authority.add_device(scratch / "authority", "bench", scratch / "identity", days=1)
         server = TrustedServer(_NoText(), self._slip.digest, self._slip.shapes, scratch / "authority")
@@ -177,7 +179,8 @@ class Protected(Plain):
         return (
             super()._sample()
             | {"edge_cpu": cpu_seconds(self.others[0])}
-            | {name: getattr(counters, name) for name in counters.__slots__}
+            | {"exchanges": counters.exchanges}
+            | self._spent
             | {name: getattr(self._link, name) for name in ("sending", "waiting", "receiving")}
         )
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from sliplm import bundle
 from sliplm.errors import BundleError
-from sliplm.split.groups import Group
+from sliplm.split.plan import GroupPlan, read_plan
 from sliplm.split.planes import dequantise
 
 WEIGHTS_FILE = "weights.json"
@@ -28,34 +28,33 @@ class FirstSplit:
     """The trusted side of an earlier split, of this or the last format.
 
     Args:
-        trusted: DIR/trusted. groups, rank, camouflage, based (on a public model): of the new split; they must be those
-            of the first.
+        trusted: DIR/trusted. plan, camouflage, based (on a public model): of the new split; but for planes, they must
+            be those of the first.
 
     Raises:
         BundleError: it is no trusted bundle, a damaged one, or one of another model or rank.
     """
 
-    def __init__(self, trusted: Path, groups: list[Group], rank: int, camouflage: bool, based: bool) -> None:
+    def __init__(self, trusted: Path, plan: list[GroupPlan], camouflage: bool, based: bool) -> None:
         self._path = trusted
         # Its factors are all that this split protects: damaged ones would give an edge bundle with everything in it.
         bundle.open_trusted(trusted, bundle.LAST_FORMAT)
         try:
             config = json.loads((trusted / "config.json").read_text())["quantization_config"]
-            self._names = [str(name) for names in config["groups"] for name in names]
-            self._planes = int(config["planes"])
+            self._plan = read_plan(config)
             self._file = safe_open(trusted / "model.safetensors", "pt")
-            self._q = safe_open(trusted / bundle.Q_FILE, "pt")
-            first = int(config["rank"]), bool(config["camouflage"])
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+            planted = bool(config["camouflage"])
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError, BundleError):
             raise BundleError(f"{trusted} is not the trusted bundle of an earlier split.") from None
-        if first != (rank, camouflage):
-            shown = f"--rank {first[0]} and {'--camouflage' if first[1] else '--no-camouflage'}"
+        if [group.members for group in self._plan] != [group.members for group in plan]:
+            raise BundleError(f"{trusted} protects other layers: it is not a split of this model.")
+        if planted != camouflage or [group.rank for group in self._plan] != [group.rank for group in plan]:
+            ranks = sorted({group.rank for group in self._plan})
+            shown = f"--rank {', '.join(map(str, ranks))} and {'--camouflage' if planted else '--no-camouflage'}"
             raise BundleError(f"{trusted} was split with {shown}: its camouflage cannot serve another choice.")
         # With a base the edge's part of a LoRA is the base's matrix; without, it would have the rounding of the merge.
         if config.get("based", based) != based:
             raise BundleError(f"{trusted} was split {'without' if based else 'with'} --base: so must this split be.")
-        if self._names != [m.name for group in groups for m in group]:
-            raise BundleError(f"{trusted} protects other layers: it is not a split of this model.")
         self._known = read_weights(trusted)
 
     def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -79,9 +78,10 @@ class FirstSplit:
         edge's part has kept the sum of its squares, but for rounding."""
         if self._known is not None:
             return
-        edge = dequantise(self._q.get_tensor(str(number)), self._file.get_tensor(f"{leader}.scales"))
+        with safe_open(self._path / bundle.Q_FILE, "pt") as q:  # trusted bundles had one
+            edge = dequantise(q.get_tensor(str(number)), self._file.get_tensor(f"{leader}.scales"))
         here, there = (float(part.double().square().sum()) for part in (rest, edge))
-        noise = _ROUNDING[self._planes]
+        noise = _ROUNDING[self._plan[number].planes]
         # What rounding adds: its own square, and twice its product with the matrix, whose entries it does not know.
         if abs(there - here) > (noise**2 + 12 * noise / rest.numel() ** 0.5) * here:
             raise self._other(leader)

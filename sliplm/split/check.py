@@ -50,8 +50,8 @@ class Checked:
     error: float | None
 
 
-def compare(source: Source, groups: list[Group], stored: dict[str, str], trusted: Path, planes: int) -> Checked:
-    """Compare the bundle in `trusted` with `source`; `stored` says what the source calls a tensor.
+def compare(source: Source, groups: list[Group], stored: dict[str, str], directory: Path, planes: int) -> Checked:
+    """Compare the bundles in `directory` with `source`; `stored` says what the source calls a tensor.
 
     Memory: the original in float32, then the protected model, one after the other, if that much is available; else the
     protected model and one matrix.
@@ -60,7 +60,7 @@ def compare(source: Source, groups: list[Group], stored: dict[str, str], trusted
         BundleError: they differ by more than `planes` explain, or the protected one does not run and the original does.
         UnsupportedModelError: the model's code wants the values of a protected weight.
     """
-    whole, protected = _sizes(source, stored, trusted)
+    whole, protected = _sizes(source, stored, directory)
     room = available_memory()
     with torch.no_grad(), _quiet():
         if room is not None and protected > room:
@@ -74,7 +74,7 @@ def compare(source: Source, groups: list[Group], stored: dict[str, str], trusted
         answer = None if original is None else _original_answer(original)
         without, original = original is None, None
         gc.collect()
-        model = _protected(source, trusted)
+        model = _protected(source, directory)
         if answer is not None:
             what, error = "logits", relative_error(answer.value, _protected_answer(model, answer.inputs))
         else:
@@ -117,10 +117,10 @@ def relative_error(want: torch.Tensor, got: torch.Tensor) -> float:
     return difference / spread if spread > 0 else float(difference > 1e-6)
 
 
-def _sizes(source: Source, stored: dict[str, str], trusted: Path) -> tuple[int, int]:
+def _sizes(source: Source, stored: dict[str, str], directory: Path) -> tuple[int, int]:
     """Bytes that loading the original and the protected model takes, generously."""
     count = sum(torch.Size(source.shape(name)).numel() for name in set(stored.values()))
-    held = sum((trusted / file).stat().st_size for file in ("model.safetensors", "q.safetensors"))
+    held = sum(path.stat().st_size for path in directory.glob("*/*.safetensors"))
     return 0 if isinstance(source, LoadedSource) else int(4 * count * 1.2), 2 * held
 
 
@@ -179,10 +179,12 @@ def _products(model: Any, source: Source, groups: list[Group], stored: dict[str,
     return worst
 
 
-def _protected(source: Source, trusted: Path) -> Any:
+def _protected(source: Source, directory: Path) -> Any:
     import sliplm.trusted  # noqa: F401 - teaches Transformers to load the bundle; it imports the split
 
-    return model_class(source.config).from_pretrained(trusted).eval()
+    model = model_class(source.config).from_pretrained(directory / "trusted").eval()
+    model.slip.attach(directory / "edge")
+    return model
 
 
 def _inputs(model: Any) -> dict[str, Any]:

@@ -1,34 +1,32 @@
-"""Split a checkpoint into an edge bundle and a trusted bundle, one group of matrices at a time (DESIGN §3, §5)."""
+"""Split a checkpoint into an edge bundle and a trusted bundle, one group of matrices at a time (docs/security.md)."""
 
 from __future__ import annotations
 
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import transformers
 
 from sliplm.bundle import Q_FILE
-from sliplm.errors import SlipError, UnsupportedModelError
+from sliplm.errors import BundleError, UnsupportedModelError
 from sliplm.naming import checked_name
 from sliplm.split import writer
 from sliplm.split.adapter import Adapted, Lora
 from sliplm.split.again import WEIGHTS_FILE, FirstSplit, fingerprint, second_split, siblings
-from sliplm.split.base import FineTuned, divide, divide_anywhere
-from sliplm.split.blinding import Blinding, blind
-from sliplm.split.camouflage import trusted_rank
+from sliplm.split.base import FineTuned
 from sliplm.split.check import Checked, compare
 from sliplm.split.files import only_adapter
-from sliplm.split.groups import Group, Sum, blocks, find_groups, left_out, size
+from sliplm.split.groups import Group, find_groups, left_out, size
 from sliplm.split.layers import is_experts
+from sliplm.split.matrices import check_shape, group_layout, guard, make_plan, split_group
 from sliplm.split.origin import advice, said_base
-from sliplm.split.planes import quantise
+from sliplm.split.plan import GroupPlan, Options, check_plan, to_settings
 from sliplm.split.source import Source, continues_text, fake_mode, open_source
 from sliplm.split.tensors import Layout, differ, resolve, token_table
 from sliplm.split.tokenizer import check_ids, has_tokenizer, has_vocabulary, read_generation, read_tokenizer, save
@@ -38,43 +36,6 @@ GUARD = (torch.float32, (0,))
 WITHOUT_SLIPLM = "this is a bundle of sliplm: `import sliplm.trusted` before you load it"
 """In a bundle's configuration in place of the weights' file: Transformers quotes it if it does not know the bundle."""
 PREPROCESSING = ("preprocessor_config.json", "processor_config.json")
-
-
-class TensorSource(Protocol):
-    """Where weights come from; see `Source`."""
-
-    def shape(self, name: str) -> tuple[int, ...]: ...
-
-    def read(self, name: str, part: int = 0, parts: int = 1) -> torch.Tensor: ...
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to split.
-
-    Attributes:
-        rank: singular components per matrix that the trusted side keeps.
-        planes: int8 matrices per weight on the edge: 2 is exact for all purposes, 1 is fast.
-        camouflage, blinding: the hardenings of DESIGN §5; off only to measure what they do.
-        base: the public model that this one is a fine-tune of; then only the difference is protected (`split.base`).
-        again: DIR/trusted of an earlier split of the same weights, to use its camouflage again (`split.again`).
-        leading: off, random directions are protected in place of the most sensitive ones. This saves most of the time,
-            protects nothing, and is for benchmarks on models whose weights are random anyway.
-    """
-
-    rank: int = 16
-    planes: int = 2
-    camouflage: bool = True
-    blinding: bool = True
-    base: str | None = None
-    again: Path | None = None
-    leading: bool = True
-
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise SlipError("the rank must be at least 1.")
-        if self.planes not in (1, 2):
-            raise SlipError("planes must be 1 or 2.")
 
 
 class Texts(NamedTuple):
@@ -111,6 +72,7 @@ def split_model(
     adapter: Path | None = None,
     name: str | None = None,
     check: bool = True,
+    adjust: Callable[[list[GroupPlan]], list[GroupPlan]] | None = None,
 ) -> Summary:
     """Split `model` (directory, .gguf file or hub id) into out/edge and out/trusted.
 
@@ -122,6 +84,7 @@ def split_model(
         adapter: a LoRA adapter to merge into the model first. `model` may be one itself, of the model `options.base`.
         name: what the model is called where it is served; by default as its directory or file.
         check: compare the protected model with the original before it takes its place; off for benchmarks.
+        adjust: given the plan that `options` make, returns the one to follow: ranks and planes of groups may differ.
 
     Raises:
         UnsupportedModelError: the model cannot be read, or layers of it cannot be protected.
@@ -176,15 +139,20 @@ def split_model(
     if options.base is not None:
         weights = {stored[m.weight] for group in groups for m in group}
         source = FineTuned(source, options.base, weights, set(stored.values()) - weights)
+    plan = make_plan(groups, options) if adjust is None else adjust(make_plan(groups, options))
+    check_plan(plan)
+    if [group.members for group in plan] != [tuple(m.name for m in group) for group in groups]:
+        raise BundleError("the plan has other groups than the model.")
     first = None
     if options.again is not None:
-        first = FirstSplit(options.again, groups, options.rank, options.camouflage, options.base is not None)
+        first = FirstSplit(options.again, plan, options.camouflage, options.base is not None)
     with writer.new_directory(out) as partial:
         (partial / "edge").mkdir()
         (partial / "trusted").mkdir(mode=0o700)
         texts = Texts(name, tokenizer, generation)
-        digest = _write(partial, out, source, groups, plain, stored, options, skeleton, texts, first, progress)
-        checked = compare(source, groups, stored, partial / "trusted", options.planes) if check else Checked("", None)
+        digest = _write(partial, out, source, groups, plan, plain, stored, options, skeleton, texts, first, progress)
+        planes = min(group.planes for group in plan)
+        checked = compare(source, groups, stored, partial, planes) if check else Checked("", None)
         edge, trusted = (sum(f.stat().st_size for f in (partial / side).iterdir()) for side in ("edge", "trusted"))
     members = [m for group in groups for m in group]
     protected = sum(m.rows * m.columns for m in members)
@@ -204,6 +172,7 @@ def _write(
     out: Path,
     source: Source,
     groups: list[Group],
+    plan: list[GroupPlan],
     plain: Layout,
     stored: dict[str, str],
     options: Options,
@@ -213,14 +182,15 @@ def _write(
     progress: Callable[[int, int], None] | None,
 ) -> str:
     edge, trusted = directory / "edge", directory / "trusted"
-    shapes = [(options.planes * rows, columns) for rows, columns in map(size, groups)]
+    sizes = map(size, groups)
+    shapes = [(of.planes * rows, columns) for of, (rows, columns) in zip(plan, sizes, strict=True)]
     for key in sorted(m.weight for group in groups for m in group):
         if not source.dtype(stored[key]).is_floating_point:
             raise UnsupportedModelError(f"the weight {key} is stored as {source.dtype(stored[key])}, an integer type.")
     layout: Layout = {key: (source.dtype(stored[key]), shape) for key, (_, shape) in plain.items()}
     layout[guard(groups)] = GUARD
-    for group in groups:
-        layout |= group_layout(group, options)
+    for group, of in zip(groups, plan, strict=True):
+        layout |= group_layout(group, of, options)
     total = sum(m.rows * m.columns for group in groups for m in group)
     done = 0
     files = [
@@ -230,15 +200,15 @@ def _write(
     q_file, trusted_file = files
     try:
         for key, (_, shape) in plain.items():
-            _check_shape(key, source.shape(stored[key]), shape)
+            check_shape(key, source.shape(stored[key]), shape)
             trusted_file.write(key, source.read(stored[key]))
         trusted_file.write(guard(groups), torch.empty(GUARD[1], dtype=GUARD[0]))
         weights = []
-        for number, group in enumerate(groups):
+        for number, (group, of) in enumerate(zip(groups, plan, strict=True)):
             weights.append(fingerprint(source.read(stored[m.weight], m.part, m.parts) for m in group))
             if first:
                 first.check_weights(number, group[0].name, weights[-1])
-            for key, tensor in split_group(source, group, stored, options, first, number):
+            for key, tensor in split_group(source, number, group, of, stored, options, first):
                 if key == "q":
                     q_file.write(str(number), tensor)
                 else:
@@ -253,110 +223,18 @@ def _write(
     finally:
         for file in files:
             file.abort()
-    # A copy, not a link: whoever handles the edge bundle must have no hand in the trusted one.
-    shutil.copyfile(edge / Q_FILE, trusted / Q_FILE)
     writer.write_json(trusted / WEIGHTS_FILE, weights)
-    _write_checkpoint_files(trusted, source, groups, options, skeleton, texts)
+    _write_checkpoint_files(trusted, source, plan, options, skeleton, texts)
     writer.write_trusted_manifest(trusted, digest)
     for path in trusted.iterdir():
         path.chmod(0o600)  # the directory is private; so is each file, should it be moved
     return digest
 
 
-def guard(groups: list[Group]) -> str:
-    """The name under which a bundle holds an empty tensor, where the original has a protected weight.
-
-    Without sliplm, Transformers would skip the unknown quantization with a warning, and run on random numbers. A tensor
-    of the wrong shape makes it fail.
-    """
-    return groups[0][0].weight
-
-
-def group_layout(group: Group, options: Options) -> Layout:
-    """The trusted tensors of a group, in file order: factors and bias of each member; at its first, what they share."""
-    layout: Layout = {}
-    rows, columns = size(group)
-    for m in group:
-        rank = trusted_rank(options.rank, m.rows, m.columns, options.camouflage)
-        layout[f"{m.name}.factor_a"] = (torch.float32, (m.rows, rank))
-        layout[f"{m.name}.factor_b"] = (torch.float32, (rank, m.columns))
-        if m.bias:
-            layout[f"{m.name}.bias"] = (torch.float32, (m.rows,))
-    leader = group[0].name
-    layout[f"{leader}.scales"] = (torch.float32, (options.planes, rows))
-    layout[f"{leader}.row_norm"] = (torch.float32, ())
-    if options.blinding:
-        for side, length in (("in", columns), ("out", rows)):
-            layout |= {f"{leader}.{side}_{kind}": entry for kind, entry in Blinding.layout(length).items()}
-    return layout
-
-
-def split_group(
-    source: TensorSource,
-    group: Group,
-    stored: dict[str, str],
-    options: Options,
-    first: FirstSplit | None = None,
-    number: int = 0,
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """The group's trusted tensors in the order of `group_layout`, and "q"; `stored` says what `source` calls them.
-
-    first: an earlier split, in which the group has this `number` and whose factors are used again.
-    """
-    generator = torch.Generator().manual_seed(0)  # for the sketch of the SVD, which is no secret
-    rest = torch.empty(size(group))
-    for m, rows, columns in blocks(group):
-        where = stored[m.weight]
-        _check_shape(m.weight, source.shape(where), m.shape)
-        weight = m.matrix(source.read(where, m.part, m.parts).float())
-        public, eps = None, 0.0
-        if isinstance(source, FineTuned):
-            base = source.public(where, m.part, m.parts)
-            public = None if base is None else m.matrix(base.float())
-            eps = torch.finfo(source.dtype(where)).eps
-        factors = first.factors(m.name) if first else None
-        a, b, rest[rows, columns] = (
-            divide(weight, options.rank, options.camouflage, generator, public, eps, factors)
-            if options.leading
-            else divide_anywhere(weight, trusted_rank(options.rank, m.rows, m.columns, options.camouflage))
-        )
-        yield f"{m.name}.factor_a", a
-        yield f"{m.name}.factor_b", b
-        if m.bias:
-            yield f"{m.name}.bias", source.read(stored[m.bias], m.part, m.parts).float().reshape(m.rows)
-        del weight, public
-    if first:
-        first.check_length(number, group[0].name, rest)
-    # One of inputs and one of outputs for the whole group: see `split.blinding`.
-    blindings = [Blinding.random(rest.shape[1]), Blinding.random(rest.shape[0])] if options.blinding else []
-    if blindings:
-        rest = blind(rest, *blindings)
-    q, scales = quantise(rest, options.planes)
-    del rest
-    leader = group[0].name
-    yield f"{leader}.scales", scales
-    yield f"{leader}.row_norm", row_norm(q)
-    for side, blinding in zip(("in", "out"), blindings, strict=False):
-        for kind, tensor in blinding.tensors().items():
-            yield f"{leader}.{side}_{kind}", tensor
-    yield "q", q
-
-
-def row_norm(q: torch.Tensor) -> torch.Tensor:
-    """The largest Euclidean norm of a row of int8 `q`, rounded up to float32; at least 1."""
-    largest = max(float(block.double().square().sum(1).max()) for block in q.split(4096))
-    return torch.tensor(np.nextafter(np.float32(max(largest, 1.0) ** 0.5), np.float32(np.inf)))
-
-
-def _check_shape(name: str, actual: tuple[int, ...], expected: tuple[int, ...]) -> None:
-    if actual != expected:
-        raise UnsupportedModelError(f"{name} has shape {actual}, its configuration says {expected}.")
-
-
 def _write_checkpoint_files(
     trusted: Path,
     source: Source,
-    groups: list[Group],
+    plan: list[GroupPlan],
     options: Options,
     skeleton: transformers.PreTrainedModel,
     texts: Texts,
@@ -368,13 +246,10 @@ def _write_checkpoint_files(
     config.quantization_config = {
         "quant_method": "slip",
         "name": texts.name,
-        "planes": options.planes,
-        "rank": options.rank,
         "blinding": options.blinding,
         "camouflage": options.camouflage,
         "based": options.base is not None,
-        "groups": [[m.name for m in group] for group in groups],
-        "sums": [number for number, group in enumerate(groups) if isinstance(group, Sum)],
+        "plan": to_settings(plan),
     }
     config.save_pretrained(trusted)
     written = json.loads((trusted / "config.json").read_text())  # `save_pretrained` leaves that one key out

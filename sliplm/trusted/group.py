@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from torch.nn import functional
 
 from sliplm._core import native
 from sliplm.errors import NumericsError
-from sliplm.split.blinding import Blinding
+from sliplm.exchange.operator import Operator
 from sliplm.trusted.runtime import Runtime
 
 
@@ -39,24 +38,12 @@ class ProtectedGroup:
     """One group of protected linear maps, bound to a runtime.
 
     Args:
-        number: the group's number on the edge.
+        op: the edge's part, of all members together.
         members: in the order in which their rows are stacked in Q.
-        scales: (planes, sum N). row_norm: the largest row norm of Q. blindings: of inputs and outputs, or None.
     """
 
-    def __init__(
-        self,
-        number: int,
-        members: list[MemberWeights],
-        scales: NDArray[np.float32],
-        row_norm: float,
-        blindings: tuple[Blinding | None, Blinding | None],
-        runtime: Runtime,
-    ) -> None:
-        self.number = number
-        self._scales = scales
-        self._row_norm = row_norm
-        self._blindings = blindings
+    def __init__(self, op: Operator, members: list[MemberWeights], runtime: Runtime) -> None:
+        self._op = op
         self._runtime = runtime
         # Transposed, as both the products of torch and those of the native core want them; B of all members as one.
         b = torch.cat([m.b for m in members])
@@ -77,7 +64,7 @@ class ProtectedGroup:
         self._pending = _Pending()
 
     def __repr__(self) -> str:
-        return f"ProtectedGroup({self.number}, members={self._names})"
+        return f"ProtectedGroup({self._op.number}, members={self._names})"
 
     def __len__(self) -> int:
         return len(self._names)
@@ -102,20 +89,19 @@ class ProtectedGroup:
 
     def stacked(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         """The outputs (T, sum N) of all members side by side for the input x (T, K)."""
-        own = partial(self._own if len(x) == 1 and self._one is not None else self._own_many, x)
         try:
-            return self._runtime.product(self.number, x, self._row_norm, self._scales, self._blindings, own)
+            return self._runtime.product(self._op, x, self._own)
         except NumericsError as error:
             raise NumericsError(f"the input of {self._names[0]} cannot be protected: {error}.") from None
 
     def _own(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
-        out = np.empty((1, self._scales.shape[1]), np.float32)
-        self._one.apply(x[0], out[0])
-        return out
-
-    def _own_many(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
+        """A (B x) + b of all members side by side, (T, sum N)."""
+        if len(x) == 1 and self._one is not None:
+            y = np.empty((1, self._op.scales.shape[1]), np.float32)
+            self._one.apply(x[0], y[0])
+            return y
         low = torch.from_numpy(x) @ self._bt.float()
-        out = torch.empty(len(x), self._scales.shape[1])
+        out = torch.empty(len(x), self._op.scales.shape[1])
         column = row = 0
         for a, bias in zip(self._at, self._bias, strict=True):
             rank, rows = a.shape

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from sliplm.split.blinding import Blinding
+from sliplm.exchange.operator import Operator
 from sliplm.split.groups import Group, Sum
 from sliplm.split.layers import is_experts, members
 from sliplm.trusted.conv import ProtectedConv
@@ -49,31 +49,25 @@ def install(model: nn.Module, groups: list[Group], tensors: dict[str, torch.Tens
                 parent._modules[key] = replaced[child]
 
 
-def bind(model: nn.Module, groups: list[Group], runtime: Runtime) -> None:
-    """Move the loaded tensors out of the modules and into `runtime`'s groups."""
-    for number, group in enumerate(groups):
-        modules: list[Any] = [model.get_submodule(m.name) for m in group]
-        tensors = [_copies(module.trusted_tensors()) for module in modules]
-        shared = tensors[0]
-        inner, outer = (_blinding(shared, side) for side in ("in", "out"))
+def bind(model: nn.Module, groups: list[Group], digest: bytes) -> Runtime:
+    """Move the loaded tensors out of the modules and into operators and groups; what they share is returned, and is
+    `model.slip`. `digest` names the split (32 bytes)."""
+    loaded = [[_copies(model.get_submodule(m.name).trusted_tensors()) for m in group] for group in groups]  # type: ignore[operator]
+    runtime = Runtime([Operator.load(number, tensors[0]) for number, tensors in enumerate(loaded)], digest)
+    for op, group, tensors in zip(runtime.operators, groups, loaded, strict=True):
         weights = [
             MemberWeights(m.name, t["factor_a"], t["factor_b"], t.get("bias"))
             for m, t in zip(group, tensors, strict=True)
         ]
-        row_norm = float(shared["row_norm"])
-        kind = SumGroup if isinstance(group, Sum) else ProtectedGroup
-        bound = kind(number, weights, shared["scales"].numpy(), row_norm, (inner, outer), runtime)
-        for i, (m, module) in enumerate(zip(group, modules, strict=True)):
+        bound = (SumGroup if isinstance(group, Sum) else ProtectedGroup)(op, weights, runtime)
+        for i, m in enumerate(group):
+            module: Any = model.get_submodule(m.name)
             module.bind(bound, i, m.name)
     shorten(model)
+    model.slip = runtime  # type: ignore[assignment]
+    return runtime
 
 
 def _copies(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """In memory of their own, the CPU's: the loader's are views of a mapped file, or already on a GPU."""
     return {name: (t.float() if t.is_floating_point() else t).detach().cpu().clone() for name, t in tensors.items()}
-
-
-def _blinding(tensors: dict[str, torch.Tensor], side: str) -> Blinding | None:
-    if f"{side}_perm" not in tensors:
-        return None
-    return Blinding.read(lambda kind: tensors[f"{side}_{kind}"])

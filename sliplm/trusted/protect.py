@@ -5,18 +5,16 @@ from __future__ import annotations
 import hashlib
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from sliplm import kernels
-from sliplm.edge.multiplier import Multiplier
 from sliplm.errors import UnsupportedModelError
-from sliplm.exchange.link import InProcessLink
+from sliplm.pads.sources import SelfSource
 from sliplm.split.groups import find_groups, protected_tensors
 from sliplm.split.layers import members
-from sliplm.split.model import Options, split_group
+from sliplm.split.matrices import make_plan, split_group
+from sliplm.split.plan import Options
 from sliplm.trusted.install import bind, install
 from sliplm.trusted.runtime import Runtime
 
@@ -42,7 +40,7 @@ def protect(
         inputs: for one trial run, which shows what layers read the same tensor and can share a round trip: a
             tensor, a tuple of positional arguments, or a dictionary of keyword arguments. Transformers models
             need none. Without, or if the run fails, every matrix has round trips of its own.
-        rank, planes, camouflage, blinding: see `sliplm.split.model.Options`.
+        rank, planes, camouflage, blinding: see `sliplm.split.plan.Options`.
 
     Returns:
         `module` itself; a module that is one single layer comes back wrapped in `nn.Sequential`.
@@ -59,19 +57,17 @@ def protect(
     source = _ModuleSource(model)
     stored = {name: name for name in protected_tensors(groups)}
     tensors: dict[str, torch.Tensor] = {}
-    raw: list[NDArray[np.int8]] = []
-    for group in groups:
-        for name, tensor in split_group(source, group, stored, options):
+    matrices, digest = [], hashlib.sha256()
+    for number, (group, plan) in enumerate(zip(groups, make_plan(groups, options), strict=True)):
+        for name, tensor in split_group(source, number, group, plan, stored, options):
             if name == "q":
-                raw.append(tensor.numpy())
+                q = tensor.numpy()
+                digest.update(hashlib.sha256(q.data).digest())
+                matrices.append(kernels.prepare(q))
             else:
                 tensors[name] = tensor
     install(model, groups, tensors)
-    matrices = [kernels.prepare(q) for q in raw]
-    digest = hashlib.sha256(b"".join(hashlib.sha256(q.tobytes()).digest() for q in raw)).digest()
-    runtime = Runtime(matrices, raw, digest, InProcessLink(Multiplier(matrices, digest)))
-    bind(model, groups, runtime)
-    model.slip = runtime
+    bind(model, groups, digest.digest()).attach(SelfSource(matrices))
     return model
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sliplm.engine.builtin import BuiltinEngine
+from sliplm.pads.sources import find_source
 from sliplm.protocol.channel import parse_address
 from sliplm.serve.server import TrustedServer
 
@@ -16,7 +17,8 @@ class Trusted:
     Args:
         bundle: DIR/trusted.
         listen: HOST:PORT for edges; port 0 takes a free one.
-        pads: tokens for which to keep one-time pads ready.
+        pads: who makes one-time pads, "self:DIR/edge"; by default this process, from the edge bundle beside `bundle`.
+        stock: tokens for which to keep them ready.
         name: what the model is called, if not as the split or its directory says.
 
     Attributes:
@@ -28,11 +30,17 @@ class Trusted:
     """
 
     def __init__(
-        self, bundle: Path | str, listen: str = "127.0.0.1:0", pads: int = 64, name: str | None = None
+        self,
+        bundle: Path | str,
+        listen: str = "127.0.0.1:0",
+        pads: str | None = None,
+        stock: int = 64,
+        name: str | None = None,
     ) -> None:
         host, port = parse_address(listen)
-        self._engine = BuiltinEngine(bundle, pads, name=name)
+        self._engine = BuiltinEngine(bundle, stock, name=name)
         self.model: Any = self._engine.model
+        self.model.slip.pool.source = find_source(pads, bundle, self._engine.digest)
         self.tokenizer: Any = self._engine.tokenizer
         authority = Path(bundle) / "authority"
         self._server = TrustedServer(self._engine, self._engine.digest, self._engine.shapes, authority, host, port)

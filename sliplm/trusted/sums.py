@@ -8,6 +8,8 @@ results are right in any case.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ from numpy.typing import NDArray
 from torch.utils._pytree import tree_map
 
 from sliplm.errors import NumericsError
-from sliplm.split.blinding import Blinding
+from sliplm.exchange.operator import Operator
 from sliplm.trusted.group import MemberWeights
 from sliplm.trusted.runtime import Runtime
 
@@ -24,27 +26,16 @@ from sliplm.trusted.runtime import Runtime
 class SumGroup:
     """Protected linear maps of different inputs and one output size N, bound to a runtime.
 
-    Args: as for `ProtectedGroup`, with scales (planes, N) and the members' columns side by side in Q.
+    Args: as for `ProtectedGroup`, with the members' columns side by side in Q.
     """
 
-    def __init__(
-        self,
-        number: int,
-        members: list[MemberWeights],
-        scales: NDArray[np.float32],
-        row_norm: float,
-        blindings: tuple[Blinding | None, Blinding | None],
-        runtime: Runtime,
-    ) -> None:
-        self.number = number
+    def __init__(self, op: Operator, members: list[MemberWeights], runtime: Runtime) -> None:
+        self._op = op
         self.members = members
-        self._scales = scales
-        self._row_norm = row_norm
-        self._blindings = blindings
         self._runtime = runtime
 
     def __repr__(self) -> str:
-        return f"SumGroup({self.number}, members={[m.name for m in self.members]})"
+        return f"SumGroup({self._op.number}, members={[m.name for m in self.members]})"
 
     def forward(self, member: int, x: torch.Tensor) -> torch.Tensor:
         """A promise of the output (..., N) of `member` for the input x (..., K), in x's dtype and on its device."""
@@ -54,24 +45,28 @@ class SumGroup:
         """The sum (..., N) of the members' outputs for `inputs`; members without an input add nothing."""
         like = next(iter(inputs.values()))
         count = like.shape[:-1].numel()
-        y = torch.zeros(count, self.members[0].a.shape[0])
-        parts = []
-        for i, m in enumerate(self.members):
-            if i not in inputs:
-                parts.append(torch.zeros(count, m.b.shape[1]))
-                continue
-            flat = inputs[i].reshape(count, -1).to("cpu", torch.float32)
-            parts.append(flat)
-            y += (flat @ m.b.T) @ m.a.T
-            if m.bias is not None:
-                y += m.bias
+        parts = [
+            inputs[i].reshape(count, -1).to("cpu", torch.float32) if i in inputs else torch.zeros(count, m.b.shape[1])
+            for i, m in enumerate(self.members)
+        ]
         x = torch.cat(parts, dim=1).numpy()
         try:
-            self._runtime.product(self.number, x, self._row_norm, self._scales, self._blindings, y.numpy)
+            y = self._runtime.product(self._op, x, partial(self._own, inputs.keys()))
         except NumericsError as error:
             name = self.members[min(inputs)].name
             raise NumericsError(f"the input of {name} cannot be protected: {error}.") from None
-        return y.reshape(*like.shape[:-1], -1).to(like.device, like.dtype)
+        return torch.from_numpy(y).reshape(*like.shape[:-1], -1).to(like.device, like.dtype)
+
+    def _own(self, given: Collection[int], x: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The sum of A (B x) + b over the members that were `given` an input, for their columns of x side by side."""
+        y = torch.zeros(len(x), self.members[0].a.shape[0])
+        parts = torch.from_numpy(x).split([m.b.shape[1] for m in self.members], dim=1)
+        for i, (m, part) in enumerate(zip(self.members, parts, strict=True)):
+            if i in given:
+                y += (part @ m.b.T) @ m.a.T
+                if m.bias is not None:
+                    y += m.bias
+        return y.numpy()
 
 
 class Promise(torch.Tensor):

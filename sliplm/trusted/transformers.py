@@ -4,7 +4,6 @@ point for quantization methods. Importing this module registers it."""
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,56 +14,50 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from sliplm import bundle, kernels
-from sliplm.edge.multiplier import Multiplier
+from sliplm import bundle
 from sliplm.errors import BundleError
-from sliplm.exchange.link import InProcessLink
-from sliplm.split.groups import Group, Sum, protected_tensors, size
+from sliplm.split.groups import Group, Sum, protected_tensors
 from sliplm.split.layers import members
-from sliplm.split.model import Options, group_layout, guard
+from sliplm.split.matrices import group_layout, guard
+from sliplm.split.plan import Options, read_plan
 from sliplm.split.tensors import Layout
 from sliplm.trusted.install import bind, install
-from sliplm.trusted.runtime import Runtime
 
 
 @register_quantization_config("slip")
 class SlipConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """`quantization_config` of a trusted bundle: how it was split, the names of each group's members, the numbers of
-    the groups that are sums, what the model is called, and whether it was `based` on a public one."""
+    """`quantization_config` of a trusted bundle: the plan of the split (`split.plan`), its hardenings, what the model
+    is called, and whether it was `based` on a public one."""
 
     def __init__(
         self,
-        planes: int,
-        rank: int,
-        blinding: bool,
-        camouflage: bool,
-        groups: list[list[str]],
-        sums: Sequence[int] = (),
+        plan: list[dict[str, Any]] | None = None,
+        blinding: bool = True,
+        camouflage: bool = True,
         name: str = "",
         based: bool = False,
         **_: Any,
     ) -> None:
         self.quant_method = "slip"  # type: ignore[assignment] # theirs are an enumeration
-        self.planes, self.rank, self.blinding, self.camouflage = planes, rank, blinding, camouflage
-        self.groups, self.sums, self.name, self.based = groups, list(sums), name, based
+        self.plan, self.blinding, self.camouflage, self.name, self.based = plan or [], blinding, camouflage, name, based
 
-    def members(self, model: nn.Module) -> list[Group]:
-        """The groups, their members as they are in `model`. Raises KeyError with the name of one that is not."""
+    def groups(self, model: nn.Module) -> list[Group]:
+        """The groups, their members as they are in `model`. Raises KeyError with the name of one that is not, and
+        BundleError for a damaged plan."""
         known = {m.name: m for name, module in model.named_modules() for m in members(name, module)}
-        groups = [tuple(known[name] for name in names) for names in self.groups]
-        return [Sum(group) if number in self.sums else group for number, group in enumerate(groups)]
-
-    @property
-    def options(self) -> Options:
-        return Options(self.rank, self.planes, self.camouflage, self.blinding)
+        groups = []
+        for of in read_plan({"plan": self.plan}):
+            group = tuple(known[name] for name in of.members)
+            groups.append(Sum(group) if of.kind == "sum" else group)
+        return groups
 
 
 @register_quantizer("slip")
 class SlipQuantizer(HfQuantizer):  # type: ignore[misc]
     """Replaces the protected layers before the weights load, and binds them to a runtime after.
 
-    The loaded model carries the runtime as `model.slip`; exchanges go to an edge in the same process unless
-    `model.slip.using(link)` says otherwise.
+    The loaded model carries the runtime as `model.slip`. It has no pads and no edge: `model.slip.attach(DIR/edge)`
+    makes this process both, `model.slip.pool.source` and `model.slip.using(link)` are for servers.
     """
 
     quantization_config: SlipConfig
@@ -87,13 +80,16 @@ class SlipQuantizer(HfQuantizer):  # type: ignore[misc]
         self._directory = Path(checkpoint_files[0]).parent
         self._manifest = bundle.open_trusted(self._directory)
         try:
-            self._groups = self.quantization_config.members(model)
+            self._groups = self.quantization_config.groups(model)
         except KeyError as error:
             raise BundleError(
                 f"{type(model).__name__} has no layer {error}, which the bundle protects; {_load_it_as(model)}."
             ) from None
-        options = self.quantization_config.options
-        layout = {name: entry for group in self._groups for name, entry in group_layout(group, options).items()}
+        settings = self.quantization_config
+        options = Options(camouflage=settings.camouflage, blinding=settings.blinding)
+        layout: Layout = {}
+        for group, of in zip(self._groups, read_plan({"plan": settings.plan}), strict=True):
+            layout |= group_layout(group, of, options)
         # Whatever dtype the model is asked to be: these few tensors carry the precision. Biases follow the model.
         strict = set(model._keep_in_fp32_modules_strict or ())
         kinds = {name.rpartition(".")[2] for name in layout} - {"bias"}
@@ -113,16 +109,7 @@ class SlipQuantizer(HfQuantizer):  # type: ignore[misc]
         return []
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
-        shapes = [(self.quantization_config.planes * rows, columns) for rows, columns in map(size, self._groups)]
-        q = bundle.QFile(self._directory / bundle.Q_FILE, shapes)
-        raw = [q.matrix(g) for g in range(len(shapes))]
-        matrices = [kernels.prepare(array) for array in raw]
-        digest = bytes.fromhex(self._manifest.edge_digest)
-        runtime = Runtime(matrices, raw, digest, InProcessLink(Multiplier(matrices, digest)))
-        for group in range(len(shapes)):
-            q.forget(group)
-        bind(model, self._groups, runtime)
-        model.slip = runtime  # type: ignore[assignment]
+        bind(model, self._groups, bytes.fromhex(self._manifest.edge_digest))
         return model
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:

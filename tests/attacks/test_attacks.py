@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import save_tiny
 from format2 import Rotation
+from tiny import save_tiny
 from typer.testing import CliRunner
 
 from sliplm.attacks import arrow, blinding, gram, subspace, suite

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_edge_api import listening
+from edge_api import listening
 
 from sliplm.edge.api import create_app
 from sliplm.errors import LinkError

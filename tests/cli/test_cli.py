@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import socket
@@ -12,13 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-
-def slip(*arguments: str | Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "sliplm.cli", *map(str, arguments)]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=timeout, env={**os.environ, "COLUMNS": "200"}
-    )
+from processes import slip
 
 
 def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:

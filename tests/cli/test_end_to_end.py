@@ -3,117 +3,25 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import torch
+from processes import WAIT, ask, eventually, start_edge, start_trusted
 
 from sliplm.edge.client import stream
 from sliplm.errors import LinkError
 from sliplm.registry import authority
 from sliplm.split.model import Options, split_model
 from sliplm.split.source import load_whole
-
-WAIT = 90.0
-
-
-class Process:
-    """A `slip` command in the background; `ready` is the JSON it prints when it is up."""
-
-    def __init__(self, *arguments: str | Path, **environment: str) -> None:
-        self.lines: list[str] = []
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "sliplm.cli", *map(str, arguments), "--json"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **environment},
-        )
-        self._reader = threading.Thread(target=lambda: self.lines.extend(self.process.stderr), daemon=True)
-        self._reader.start()
-
-    @property
-    def log(self) -> str:
-        return "".join(self.lines)
-
-    def ready(self) -> dict[str, Any]:
-        timer = threading.Timer(WAIT, self.process.kill)
-        timer.start()
-        line = self.process.stdout.readline()
-        timer.cancel()
-        assert line, self.log
-        return json.loads(line)
-
-    def fails(self) -> str:
-        assert self.process.wait(WAIT) not in (0, None)
-        self._reader.join(5)
-        assert "Traceback" not in self.log
-        return self.log
-
-    def stop(self, number: int = signal.SIGTERM) -> int:
-        self.process.send_signal(number)
-        return self.process.wait(WAIT)
-
-
-@pytest.fixture
-def run() -> Iterator[Any]:
-    started: list[Process] = []
-
-    def start(*arguments: str | Path, **environment: str) -> Process:
-        started.append(Process(*arguments, **environment))
-        return started[-1]
-
-    yield start
-    for process in started:
-        process.process.kill()
-        process.process.wait()
-        process.process.stdout.close()
-
-
-@pytest.fixture
-def bundle(tiny_split: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny split with an authority of its own and one device."""
-    directory = Path(shutil.copytree(tiny_split, tmp_path / "bundle"))
-    shutil.rmtree(directory / "trusted" / "authority", ignore_errors=True)
-    authority.add_device(directory / "trusted" / "authority", "one", tmp_path / "one.identity")
-    return directory
-
-
-def start_trusted(run: Any, directory: Path, port: int = 0) -> tuple[Process, str]:
-    process = run("trusted", directory / "trusted", "--listen", f"127.0.0.1:{port}")
-    return process, process.ready()["listening"]
-
-
-def start_edge(run: Any, directory: Path, address: str, identity: Path, **environment: str) -> Process:
-    return run(
-        "edge", directory / "edge", "--trusted", address, "--identity", identity, "--api", "127.0.0.1:0", **environment
-    )
-
-
-def ask(api: str, prompt: str, **options: Any) -> str:
-    return "".join(c.text for c in stream(api, prompt, {"temperature": 0, **options}, raw=True))
-
-
-def eventually(what: Any) -> Any:
-    deadline = time.monotonic() + WAIT
-    while True:
-        try:
-            return what()
-        except (LinkError, AssertionError):
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.1)
 
 
 def test_the_real_model_answers_as_the_original(run: Any, smollm2: str, smollm2_split: Path, tmp_path: Path) -> None:

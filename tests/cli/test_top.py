@@ -12,8 +12,8 @@ from typing import Any
 
 import httpx
 import pytest
+from edge_api import listening
 from rich.console import Console
-from test_edge_api import listening
 
 from sliplm import top
 from sliplm.cli.table import HEADINGS, view

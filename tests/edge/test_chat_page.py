@@ -11,8 +11,8 @@ from pathlib import Path
 
 import browser
 import pytest
+from edge_api import listening
 from starlette.testclient import TestClient
-from test_edge_api import listening
 
 from sliplm.edge.api import create_app, page
 from sliplm.errors import LinkError, VerificationError

@@ -3,22 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from edge_api import CHAT, HELLO, PLAIN, error_of, local
 from starlette.testclient import TestClient
-from test_edge_api import CHAT, HELLO, PLAIN, Backend, error_of, local
 
 from sliplm.edge import options
 from sliplm.edge.api import create_app
 from sliplm.errors import IdentityError
-
-
-@pytest.fixture
-def backend() -> Backend:
-    return Backend()
-
-
-@pytest.fixture
-def client(backend) -> TestClient:
-    return local(create_app(backend, lambda: "m"))
 
 
 @pytest.mark.parametrize(

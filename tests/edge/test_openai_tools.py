@@ -10,8 +10,8 @@ import openai
 import pydantic
 import pytest
 import templates
-from conftest import byte_tokenizer, save_tiny
-from test_openai import HELLO, MODEL, Pair, chat
+from openai_client import HELLO, MODEL, Pair, chat
+from tiny import byte_tokenizer, save_tiny
 
 from sliplm.split.model import Options, split_model
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import templates
-from conftest import byte_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import byte_tokenizer
 
 from sliplm.engine.calls import Calls, find_calls
 from sliplm.engine.template import Chat

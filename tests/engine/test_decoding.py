@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import save_tiny
+from loading import attached
+from tiny import save_tiny
 
 from sliplm.engine.builtin import BuiltinEngine
 from sliplm.engine.decoding import Decoding
@@ -159,7 +160,7 @@ def test_requests_are_answered_whatever_the_settings_say(tiny_split: Path, name:
     split_model(str(model), tmp_path / "bundle", Options(rank=4))
     texts = []
     for bundle in (tmp_path / "bundle", tiny_split):
-        engine = BuiltinEngine(bundle / "trusted", pool_depth=0)
+        engine = attached(BuiltinEngine(bundle / "trusted", stock=0))
         request = GenerateRequest(prompt="Hello", max_tokens=8)
         chunks = list(engine.generate(request, engine.model.slip.default_link))
         texts.append("".join(c.text for c in chunks))
@@ -174,7 +175,7 @@ def test_decoding_settings_in_the_models_configuration_fail_no_request(tmp_path:
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"num_beams": 4, "repetition_penalty": 1.2}))
     split_model(str(model), tmp_path / "bundle", Options(rank=4))
-    engine = BuiltinEngine(tmp_path / "bundle" / "trusted", pool_depth=0)
+    engine = attached(BuiltinEngine(tmp_path / "bundle" / "trusted", stock=0))
     request = GenerateRequest(prompt="Hello", max_tokens=4)
     assert list(engine.generate(request, engine.model.slip.default_link))[-1].finish_reason
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import jinja2
 import pytest
+from loading import attached
 
 from sliplm.engine import builtin as engine_module
 from sliplm.engine.builtin import DEFAULT_CONTEXT, BuiltinEngine, _context, _keeps_positions
@@ -24,7 +25,7 @@ from sliplm.protocol.messages import MAX_TOKENS, Chunk, GenerateRequest, Message
 
 @pytest.fixture(scope="module")
 def shared(tiny_split: Path) -> BuiltinEngine:
-    return BuiltinEngine(tiny_split / "trusted", pool_depth=0)
+    return attached(BuiltinEngine(tiny_split / "trusted", stock=0))
 
 
 @pytest.fixture
@@ -39,10 +40,10 @@ class Slow(Link):
     def __init__(self, link: Link) -> None:
         self.link, self.count, self.go = link, 0, threading.Event()
 
-    def exchange(self, group: int, x: Any, meanwhile=None) -> Any:
+    def exchange(self, group: int, x: Any, own: Any) -> Any:
         self.count += 1
         self.go.wait(0.1)
-        return self.link.exchange(group, x)
+        return self.link.exchange(group, x, own)
 
     def close(self) -> None: ...
 
@@ -104,14 +105,14 @@ class Lying(Slow):
         super().__init__(link)
         self.honest, self.asked = honest, threading.Event()
 
-    def exchange(self, group: int, x: Any, meanwhile=None) -> Any:
+    def exchange(self, group: int, x: Any, own: Any) -> Any:
         self.count += 1
-        answer = self.link.exchange(group, x)
+        answer, mine = self.link.exchange(group, x, own)
         if self.count > self.honest:
             self.asked.set()
             self.go.wait(10)
             answer[0, 0] ^= 1
-        return answer
+        return answer, mine
 
 
 @pytest.mark.parametrize("honest", [0, 9 * 3])
@@ -150,7 +151,7 @@ def test_an_unexpected_failure_says_where_and_not_what(
     engine: BuiltinEngine, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture
 ) -> None:
     class Broken(Slow):
-        def exchange(self, group: int, x: Any, meanwhile=None) -> Any:
+        def exchange(self, group: int, x: Any, own: Any) -> Any:
             raise ZeroDivisionError("secret")
 
     caplog.set_level(logging.DEBUG, logger="sliplm")
@@ -219,13 +220,13 @@ def test_models_that_adapt_their_positions_generate_one_at_a_time(rope: dict[str
 
 
 def test_a_dynamic_rope_leaves_one_slot(tmp_path: Path) -> None:
-    from conftest import save_tiny
+    from tiny import save_tiny
 
     from sliplm.split.model import Options, split_model
 
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
     split_model(str(save_tiny(tmp_path / "model", rope_parameters=rope)), tmp_path / "bundle", Options(rank=4))
-    one_at_a_time = BuiltinEngine(tmp_path / "bundle" / "trusted", pool_depth=0)
+    one_at_a_time = attached(BuiltinEngine(tmp_path / "bundle" / "trusted", stock=0))
     assert one_at_a_time.capacity == 1
 
 
@@ -237,7 +238,7 @@ def test_temperatures_that_would_divide_by_nothing(temperature: float) -> None:
 
 def test_tokens_that_the_model_does_not_have(tiny_split: Path) -> None:
     """Tokenizers with more tokens than the model has embeddings."""
-    engine = BuiltinEngine(tiny_split / "trusted", pool_depth=0)
+    engine = attached(BuiltinEngine(tiny_split / "trusted", stock=0))
     engine.tokenizer.add_tokens(["<extra>"])
     for what in ({"prompt": "Hello<extra>"}, {"prompt": None, "messages": [Message("user", "<extra>")]}):
         with pytest.raises(RequestError, match=r"the token <extra> in the prompt is none of this model's"):
@@ -251,7 +252,7 @@ def test_tokens_that_the_model_does_not_have(tiny_split: Path) -> None:
 
 
 def test_whatever_else_a_tokenizer_returns_the_model_gets_tokens(tiny_split: Path) -> None:
-    engine = BuiltinEngine(tiny_split / "trusted", pool_depth=0)
+    engine = attached(BuiltinEngine(tiny_split / "trusted", stock=0))
     engine.tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
     assert "token_type_ids" in engine.tokenizer("Hello")
     for what in ({}, {"prompt": None, "messages": [Message("user", "Hi")]}):
@@ -262,7 +263,7 @@ def test_whatever_else_a_tokenizer_returns_the_model_gets_tokens(tiny_split: Pat
 def test_what_the_first_requests_need_is_made_once(
     tiny_split: Path, monkeypatch: pytest.MonkeyPatch, refused: bool
 ) -> None:
-    engine, makes = BuiltinEngine(tiny_split / "trusted", pool_depth=0), list[str]()
+    engine, makes = attached(BuiltinEngine(tiny_split / "trusted", stock=0)), list[str]()
 
     def make(what: str, sentence: str) -> Any:
         makes.append(what)

@@ -9,6 +9,7 @@ import msgspec
 import pytest
 import torch
 import transformers
+from loading import attached
 
 from sliplm.engine.builtin import BuiltinEngine
 from sliplm.engine.decoding import Decoding
@@ -18,7 +19,7 @@ from sliplm.protocol.messages import Chunk, GenerateRequest, RequestError, decod
 
 @pytest.fixture(scope="module")
 def engine(tiny_split: Path) -> BuiltinEngine:
-    return BuiltinEngine(tiny_split / "trusted", pool_depth=0, allow_logprobs=True)
+    return attached(BuiltinEngine(tiny_split / "trusted", stock=0, allow_logprobs=True))
 
 
 def ask(engine: BuiltinEngine, **what: Any) -> list[Chunk]:
@@ -83,7 +84,7 @@ def test_an_impossible_token_has_a_number() -> None:
 
 
 def test_the_owner_has_to_allow_them(tiny_split: Path) -> None:
-    closed = BuiltinEngine(tiny_split / "trusted", pool_depth=0)
+    closed = attached(BuiltinEngine(tiny_split / "trusted", stock=0))
     for count in (0, 5):
         with pytest.raises(RequestError, match="owner"):
             ask(closed, logprobs=count)

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import templates
-from conftest import byte_tokenizer
+from loading import attached
+from tiny import byte_tokenizer
 
 from sliplm.engine.builtin import BuiltinEngine
 from sliplm.engine.once import Once
@@ -75,7 +76,7 @@ def test_templates_get_what_they_insist_on(template: str) -> None:
 
 
 def test_they_are_tried_at_start_with_tools_too(tiny_split: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = BuiltinEngine(tiny_split / "trusted", pool_depth=0)
+    engine = attached(BuiltinEngine(tiny_split / "trusted", stock=0))
     monkeypatch.setattr(engine, "_room", 4000)
     for template in (templates.HERMES, templates.FORGETFUL):
         monkeypatch.setattr(engine.tokenizer, "chat_template", template)

@@ -11,8 +11,9 @@ from typing import Any, ClassVar
 
 import pytest
 import transformers
-from conftest import byte_tokenizer
+from loading import attached
 from texts import CHATML, GEMMA, LLAMA3, MISTRAL, WORDY, llama_tokenizer, make_bundle, say
+from tiny import byte_tokenizer
 
 from sliplm.engine.builtin import BuiltinEngine
 from sliplm.engine.detokenise import Text, special_tokens
@@ -32,7 +33,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> BuiltinEngine:
     tokenizer = llama_tokenizer(CHATML)
     start = tokenizer.convert_tokens_to_ids("<|eot_id|>")
     directory = make_bundle(tmp_path_factory.mktemp("llama"), tokenizer, {"eos_token_id": start}, eos_token_id=start)
-    return BuiltinEngine(directory, pool_depth=0)
+    return attached(BuiltinEngine(directory, stock=0))
 
 
 # --- where an answer ends ---------------------------------------------------------------------------------------
@@ -85,7 +86,7 @@ def test_an_end_token_that_is_not_special_is_no_part_of_the_answer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer = llama_tokenizer(CHATML.replace("<|im_end|>", "<plain_end>"))
-    engine = BuiltinEngine(make_bundle(tmp_path, tokenizer), pool_depth=0)
+    engine = attached(BuiltinEngine(make_bundle(tmp_path, tokenizer), stock=0))
     text, last = say(engine, monkeypatch, ["▁Paris", "<plain_end>", "▁is"], **CHAT)
     assert (text, last.finish_reason) == ("Paris", "stop")
 
@@ -283,7 +284,7 @@ def test_a_model_without_a_working_template_says_so_and_still_completes(
 
 def test_the_reason_is_logged_at_start(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING, logger="sliplm")
-    BuiltinEngine(make_bundle(tmp_path, llama_tokenizer()), pool_depth=0)
+    attached(BuiltinEngine(make_bundle(tmp_path, llama_tokenizer()), stock=0))
     assert "plain prompts only, no chats: it has no chat template" in caplog.text
 
 

@@ -11,8 +11,9 @@ import pytest
 import templates
 import torch
 import transformers
-from conftest import byte_tokenizer
+from loading import attached
 from texts import make_bundle
+from tiny import byte_tokenizer
 from tokenizers import AddedToken
 
 from sliplm.engine import constraint
@@ -36,7 +37,7 @@ TIME = Tool("time")
 @pytest.fixture(scope="module")
 def plain(tiny_split: Path) -> BuiltinEngine:
     """Its template has no tools."""
-    return BuiltinEngine(tiny_split / "trusted", pool_depth=0, allow_logprobs=True)
+    return attached(BuiltinEngine(tiny_split / "trusted", stock=0, allow_logprobs=True))
 
 
 @pytest.fixture(params=["HERMES", "LLAMA", "MISTRAL", "FUNCTION"])
@@ -342,7 +343,7 @@ def test_a_model_with_markers_of_its_own_makes_a_call(
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens([AddedToken(m, special=special) for m in ("<tool_call>", "</tool_call>")])
     bundle = make_bundle(tmp_path, tokenizer, max_position_embeddings=4000)
-    engine = with_template(BuiltinEngine(bundle, pool_depth=0), templates.HERMES, monkeypatch)
+    engine = with_template(attached(BuiltinEngine(bundle, stock=0)), templates.HERMES, monkeypatch)
     text, calls, last = ask(engine, tools=[WEATHER], must_call=["get_weather"], parallel_calls=False)
     assert not text and calls[0][1]["city"] and last.finish_reason == "tool_calls"
     said, calls, _ = ask(engine, tools=[WEATHER], schema=CITY, parallel_calls=False)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import byte_tokenizer
+from tiny import byte_tokenizer
 
 from sliplm.engine import trial
 from sliplm.engine.constraint import TOO_COMPLEX, Constraint, Grammars

@@ -66,8 +66,7 @@ def test_unknown_tasks_and_a_missing_package(lm_eval: None, monkeypatch: pytest.
 
 
 def test_only_models_that_continue_text_are_evaluated(tmp_path: Path) -> None:
-    from test_models import halves
-    from zoo import FAMILIES
+    from zoo import FAMILIES, halves
 
     halves(FAMILIES["BERT"], tmp_path)
     with pytest.raises(UnsupportedModelError, match="no model that continues text"):

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from sliplm import _core, field
 from sliplm.errors import NumericsError
-from sliplm.exchange import masking
-from sliplm.exchange.masking import decode, encode, verify
+from sliplm.exchange import check, masking
+from sliplm.exchange.operator import Operator
 from sliplm.field import HALF, P
 from sliplm.split.blinding import Blinding
 
@@ -29,9 +29,30 @@ class Forced:
 @pytest.fixture(params=PATHS, autouse=True)
 def path(request, monkeypatch):
     core = None if request.param == "numpy" else Forced(request.param)
-    monkeypatch.setattr(masking, "native", core)
+    monkeypatch.setattr(check, "native", core)
+    monkeypatch.setattr(check, "native", core)
     monkeypatch.setattr(field, "native", core)
     return request.param
+
+
+def operator(k=1, planes=1, n=1, **known):
+    """Of a matrix (n, k), with whatever is `known` of it."""
+    unknown = {"row_norm": 100.0, "scales": np.ones((planes, n), np.float32), "inner": None, "outer": None}
+    return Operator(**{"number": 0, "shape": (planes * n, k), "u": None, "uq": None} | unknown | known)
+
+
+def encode(x, r, row_norm, inner):
+    return masking.encode(operator(x.shape[1], row_norm=row_norm, inner=inner), x, r)
+
+
+def decode(answer, image, scales, inv_c, outer=None):
+    out = np.zeros((len(answer), scales.shape[1]), np.float32)
+    masking.decode(operator(scales=scales, outer=outer), answer, image, inv_c, out)
+    return out
+
+
+def verify(u, uq, masked, answer):
+    return check.check(operator(masked.shape[1], 1, u.shape[1], u=u, uq=uq), masked, answer)
 
 
 def row_norm(q):
@@ -216,7 +237,7 @@ def test_verify_catches_any_change(change, row, token):
     forged[token, row] = (int(forged[token, row]) + change) % P
     for core in [None] + [Forced(isa) for isa in PATHS[1:]]:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(masking, "native", core)
+            patch.setattr(check, "native", core)
             assert e.check(e.answer) and not e.check(forged)
 
 
@@ -232,7 +253,7 @@ def test_native_and_numpy_agree(path):
     r = rng.integers(0, P, x.shape).astype(np.uint32)
     blinding = Blinding.random(577, rng)
     masked, inv_c = encode(x, r, 3000.0, blinding)
-    wanted, wanted_c, _ = masking._encode(x, r, masking.amplitude(3000.0, 577), blinding)
+    wanted, wanted_c, _ = masking._encode(operator(577, row_norm=3000.0, inner=blinding), x, r)
     apart = unmask(masked, r) - unmask(wanted, r)
     assert np.allclose(inv_c, wanted_c, rtol=1e-6)
     # The native core blinds in float32: its rounding stays far below that of fixed point, half a unit.
@@ -241,7 +262,7 @@ def test_native_and_numpy_agree(path):
     scales = rng.random((2, 577)).astype(np.float32)
     assert np.allclose(
         decode(answer, image, scales, inv_c, blinding),
-        masking._decode(answer, image, scales, inv_c, blinding),
+        masking._decode(operator(scales=scales, outer=blinding), answer, image, inv_c),
         rtol=1e-6,
         atol=1e-6 * inv_c.max() * P,
     )

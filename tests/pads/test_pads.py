@@ -11,10 +11,11 @@ import threading
 
 import numpy as np
 import pytest
+from loading import pool_of
 
 from sliplm import kernels
 from sliplm.field import P
-from sliplm.pads.pool import Pad, Pool
+from sliplm.pads.pool import Pad
 from sliplm.pads.prg import Stream
 
 
@@ -61,14 +62,14 @@ def test_the_keystream_is_continuous_across_chunks() -> None:
 
 def test_an_image_is_q_times_its_mask() -> None:
     group = matrices((7, 5))
-    pool = Pool(group, depth=0)
+    pool = pool_of(group, depth=0)
     pad = pool.take(0, 3)
     mask = pad.mask()
     assert np.array_equal(pad.image, group[0].product(mask))
 
 
 def test_a_pad_gives_its_mask_once() -> None:
-    pad = Pool(matrices((7, 5)), depth=0).take(0, 1)
+    pad = pool_of(matrices((7, 5)), depth=0).take(0, 1)
     pad.mask()
     with pytest.raises(RuntimeError, match="used"):
         pad.mask()
@@ -76,7 +77,7 @@ def test_a_pad_gives_its_mask_once() -> None:
 
 @pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps])
 def test_pads_and_streams_cannot_be_copied(duplicate: object) -> None:
-    pool = Pool(matrices((7, 5)), depth=0)
+    pool = pool_of(matrices((7, 5)), depth=0)
     for thing in (pool.take(0, 1), Stream()):
         with pytest.raises(TypeError):
             duplicate(thing)  # type: ignore[operator]
@@ -89,7 +90,7 @@ def test_no_secret_in_representations() -> None:
 
 def test_concurrent_takers_never_share_a_pad() -> None:
     """Odd sizes split stored batches; the filler runs at the same time; every mask row must be new."""
-    pool = Pool(matrices((3, 6), (4, 2)), depth=32, batch=5)
+    pool = pool_of(matrices((3, 6), (4, 2)), depth=32, batch=5)
     pool.start()
     taken: list[np.ndarray] = []
     lock = threading.Lock()
@@ -112,7 +113,7 @@ def test_concurrent_takers_never_share_a_pad() -> None:
 
 
 def test_the_pool_fills_to_its_depth_and_serves_from_it() -> None:
-    pool = Pool(matrices((3, 6), (4, 2)), depth=10, batch=4)
+    pool = pool_of(matrices((3, 6), (4, 2)), depth=10, batch=4)
     pool.start()
     assert pool.wait(10, timeout=30)
     assert pool.level == 10
@@ -124,7 +125,9 @@ def test_the_pool_fills_to_its_depth_and_serves_from_it() -> None:
 def test_a_process_may_end_while_its_pool_fills() -> None:
     code = (
         "import numpy as np; from sliplm import kernels; from sliplm.pads.pool import Pool;"
-        "Pool([kernels.prepare(np.ones((4000, 4000), np.int8))], depth=1 << 20).start()"
+        "from sliplm.pads.sources import SelfSource;"
+        "pool = Pool([(4000, 4000)], depth=1 << 20);"
+        "pool.source = SelfSource([kernels.prepare(np.ones((4000, 4000), np.int8))]); pool.start()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
@@ -132,7 +135,7 @@ def test_a_process_may_end_while_its_pool_fills() -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_child_gets_no_pad() -> None:
-    pool = Pool(matrices((3, 6)), depth=0)
+    pool = pool_of(matrices((3, 6)), depth=0)
     stream = Stream()
     child = os.fork()
     if child == 0:

@@ -12,6 +12,7 @@ import pytest
 from link_fakes import (
     DIGEST,
     enrol,
+    issue,
     make_engine,
     refused,
     running,
@@ -20,7 +21,6 @@ from link_fakes import (
     wait_until,
     working,
 )
-from test_authority import issue
 
 from sliplm.edge.worker import ATTEMPTS, EdgeWorker
 from sliplm.errors import BundleError, IdentityError, LinkError, VersionError

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID
+from link_fakes import issue
 
 from sliplm.errors import IdentityError
 from sliplm.protocol import tls
@@ -45,15 +45,6 @@ def certificates(identity: Path) -> list[x509.Certificate]:
 
 def der(identity: Path) -> bytes:
     return certificates(identity)[0].public_bytes(serialization.Encoding.DER)
-
-
-def issue(home: Path, identity: Path, name: str = "x", days: float = 1, usage=ExtendedKeyUsageOID.CLIENT_AUTH) -> None:
-    """An identity signed by the authority, but not registered."""
-    with authority._locked(home):
-        ca_key, ca_cert = authority._authority(home)
-    key = ec.generate_private_key(ec.SECP256R1())
-    cert = authority._sign(ca_key, ca_cert, key, name, days, usage)
-    identity.write_bytes(authority._pem_key(key) + authority._pem(cert) + authority._pem(ca_cert))
 
 
 def test_a_device_is_enrolled_and_revoked(home, tmp_path):

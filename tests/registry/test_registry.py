@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pwd
-import shutil
 import socket
 import sqlite3
 import stat
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -27,46 +24,6 @@ from sliplm.errors import IdentityError
 from sliplm.registry import Device, Limits, Registry, RegistryError, authority, database
 from sliplm.registry.devices import now
 from sliplm.registry.usage import Tokens, midnight
-
-
-@pytest.fixture(scope="session")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A PostgreSQL server of our own, on a socket in a directory."""
-    # Debian keeps its programs apart, one directory for each version.
-    versions = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"), key=lambda p: int(p.parts[-3]))
-    program = shutil.which("postgres") or next(reversed(versions), None)
-    if program is None:
-        pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
-    binaries = Path(program).resolve().parent
-    # Its socket's path has to be short, and the server refuses to run as root.
-    home = Path(tempfile.mkdtemp(prefix="slip-", dir="/tmp"))
-    user: str | None = None
-    if os.geteuid() == 0:
-        try:
-            shutil.chown(home, pwd.getpwnam("postgres").pw_uid)
-        except KeyError:
-            pytest.skip("PostgreSQL does not run as root, and there is no user for it: adduser --system postgres")
-        user = "postgres"
-    try:
-        subprocess.run([binaries / "initdb", "-D", home / "data", "-U", "slip", "-A", "trust", "--no-sync"],
-                       check=True, capture_output=True, user=user, cwd=home)  # fmt: skip
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
-        server = subprocess.Popen(
-            [binaries / "postgres", "-D", home / "data", "-h", "127.0.0.1", "-p", str(port), "-k", home, "-F"],
-            stderr=subprocess.PIPE, text=True, user=user, cwd=home)  # fmt: skip
-        try:
-            assert server.stderr is not None
-            for line in server.stderr:
-                if "ready to accept connections" in line:
-                    break
-            threading.Thread(target=server.stderr.read, daemon=True).start()
-            yield f"postgresql://slip@127.0.0.1:{port}"
-        finally:
-            server.kill()
-            server.wait()
-    finally:
-        shutil.rmtree(home, ignore_errors=True)
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

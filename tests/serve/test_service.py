@@ -1,23 +1,19 @@
 """`slip trusted` as its operator runs it: real processes, signals, kill -9, metrics, logs, PostgreSQL."""
 
-# ruff: noqa: F811 - a fixture and the argument that asks for it share a name
-
 from __future__ import annotations
 
 import contextlib
 import json
 import re
 import signal
-import sqlite3
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from link_fakes import usage
+from processes import eventually, slip, start_edge, start_trusted
 from prometheus_client.parser import text_string_to_metric_families
-from test_cli import slip
-from test_end_to_end import bundle, eventually, run, start_edge, start_trusted  # noqa: F401 - fixtures
-from test_registry import postgres  # noqa: F401 - a fixture
 from typer.testing import CliRunner
 
 from sliplm.cli import app
@@ -41,14 +37,6 @@ def metrics(url: str) -> dict[str, float]:
         for sample in family.samples:
             found[sample.name] = found.get(sample.name, 0) + sample.value
     return found
-
-
-def usage(bundle: Path) -> list[tuple[int, int, str | None]]:
-    db = sqlite3.connect(bundle / "trusted" / "authority" / "registry.db")
-    try:
-        return db.execute("SELECT prompt_tokens, completion_tokens, outcome FROM usage ORDER BY id").fetchall()
-    finally:
-        db.close()
 
 
 def begin(api: str, **options: Any) -> Any:
@@ -83,7 +71,7 @@ def test_metrics_health_and_logs(run: Any, bundle: Path, tmp_path: Path) -> None
     done = next(line for line in lines if line.get("outcome"))
     assert (done["device"], done["outcome"], done["completion_tokens"]) == ("one", "length", 5)
     assert re.fullmatch("[0-9a-f]{32}", done["request"]) and done["time"].endswith("Z")
-    assert "Xanadu" not in trusted.log and usage(bundle)[0] == (21, 5, "length")
+    assert "Xanadu" not in trusted.log and usage(bundle / "trusted" / "authority")[0] == (21, 5, "length")
 
 
 def live(seen: dict[str, float]) -> None:
@@ -118,7 +106,7 @@ def test_sigterm_lets_a_request_finish_and_a_second_one_does_not(
     trusted.process.send_signal(signal.SIGTERM)
     eventually(lambda: unready(ready["metrics"]))
     assert list(answer)[-1].finish_reason == "length"
-    assert trusted.process.wait(60) == 0 and usage(bundle)[-1][1:] == (100, "length")
+    assert trusted.process.wait(60) == 0 and usage(bundle / "trusted" / "authority")[-1][1:] == (100, "length")
 
     trusted, ready, api = start(run, bundle, tmp_path / "one.identity", "--drain", "600")
     answer = begin(api)
@@ -131,7 +119,7 @@ def test_sigterm_lets_a_request_finish_and_a_second_one_does_not(
     except LinkError:
         finished = False
     assert trusted.process.wait(60) == 0 and "Traceback" not in trusted.log
-    assert usage(bundle)[-1][2] == ("length" if finished else "interrupted")
+    assert usage(bundle / "trusted" / "authority")[-1][2] == ("length" if finished else "interrupted")
 
 
 def unready(url: str) -> None:
@@ -145,14 +133,14 @@ def test_a_killed_server_leaves_one_record(run: Any, bundle: Path, tmp_path: Pat
     trusted.stop(signal.SIGKILL)
     with pytest.raises(LinkError):
         list(answer)
-    ((_, _, outcome),) = usage(bundle)
+    ((_, _, outcome),) = usage(bundle / "trusted" / "authority")
     assert outcome is None
     start_trusted(run, bundle)
     eventually(lambda: closed(bundle))
 
 
 def closed(bundle: Path) -> None:
-    ((prompt, completion, outcome),) = usage(bundle)
+    ((prompt, completion, outcome),) = usage(bundle / "trusted" / "authority")
     assert outcome == "interrupted" and completion <= 100 and prompt in (0, 5)
 
 
@@ -182,7 +170,7 @@ def test_a_registry_in_postgresql(run: Any, bundle: Path, tmp_path: Path, postgr
     assert trusted.stop() == 0
     shown = json.loads(slip("device", "show", "two", "-b", bundle / "trusted", "--registry", url, "--json").stdout)
     assert shown["usage"]["total"] == {"requests": 1, "prompt_tokens": 5, "completion_tokens": 3}
-    assert usage(bundle) == []
+    assert usage(bundle / "trusted" / "authority") == []
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from loading import pool_of
 
 from sliplm import _core, kernels
 from sliplm.bundle import EdgeBundle, QFile
 from sliplm.edge.multiplier import Multiplier
-from sliplm.pads.pool import Pool
 from sliplm.split.model import Options, split_model
 from sliplm.split.writer import TensorWriter
 
@@ -122,7 +122,7 @@ def test_forgetting_a_matrix_lets_its_memory_go(tmp_path: Path) -> None:
 
 def test_two_can_wait_for_different_levels_of_one_pool() -> None:
     rng = np.random.default_rng(0)
-    pool = Pool([kernels.prepare(rng.integers(-127, 128, (6, 5)).astype(np.int8))], 20, batch=8)
+    pool = pool_of([kernels.prepare(rng.integers(-127, 128, (6, 5)).astype(np.int8))], 20, batch=8)
     reached: list[bool] = []
     waiting = threading.Thread(target=lambda: reached.append(pool.wait(20, 30)), daemon=True)
     waiting.start()
@@ -138,7 +138,7 @@ def test_two_can_wait_for_different_levels_of_one_pool() -> None:
 
 def test_a_pool_that_is_switched_off_stays_as_it_is_and_can_be_waited_for_again() -> None:
     rng = np.random.default_rng(0)
-    pool = Pool([kernels.prepare(rng.integers(-127, 128, (6, 5)).astype(np.int8)) for _ in range(2)], 20, batch=8)
+    pool = pool_of([kernels.prepare(rng.integers(-127, 128, (6, 5)).astype(np.int8)) for _ in range(2)], 20, batch=8)
     pool.start()
     try:
         assert pool.wait(20, 30) and pool.level >= 20

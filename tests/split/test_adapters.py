@@ -12,8 +12,8 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import byte_tokenizer, save_tiny
 from outputs import error, logits, protected
+from tiny import byte_tokenizer, save_tiny
 
 from sliplm.errors import UnsupportedModelError
 from sliplm.split.model import Options, split_model

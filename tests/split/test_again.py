@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import save_tiny
 from safetensors.torch import load_file, save_file
+from tiny import save_tiny
 
 from sliplm.attacks.stolen import ALL, Stolen
 from sliplm.errors import BundleError

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import save_tiny
+from loading import attached
 from safetensors.torch import load_file, save_file
+from tiny import save_tiny
 
 import sliplm.trusted  # noqa: F401 - teaches Transformers to load the bundle
 from sliplm.attacks.stolen import ALL, Stolen
@@ -40,7 +41,7 @@ def test_a_lora_leaves_the_public_weights_on_the_edge(tiny: Path, tmp_path: Path
     for name in ("model.layers.0.mlp.down_proj.weight", "model.layers.1.self_attn.q_proj.weight"):
         assert torch.allclose(edge.get_parameter(name), public.get_parameter(name), atol=3e-4)
     original = transformers.AutoModelForCausalLM.from_pretrained(tuned, dtype=torch.float32)
-    protected = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "trusted")
+    protected = attached(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "trusted"))
     ids = torch.arange(40)[None]
     with torch.no_grad():
         want, got, other = (m(ids).logits for m in (original, protected, public))

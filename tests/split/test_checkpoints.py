@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import save_tiny
 from outputs import error, logits, protected
 from safetensors.torch import load_file, save_file
+from tiny import save_tiny
 
 from sliplm.engine.builtin import BuiltinEngine
 from sliplm.errors import BundleError, SlipError, UnsupportedModelError

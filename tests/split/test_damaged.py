@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import transformers
-from conftest import save_tiny
 from outputs import error, logits, protected
+from tiny import save_tiny
 
 from sliplm.errors import UnsupportedModelError
 from sliplm.split.model import Options, split_model

@@ -7,43 +7,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import byte_tokenizer, save_tiny
+from counting import Counting
+from loading import attached
+from tiny import byte_tokenizer, save_tiny
 from torch import nn
-from zoo import EXPERTS, FAMILIES, RANK, Family, bfloat16_error, build, inputs_for, relative_error
+from zoo import EXPERTS, FAMILIES, RANK, Family, bfloat16_error, halves, inputs_for, relative_error
 
 import sliplm
 from sliplm.errors import BundleError, UnsupportedModelError
 from sliplm.evaluate import thief
-from sliplm.exchange.link import Link
 from sliplm.split import source
 from sliplm.split.groups import find_groups
 from sliplm.split.model import Options, split_model
-
-
-class Counting(Link):
-    """Notes the group of every exchange."""
-
-    def __init__(self, inner: Any) -> None:
-        self.inner, self.groups = inner, []
-
-    def exchange(self, group: int, x: np.ndarray, meanwhile=None) -> np.ndarray:
-        self.groups.append(group)
-        return self.inner.exchange(group, x)
-
-    def close(self) -> None:
-        self.inner.close()
-
-
-def halves(family: Family, where: Path) -> tuple[Any, Any]:
-    """The original and the protected model, which went through files."""
-    model = build(family)
-    model.save_pretrained(where / "model")
-    split_model(str(where / "model"), where / "out", Options(RANK))
-    return model, family.auto.from_pretrained(where / "out" / "trusted")
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -105,7 +83,7 @@ def test_experts_without_tokens_are_not_asked(tmp_path: Path) -> None:
 def test_models_loaded_in_half_precision(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     family = FAMILIES[name]
     model, _ = halves(family, tmp_path)
-    protected = family.auto.from_pretrained(tmp_path / "out" / "trusted", dtype=dtype)
+    protected = attached(family.auto.from_pretrained(tmp_path / "out" / "trusted", dtype=dtype))
     inputs = inputs_for(model)
     cast = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
     got = protected(**cast).logits
@@ -189,7 +167,7 @@ def test_parallel_and_cross_attention_groups() -> None:
 @pytest.fixture(scope="module")
 def pair(tiny: Path, tiny_split: Path) -> tuple[Any, Any]:
     auto = transformers.AutoModelForCausalLM
-    return auto.from_pretrained(tiny, dtype=torch.float32), auto.from_pretrained(tiny_split / "trusted")
+    return auto.from_pretrained(tiny, dtype=torch.float32), attached(auto.from_pretrained(tiny_split / "trusted"))
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import save_tiny
 from hypothesis import given
 from hypothesis import strategies as st
+from loading import attached
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny import save_tiny
 
 from sliplm.errors import BundleError, SlipError, UnsupportedModelError
 from sliplm.evaluate import thief
@@ -174,7 +175,7 @@ def test_sharded_half_precision_and_tied_checkpoints(tmp_path: Path) -> None:
     (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
     split_model(str(directory), tmp_path / "out", Options(rank=4))
     reference = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    protected = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "trusted")
+    protected = attached(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "trusted"))
     protected.tie_weights()  # as lm-eval does; it must not bring the plain head back
     ids = torch.arange(40)[None]
     with torch.no_grad():

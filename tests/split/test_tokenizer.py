@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import byte_tokenizer, save_tiny
+from tiny import byte_tokenizer, save_tiny
 from tokenizers import AddedToken
 
 from sliplm.engine.builtin import BuiltinEngine

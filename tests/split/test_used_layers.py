@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import save_tiny
 from outputs import error, logits, protected
+from tiny import save_tiny
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaMLP
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from loading import attached
 
 from sliplm import _core
 from sliplm.split.model import Options, split_model
@@ -48,7 +49,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
             parameter.add_(0.1 * torch.randn_like(parameter))
     model.save_pretrained(directory / "original")
     split_model(str(directory / "original"), directory / "bundle", Options(rank=4))
-    protected = transformers.AutoModelForCausalLM.from_pretrained(directory / "bundle" / "trusted").eval()
+    protected = attached(transformers.AutoModelForCausalLM.from_pretrained(directory / "bundle" / "trusted")).eval()
     return model, protected
 
 

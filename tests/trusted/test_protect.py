@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from test_models import Counting
+from counting import exchanges
 from torch import nn
 from zoo import RANK, Cnn, mlp, relative_error
 
@@ -19,12 +19,6 @@ import sliplm
 from sliplm.errors import NumericsError, UnsupportedModelError
 from sliplm.protocol.messages import GenerateRequest
 from sliplm.registry import authority
-
-
-def exchanges(module: Any, *inputs: Any) -> tuple[torch.Tensor, list[int]]:
-    link = Counting(module.slip.default_link)
-    with module.slip.using(link), torch.no_grad():
-        return module(*inputs), link.groups
 
 
 @pytest.mark.parametrize(("make", "shape"), [(mlp, (64, 33)), (Cnn, (4, 3, 32, 32))])
@@ -218,7 +212,7 @@ def test_importing_the_package_or_an_edge_is_light() -> None:
 def test_both_sides_from_python(tiny: Path, tmp_path: Path) -> None:
     summary = sliplm.split_model(str(tiny), tmp_path / "out")
     authority.add_device(tmp_path / "out" / "trusted" / "authority", "laptop", tmp_path / "identity", 1)
-    with sliplm.Trusted(tmp_path / "out" / "trusted", pads=0) as trusted:
+    with sliplm.Trusted(tmp_path / "out" / "trusted", stock=0) as trusted:
         assert summary.digest == trusted.model.slip.digest.hex()
         serving = threading.Thread(target=trusted.serve_forever)
         serving.start()
@@ -229,6 +223,7 @@ def test_both_sides_from_python(tiny: Path, tmp_path: Path) -> None:
             assert edge.connected.wait(20)
             text = "".join(chunk.text for chunk in edge.generate(GenerateRequest(prompt="Hello", max_tokens=5)))
             ids = trusted.tokenizer("Hello", return_tensors="pt")
+            trusted.model.slip.attach(tmp_path / "out" / "edge")
             want = trusted.model.generate(**ids, max_new_tokens=5, do_sample=False)[0, 5:]
         finally:
             edge.stop()

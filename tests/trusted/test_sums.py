@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_protect import exchanges
+from counting import exchanges
 from torch import nn
 from zoo import RANK, relative_error
 

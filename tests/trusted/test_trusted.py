@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from loading import attached
 
 from sliplm.engine.builtin import BuiltinEngine
 from sliplm.errors import BundleError, LinkError, NumericsError, VerificationError
@@ -26,12 +27,12 @@ class Watching(Link):
     def __init__(self, inner: Link, spoil: Any = None) -> None:
         self.inner, self.spoil, self.seen, self.closed = inner, spoil, [], False
 
-    def exchange(self, group: int, x: np.ndarray, meanwhile=None) -> np.ndarray:
+    def exchange(self, group: int, x: np.ndarray, own: Any) -> Any:
         if self.closed:
             raise LinkError("the link is closed.")
         self.seen.append((group, x.copy()))
-        answer = self.inner.exchange(group, x)
-        return self.spoil(answer) if self.spoil else answer
+        answer, mine = self.inner.exchange(group, x, own)
+        return (self.spoil(answer) if self.spoil else answer), mine
 
     def close(self) -> None:
         self.closed = True
@@ -44,7 +45,7 @@ def original(tiny: Path) -> Any:
 
 @pytest.fixture
 def protected(tiny_split: Path) -> Any:
-    return transformers.AutoModelForCausalLM.from_pretrained(tiny_split / "trusted").eval()
+    return attached(transformers.AutoModelForCausalLM.from_pretrained(tiny_split / "trusted")).eval()
 
 
 def watch(model: Any, spoil: Any = None) -> Watching:
@@ -73,7 +74,7 @@ def relative_error(want: torch.Tensor, got: torch.Tensor) -> float:
 )
 def test_logits_equal_the_originals(options: Options, tiny: Path, original: Any, tmp_path: Path) -> None:
     split_model(str(tiny), tmp_path / "out", options)
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "trusted")
+    model = attached(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "trusted"))
     with torch.no_grad():
         error = relative_error(original(IDS).logits, model(IDS).logits)
     assert error < (1e-3 if options.planes == 2 else 0.1)
@@ -100,7 +101,7 @@ def test_a_group_is_one_round_trip(protected: Any) -> None:
 
 
 def test_the_original_weights_dtype_does_not_spoil_the_factors(tiny_split: Path, original: Any) -> None:
-    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_split / "trusted", dtype=torch.bfloat16)
+    model = attached(transformers.AutoModelForCausalLM.from_pretrained(tiny_split / "trusted", dtype=torch.bfloat16))
     half = transformers.LlamaForCausalLM(original.config)
     half.load_state_dict(original.state_dict())
     half.to(torch.bfloat16)
@@ -236,7 +237,7 @@ def test_no_weight_is_left_in_the_modules(protected: Any) -> None:
 
 @pytest.fixture(scope="module")
 def engine(tiny_split: Path) -> BuiltinEngine:
-    return BuiltinEngine(tiny_split / "trusted", pool_depth=0)
+    return attached(BuiltinEngine(tiny_split / "trusted", stock=0))
 
 
 def ask(engine: BuiltinEngine, **what: Any) -> tuple[str, Chunk]:
@@ -323,6 +324,6 @@ def test_pads_are_used_once_over_a_whole_generation(engine: BuiltinEngine, monke
 def test_a_bundle_whose_tensors_have_another_layout_is_refused_in_a_sentence(
     tiny_split: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sliplm.split.model.trusted_rank", lambda rank, *_: rank + 5)
+    monkeypatch.setattr("sliplm.split.matrices.trusted_rank", lambda rank, *_: rank + 5)
     with pytest.raises(BundleError, match="split again"):
         transformers.AutoModelForCausalLM.from_pretrained(tiny_split / "trusted")

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from loading import attached
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -80,7 +81,7 @@ def test_the_simulated_device_refuses_what_a_real_one_refuses() -> None:
 
 def test_a_protected_model_moves_to_a_device_and_gives_the_same(tiny_split: Path) -> None:
     path = tiny_split / "trusted"
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager").eval()
+    model = attached(transformers.AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager").eval())
     ids = torch.tensor([[5, 250, 0, 17, 17, 99, 3, 128], [1, 2, 3, 4, 5, 6, 7, 8]])
     with torch.no_grad():
         want = model(ids, use_cache=False).logits

@@ -1,0 +1,54 @@
+"""One exchange, as in the paper (arXiv 2407.10886, section 4; docs/security.md, "The theorem for one exchange"):
+encode, mask, let the edge multiply, check, unmask, decode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sliplm.errors import VerificationError
+from sliplm.exchange import check, masking
+from sliplm.exchange.link import Link
+from sliplm.exchange.operator import Operator
+from sliplm.pads.pool import Pad
+
+Rows = NDArray[np.float32]
+
+
+class Pads(Protocol):
+    """Where one-time pads come from: a pool."""
+
+    def take(self, group: int, tokens: int) -> Pad: ...
+
+
+class Steps(NamedTuple):
+    """The arithmetic of the trusted side, for whoever wants to wrap it: to measure, above all."""
+
+    encode: Callable[..., tuple[NDArray[np.uint32], NDArray[np.float64]]] = masking.encode
+    check: Callable[..., bool] = check.check
+    decode: Callable[..., None] = masking.decode
+
+
+STEPS = Steps()
+
+
+def exchange(op: Operator, x: Rows, pads: Pads, link: Link, own: Callable[[Rows], Rows], steps: Steps = STEPS) -> Rows:
+    """A group's output for x (T, K), float32, T at most `op.rows`: W_edge x by the edge, plus `own(x)` (T, N), the
+    trusted part, which is computed while the edge is busy.
+
+    Raises:
+        LinkError: the edge went away, or there are no pads. VerificationError: its answer is wrong; nothing that was
+        computed from it is returned, and the link is closed.
+        NumericsError: x is not finite.
+    """
+    pad = pads.take(op.number, len(x))
+    masked, inv_c = steps.encode(op, x, pad.mask())
+    answer, y = link.exchange(op.number, masked, lambda: own(x))
+    if not steps.check(op, masked, answer):
+        link.close()
+        raise VerificationError("the edge gave a wrong answer; it was caught and discarded.")
+    steps.decode(op, answer, pad.image, inv_c, y)
+    return y

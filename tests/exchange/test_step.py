@@ -1,0 +1,178 @@
+"""One exchange, whole: what comes out, and what comes of a lie, a lost link and missing pads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from loading import pool_of
+
+from sliplm import kernels
+from sliplm.errors import LinkError, VerificationError
+from sliplm.exchange import check
+from sliplm.exchange.link import InProcessLink, Link
+from sliplm.exchange.measured import Measured
+from sliplm.exchange.operator import Operator
+from sliplm.exchange.step import exchange
+from sliplm.pads.sources import SelfSource
+from sliplm.split.blinding import Blinding, blind, unblind
+from sliplm.split.matrices import row_norm
+from sliplm.split.planes import dequantise, quantise
+from sliplm.trusted.runtime import Runtime
+
+torch = pytest.importorskip("torch")
+ROWS, COLUMNS = 40, 30
+
+
+class Edge(InProcessLink):
+    """Multiplies, counts, and may lie."""
+
+    def __init__(self, matrices: list[kernels.IntMatrix], lie: bool = False) -> None:
+        super().__init__(self)
+        self.matrices, self.lie, self.seen, self.closed = matrices, lie, list[np.ndarray](), False
+
+    def product(self, group: int, x: np.ndarray) -> np.ndarray:
+        self.seen.append(x.copy())
+        y = self.matrices[group].product(x)
+        y[-1, -1] ^= np.uint32(self.lie)
+        return y
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class Layer:
+    """A matrix, split and blinded, and all that either side has of it."""
+
+    def __init__(self, planes: int = 2) -> None:
+        generator = torch.Generator().manual_seed(planes)
+        weight = torch.randn(ROWS, COLUMNS, generator=generator)
+        inner, outer = Blinding.random(COLUMNS), Blinding.random(ROWS)
+        q, scales = quantise(blind(weight, inner, outer), planes)
+        self.weight = unblind(dequantise(q, scales), inner, outer).double().numpy()
+        self.op = Operator(0, (len(q), COLUMNS), row_norm(q), scales.numpy(), inner, outer, *check.secrets(q.numpy()))
+        self.matrices = [kernels.prepare(q.numpy())]
+        self.pads = pool_of(self.matrices, depth=0)
+
+    def own(self, x: np.ndarray) -> np.ndarray:
+        return np.full((len(x), ROWS), 3.0, np.float32) + x[:, :1]
+
+    def wanted(self, x: np.ndarray) -> np.ndarray:
+        return x.astype(np.float64) @ self.weight.T + self.own(x)
+
+
+def inputs(rows: int) -> np.ndarray:
+    return np.random.default_rng(rows).normal(size=(rows, COLUMNS)).astype(np.float32)
+
+
+@pytest.mark.parametrize("planes", [1, 2])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_an_exchange_gives_the_edges_part_and_our_own(planes: int, rows: int) -> None:
+    layer, x = Layer(planes), inputs(rows)
+    link = Edge(layer.matrices)
+    y = exchange(layer.op, x, layer.pads, link, layer.own)
+    assert y.dtype == np.float32 and np.allclose(y, layer.wanted(x), rtol=0, atol=2e-4)
+    assert len(link.seen) == 1 and link.seen[0].shape == x.shape
+
+
+def test_an_operator_goes_through_a_bundle_and_its_repr_has_no_secret() -> None:
+    op = Layer().op
+    layout, tensors = Operator.layout(2, ROWS, COLUMNS, True), op.tensors()
+    assert {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()} == layout and list(tensors) == list(layout)
+    again, x = Operator.load(0, tensors), inputs(1)
+    assert again.shape == op.shape and again.row_norm == op.row_norm and repr(op) == "Operator(0, shape=(80, 30))"
+    assert (again.u == op.u).all() and (again.uq == op.uq).all() and (again.inner.apply(x) == op.inner.apply(x)).all()
+
+
+def test_check_secrets_are_fresh_uniform_and_belong_to_the_matrix() -> None:
+    q = np.random.default_rng(0).integers(-128, 128, (70, 33)).astype(np.int8)
+    (u, uq), (other, _) = check.secrets(q), check.secrets(q)
+    assert u.shape == (check.CHECKS, 70) and not (u == other).any()
+    assert (uq.astype(object) == u.astype(object) @ q.astype(object) % (2**31 - 1)).all()
+
+
+@pytest.mark.parametrize("how", [exchange, Measured().exchange])
+def test_a_lie_ends_the_link_and_gives_nothing(how: Any) -> None:
+    layer = Layer()
+    link = Edge(layer.matrices, lie=True)
+    with pytest.raises(VerificationError):
+        how(layer.op, inputs(3), layer.pads, link, layer.own)
+    assert link.closed
+
+
+def test_every_exchange_has_pads_of_its_own() -> None:
+    layer, x = Layer(), inputs(4)
+    link = Edge(layer.matrices)
+    for _ in range(2):
+        exchange(layer.op, x, layer.pads, link, layer.own)
+    assert not (link.seen[0] == link.seen[1]).any()
+
+
+def test_measuring_changes_nothing_and_counts_every_step() -> None:
+    layer, x, measured = Layer(), inputs(4), Measured()
+    y = measured.exchange(layer.op, x, layer.pads, Edge(layer.matrices), layer.own)
+    assert np.allclose(y, layer.wanted(x), rtol=0, atol=2e-4)
+    spent = measured.spent
+    assert list(spent) == ["pads", "encode", "link", "own", "check", "decode"] and min(spent.values()) > 0
+    assert spent["own"] < spent["link"]
+
+
+class Runs:
+    """A runtime with one layer, and what its trusted part was asked for."""
+
+    def __init__(self) -> None:
+        self.layer, self.asked = Layer(), list[int]()
+        self.runtime = Runtime([self.layer.op], bytes(32))
+
+    def own(self, x: np.ndarray) -> np.ndarray:
+        self.asked.append(len(x))
+        return self.layer.own(x)
+
+    def product(self, rows: int) -> np.ndarray:
+        return self.runtime.product(self.layer.op, inputs(rows), self.own)
+
+
+def test_long_inputs_take_several_exchanges(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = Runs()
+    monkeypatch.setitem(vars(runs.layer.op), "rows", 16)
+    runs.runtime.attach(SelfSource(runs.layer.matrices))
+    link = Edge(runs.layer.matrices)
+    for rows, parts in ((0, [0]), (1, [1]), (16, [16]), (17, [16, 1]), (40, [16, 16, 8])):
+        runs.asked.clear(), link.seen.clear()
+        with runs.runtime.using(link):
+            y = runs.product(rows)
+        assert runs.asked == parts and [len(x) for x in link.seen] == [n for n in parts if n]
+        assert np.allclose(y, runs.layer.wanted(inputs(rows)), rtol=0, atol=2e-4)
+    counters = runs.runtime.counters
+    assert (counters.exchanges, counters.rows) == (7, 74) and counters.exchange > 0
+    assert (counters.sent, counters.received) == (74 * 4 * COLUMNS, 74 * 8 * ROWS)
+
+
+@pytest.mark.parametrize(("columns", "rows"), [(1, 1), (4096, 28672), (65535, 1 << 20)])
+def test_no_exchange_is_larger_than_a_frame(columns: int, rows: int) -> None:
+    unknown: Any = None
+    op = Operator(0, (rows, columns), 1.0, unknown, None, None, unknown, unknown)
+    assert 1 <= op.rows <= 512 and (op.rows == 1 or 4 * op.rows * max(rows, columns) <= 32 << 20)
+
+
+def test_a_lost_context_is_an_error_and_no_local_computation() -> None:
+    """A server gives its model pads and no default link: what has lost its request's link must fail."""
+    runs = Runs()
+    runs.runtime.pool.source = SelfSource(runs.layer.matrices)
+    with pytest.raises(LinkError, match="no edge is connected"):
+        runs.product(1)
+    link: Link = Edge(runs.layer.matrices)
+    with runs.runtime.using(link):
+        runs.product(1)
+    with pytest.raises(LinkError, match="no edge is connected"):
+        runs.product(1)
+    assert runs.asked == [1]
+
+
+def test_without_pads_nothing_is_sent() -> None:
+    runs = Runs()
+    link = Edge(runs.layer.matrices)
+    with runs.runtime.using(link), pytest.raises(LinkError, match="nobody makes one-time pads"):
+        runs.product(1)
+    assert not link.seen and not runs.asked
