@@ -171,7 +171,7 @@ def test_an_input_is_masked_with_its_pad_and_unmasked() -> None:
     assert product.tolist() == X["product"] == (np.array(X["x"]) @ np.array(X["q"]).T).tolist()
 
 
-@pytest.mark.parametrize("backend", [b for b in ("native", "torch") if b in kernels.available_backends()])
+@pytest.mark.parametrize("backend", [b for b in ("native", "portable") if b in kernels.available_backends()])
 def test_products(backend: str) -> None:
     edge = Multiplier([kernels.prepare(np.array(X["q"], np.int8), backend)], bytes(32))
     for asked, answered in (("masked", "answer"), ("pad", "image")):
