@@ -32,7 +32,7 @@ from bench.soak.malformed import VERSION, frame, mutate, refused_request
 from bench.soak.processes import Command, Site, eventually, site, text
 from bench.soak.tally import PATIENCE, Tally
 from sliplm.bundle import EdgeBundle
-from sliplm.errors import SlipError
+from sliplm.errors import Code, SlipError
 from sliplm.protocol import tls
 from sliplm.protocol.channel import Channel
 from sliplm.protocol.frames import (
