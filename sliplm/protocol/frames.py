@@ -101,7 +101,7 @@ def parse_header(data: bytes | bytearray | memoryview, version: int) -> Header:
     """
     if len(data) != HEADER.size:
         raise ProtocolError(f"a frame header has {HEADER.size} bytes, not {len(data)}")
-    header = Header._make(HEADER.unpack(data))
+    header = tuple.__new__(Header, HEADER.unpack(data))  # as `_make` does, which is another call
     kind, seen, group, rows, _, length = header
     rule = _RULES.get(kind)
     if rule is None:

@@ -74,10 +74,9 @@ def test_an_exchange_takes_few_calls(home: Path, identity: Path) -> None:
         for _ in range(EXCHANGES):
             group.stacked(x)
         sys.setprofile(None)
+        ours, theirs = trusted.per_exchange(), edge.per_exchange()
         pair.link.close()
         working.join(10)
     runtime.pool.close()
-    ours, theirs = trusted.per_exchange(), edge.per_exchange()
-    print(ours, theirs)
     assert 5 < sum(ours.values()) <= TRUSTED, ours
     assert 2 < sum(theirs.values()) <= EDGE, theirs

@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bench.soak import plain
 from sliplm import field, kernels
 from sliplm.edge.multiplier import Multiplier
 from sliplm.errors import Code, ProtocolError, SlipError
-from sliplm.exchange import masking
+from sliplm.exchange import check
+from sliplm.exchange.operator import Operator
 from sliplm.protocol import frames
 from sliplm.protocol.channel import Channel
 from sliplm.protocol.frames import HEADER, Hello, Kind, Role, Welcome
@@ -39,7 +41,7 @@ class Wire:
 
     def __init__(self, version: int) -> None:
         ours, self._theirs = socket.socketpair()
-        self.channel: Any = Channel(ours, "the other side", 5)  # type: ignore[arg-type] - it need not be TLS
+        self.channel: Any = Channel(plain.Socket(fileno=ours.detach()), "the other side", 5)  # type: ignore[arg-type]
         self.channel.version = version
 
     def sent(self) -> str:
@@ -181,10 +183,12 @@ def test_products(backend: str) -> None:
 def test_right_answers_pass_the_check_and_wrong_ones_do_not() -> None:
     u = elements(X["u"])
     assert field.project(u, np.array(X["q"], np.int8)).tolist() == X["uq"]
-    check = u, elements(X["uq"]), elements(X["masked"])
-    assert masking.verify(*check, elements(X["answer"]))
+    unused: Any = None
+    shape = np.array(X["q"]).shape
+    op = Operator(0, shape, 1.0, unused, None, None, u, elements(X["uq"]))  # type: ignore[arg-type]
+    assert check.check(op, elements(X["masked"]), elements(X["answer"]))
     for name, wrong in X["wrong"].items():
-        assert not masking.verify(*check, elements(wrong)), name
+        assert not check.check(op, elements(X["masked"]), elements(wrong)), name
 
 
 def test_the_exchange_as_frames(wire: Any) -> None:
