@@ -1,7 +1,7 @@
 """The trusted arithmetic of one exchange: encode and mask an activation, check the answer, unmask it, decode.
 
-DESIGN, section 4. Pads come in as arguments; using each one once is the caller's duty (`sliplm.pads`). Every
-function has a native version and a numpy one with the same meaning.
+The proof is in docs/security.md, "The theorem for one exchange". Pads come in as arguments; using each one once is the
+caller's duty (`sliplm.pads`). Every function has a native version and a numpy one with the same meaning.
 """
 
 import math
@@ -64,7 +64,7 @@ def verify(
     """Freivalds' check of answer (T, M) = Q masked (T, K), with secret u (C, M) and uq = u Q (C, K).
 
     True iff the answer is canonical and <u_i, answer_t> = <uq_i, masked_t> mod p for all i and t. A wrong
-    answer passes with probability p^-C over u (Freivalds 1977; DESIGN, section 4). Everything is evaluated,
+    answer passes with probability p^-C over u (Freivalds 1977; docs/security.md). Everything is evaluated,
     whatever fails first.
     """
     if answer.dtype != np.uint32 or answer.shape != (masked.shape[0], u.shape[1]):

@@ -45,7 +45,7 @@ class Counters:
 
 
 class Runtime:
-    """Runs exchanges: takes pads, masks, sends, verifies, unmasks (DESIGN §4).
+    """Runs exchanges: takes pads, masks, sends, verifies, unmasks (`exchange.masking`).
 
     Args:
         matrices: Q of each group, from which pads are made.
