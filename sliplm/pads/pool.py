@@ -1,4 +1,4 @@
-"""One-time pads, made ahead in batches (DESIGN §6).
+"""One-time pads, made ahead in batches.
 
 A pad for (group, token) is r, uniform in F_p^K, and its image Q r. That no pad is used twice holds by construction:
 

@@ -17,7 +17,6 @@ VERSIONS = (2, 2)
 new one: the other side refuses what it does not know."""
 
 MAGIC = b"SLIP"
-DIGEST_BYTES = 32
 HEADER = struct.Struct("<BBHIII")
 """kind u8, version u8, group u16, rows u32, sequence u32, payload length u32; little-endian, 16 bytes."""
 
