@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,8 +21,10 @@ from torch.nn import functional as F
 import sliplm
 from sliplm.attacks.stolen import guess_scales
 from sliplm.split.blinding import stored, unblind
+from sliplm.split.camouflage import trusted_rank
 from sliplm.split.groups import blocks, find_groups
-from sliplm.split.model import Options, split_group
+from sliplm.split.matrices import make_plan, split_group
+from sliplm.split.plan import Options
 from sliplm.split.planes import dequantise
 
 OPTIONS = Options()
@@ -106,28 +109,52 @@ def stolen(model: nn.Module, fresh: nn.Module, inputs: torch.Tensor, best: bool)
     he guesses one scale a row, and takes the rest from `fresh`, an untrained model.
     """
     thief = copy.deepcopy(model if best else fresh)
-    for group in find_groups(model, inputs, OPTIONS.rank):
+    groups = find_groups(model, inputs, OPTIONS.rank)
+    for number, (group, plan) in enumerate(zip(groups, make_plan(groups, OPTIONS), strict=True)):
         names = {name: name for m in group for name in (m.weight, m.bias) if name}
-        secret = dict(split_group(Weights(model), group, names, OPTIONS))
+        secret = dict(split_group(Weights(model), number, group, plan, names, OPTIONS))
         q, leader = secret["q"], group[0].name
         if best:
             weight = unblind(dequantise(q, secret[f"{leader}.scales"]), *stored(secret.__getitem__, leader))
         else:
             size = float(fresh.get_parameter(group[0].weight).square().mean().sqrt())
-            weight = dequantise(q, guess_scales(q, OPTIONS.planes, size))
+            weight = dequantise(q, guess_scales(q, plan.planes, size))
         for m, rows, columns in blocks(group):
             whole = thief.get_parameter(m.weight)
             whole.view(m.parts, -1)[m.part] = weight[rows, columns].reshape(-1)
     return thief
 
 
+@torch.no_grad()
+def trusted_share(model: nn.Module, inputs: torch.Tensor) -> float:
+    """What the trusted side does itself of a prediction's multiply-adds, in percent. Pads come on top, beforehand."""
+    rows: dict[str, int] = {}  # of inputs that each weight is multiplied with
+
+    def watch(name: str) -> Callable[..., None]:
+        return lambda layer, _, out: rows.update({f"{name}.weight": out[0].numel() // len(layer.weight)})
+
+    layers = [(name, layer) for name, layer in model.named_modules() if hasattr(layer, "weight")]
+    hooks = [layer.register_forward_hook(watch(name)) for name, layer in layers]
+    model(inputs)
+    for hook in hooks:
+        hook.remove()
+    whole = {name: count * model.get_parameter(name).numel() for name, count in rows.items()}
+    own = dict(whole)  # what is not protected stays there as it is
+    for m in itertools.chain.from_iterable(find_groups(model, inputs, OPTIONS.rank)):
+        own[m.weight] = (
+            rows[m.weight] * trusted_rank(OPTIONS.rank, m.rows, m.columns, OPTIONS.camouflage) * (m.rows + m.columns)
+        )
+    return 100 * sum(own.values()) / sum(whole.values())
+
+
 @dataclass(frozen=True)
 class Result:
-    """Accuracies in percent, but for `differ`: predictions in which the protected model and the original differ."""
+    """In percent, but for `differ`: predictions in which the protected model and the original differ."""
 
     original: float
     protected: float
     differ: int
+    share: float
     best: list[float]
     lying: list[float]
 
@@ -143,9 +170,10 @@ def measure(name: str, seed: int, epochs: int, splits: int) -> Result:
         fresh = make().eval()
         for best, found in thieves.items():
             found.append(data.accuracy(stolen(model, fresh, data.test[:1], best)))
+    share = trusted_share(model, data.test[:1])
     protected = sliplm.protect(model, data.test[:1], rank=OPTIONS.rank)
     differ = int((predictions(protected, data) != want).sum())
-    return Result(original, data.accuracy(protected), differ, thieves[True], thieves[False])
+    return Result(original, data.accuracy(protected), differ, share, thieves[True], thieves[False])
 
 
 def main() -> None:
@@ -154,10 +182,9 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--splits", type=int, default=5, help="thefts of each model")
     asked = parser.parse_args()
-    print(
-        "| model | original | protected | predictions that differ | edge part, thief's best case | as it lies there |"
-    )
-    print("|---|---|---|---|---|---|")
+    heads = ("model", "original", "protected", "predictions that differ", "edge part, best case", "as it lies there")
+    print("|", " | ".join([*heads, "trusted side's share"]), "|")
+    print("|---" * (len(heads) + 1) + "|")
     for name in MODELS:
         runs = [measure(name, seed, asked.epochs, asked.splits) for seed in range(asked.seeds)]
         original, protected = (statistics.mean(getattr(r, side) for r in runs) for side in ("original", "protected"))
@@ -165,6 +192,7 @@ def main() -> None:
         for side in ("best", "lying"):
             found = [accuracy for r in runs for accuracy in getattr(r, side)]
             cells.append(f"{statistics.mean(found):.1f} % ({min(found):.1f} to {max(found):.1f})")
+        cells.append(f"{runs[0].share:.0f} %")
         print("|", " | ".join([name, *cells]), "|", flush=True)
 
 

@@ -69,7 +69,27 @@ def _skipped(reporter: Any) -> Counter[str]:
     return Counter(report.longrepr[2].removeprefix("Skipped: ") for report in reporter.stats.get("skipped", ()))
 
 
-def pytest_terminal_summary(terminalreporter: Any) -> None:
+LEFT_OUT = pytest.StashKey[Counter[str]]()
+
+
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    """As `make quick` does it: how many of each folder."""
+    for item in items:
+        left = item.config.stash.setdefault(LEFT_OUT, Counter())
+        left[str(item.path.parent.relative_to(item.config.rootpath))] += 1
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """A worker of xdist ends. All leave out the same tests."""
+    node.config.stash[LEFT_OUT] = Counter(getattr(node, "workeroutput", {}).get("left out", {}))
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if left := config.stash.get(LEFT_OUT, None):
+        terminalreporter.section("left out")
+        terminalreporter.line(", ".join(f"{count} of {folder}" for folder, count in sorted(left.items())))
+        terminalreporter.line(f"{left.total()} tests: processes, the real model, whatever takes seconds (`make test`)")
     if reasons := _skipped(terminalreporter):
         terminalreporter.section("not tested")
         for reason, count in reasons.items():
@@ -78,6 +98,8 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """With SLIP_SKIP_NOTHING, as in `.ci/run`, what could be installed has to be there."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left out"] = dict(session.config.stash.get(LEFT_OUT, Counter()))
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     wanting = reporter is not None and any("install" in reason for reason in _skipped(reporter))
     if wanting and os.environ.get("SLIP_SKIP_NOTHING") and session.exitstatus == pytest.ExitCode.OK:

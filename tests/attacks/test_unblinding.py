@@ -18,6 +18,8 @@ from sliplm.attacks import unblinding
 from sliplm.split.blinding import Blinding, blind, hadamard, stored
 from sliplm.split.planes import dequantise, quantise
 
+pytestmark = pytest.mark.slow
+
 N = 256
 EPS = 0.005  # relative size of the fine-tune
 

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from processes import slip
 
+pytestmark = pytest.mark.slow
+
 
 def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
     assert done.returncode != 0, done.stdout

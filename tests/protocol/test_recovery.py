@@ -41,6 +41,8 @@ from sliplm.protocol.channel import connect, parse_address
 from sliplm.protocol.frames import Role
 from sliplm.serve.server import TrustedServer
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_request_without_a_worker(home, identity):
     with serving(home, worker_wait=0.1) as server, pytest.raises(LinkError, match="no worker connected"):

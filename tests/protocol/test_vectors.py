@@ -16,7 +16,7 @@ from bench.soak import plain
 from sliplm import field, kernels
 from sliplm.edge.multiplier import Multiplier
 from sliplm.errors import Code, ProtocolError, SlipError
-from sliplm.exchange import check
+from sliplm.exchange.check import check
 from sliplm.exchange.operator import Operator
 from sliplm.protocol import frames
 from sliplm.protocol.channel import Channel
@@ -181,14 +181,13 @@ def test_products(backend: str) -> None:
 
 
 def test_right_answers_pass_the_check_and_wrong_ones_do_not() -> None:
-    u = elements(X["u"])
-    assert field.project(u, np.array(X["q"], np.int8)).tolist() == X["uq"]
-    unused: Any = None
-    shape = np.array(X["q"]).shape
-    op = Operator(0, shape, 1.0, unused, None, None, u, elements(X["uq"]))  # type: ignore[arg-type]
-    assert check.check(op, elements(X["masked"]), elements(X["answer"]))
+    q, u, uq = np.array(X["q"], np.int8), elements(X["u"]), elements(X["uq"])
+    assert field.project(u, q).tolist() == X["uq"]
+    op = Operator(0, q.shape, 1.0, np.ones((1, len(q)), np.float32), None, None, u, uq)
+    masked = elements(X["masked"])
+    assert check(op, masked, elements(X["answer"]))
     for name, wrong in X["wrong"].items():
-        assert not check.check(op, elements(X["masked"]), elements(wrong)), name
+        assert not check(op, masked, elements(wrong)), name
 
 
 def test_the_exchange_as_frames(wire: Any) -> None:

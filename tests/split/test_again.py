@@ -18,6 +18,8 @@ from sliplm.split.again import siblings
 from sliplm.split.model import Options, split_model
 from sliplm.split.origin import said_base
 
+pytestmark = pytest.mark.slow
+
 LAYER = "model.layers.0.mlp.down_proj"
 
 

@@ -23,6 +23,8 @@ from sliplm.split import source
 from sliplm.split.groups import find_groups
 from sliplm.split.model import Options, split_model
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("name", FAMILIES)
 @torch.no_grad()
