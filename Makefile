@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CLIENTS := .venv-clients
 
-.PHONY: demo quick test test-clients check bench numbers attack finetune soak clean
+.PHONY: demo quick test test-clients test-wheel wheel check bench numbers attack finetune soak clean
 
 demo: $(STAMP)
 	$(BIN)/slip demo
@@ -25,6 +25,14 @@ quick: $(STAMP)
 # Third-party clients, in an environment of their own: their requirements and ours do not go together.
 test-clients: $(STAMP) $(CLIENTS)/.installed
 	SLIP_PYTHON=$(abspath $(BIN)/python) $(CLIENTS)/bin/python -m pytest tests/clients
+
+# One wheel for this machine's Python, in dist/; and tried in fresh environments, as an edge and as both sides.
+wheel: $(STAMP)
+	rm -rf dist
+	$(BIN)/python -m build --wheel --no-isolation
+
+test-wheel: wheel
+	PYTHON=$(abspath $(BIN)/python) .ci/wheel
 
 check: $(STAMP)
 	$(BIN)/ruff check .
@@ -46,7 +54,7 @@ attack: $(STAMP)
 	$(BIN)/python bench/unblinding.py gateup10 down3 --eps 0.02
 
 # torch first and pinned: it has a CPU build, and a looser requirement would pull gigabytes of CUDA.
-$(STAMP): requirements.txt requirements-dev.txt pyproject.toml CMakeLists.txt $(wildcard sliplm/_core/*.cpp sliplm/_core/*.h)
+$(STAMP): requirements.txt requirements-edge.txt requirements-dev.txt pyproject.toml CMakeLists.txt $(wildcard sliplm/_core/*.cpp sliplm/_core/*.h)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep ^torch== requirements.txt)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
@@ -64,4 +72,4 @@ finetune: $(STAMP)
 	$(BIN)/python -m bench.finetune $(if $(QUICK),--quick)
 
 clean:
-	rm -rf $(VENV) $(CLIENTS) tests/clients/node_modules build
+	rm -rf $(VENV) $(CLIENTS) tests/clients/node_modules build dist

@@ -112,7 +112,7 @@ def one_start(python: str, edge: Path, server: TrustedServer, identity: Path, sh
                     sys.exit(process.stderr.read())
             result = {"handshake": time.perf_counter() - began, "processor": processor_seconds(process.pid)}
             for group, (_, columns) in enumerate(shapes):
-                links[-1].exchange(group, rng.integers(0, P, (1, columns)).astype(np.uint32))
+                links[-1].exchange(group, rng.integers(0, P, (1, columns)).astype(np.uint32), lambda: None)
                 result.setdefault("product", time.perf_counter() - began)
             process.stdout.readline()
             result["ready"] = time.perf_counter() - began

@@ -17,17 +17,20 @@ import mmap
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
-import numpy as np
-from numpy.typing import NDArray
 
 from sliplm.errors import BundleError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 FORMAT = 4
 LAST_FORMAT = 2  # of which the trusted bundle is still read, for a second split of the same weights
 MANIFEST = "manifest.json"
+BLOCK_BYTES = 1 << 24
 Q_FILE = "q.safetensors"
 TRUSTED_FILES = {"config.json", "model.safetensors"}
 
@@ -46,7 +49,9 @@ class TrustedManifest(msgspec.Struct, forbid_unknown_fields=True):
 
 def sha256_file(path: Path, advance: Callable[[int], None] | None = None) -> str:
     digest = hashlib.sha256()
-    block = memoryview(bytearray(1 << 20))  # one, so that no allocator keeps more
+    # One block for all, so that no allocator keeps more; a large one, because between two the thread waits for its turn
+    # while others import.
+    block = memoryview(bytearray(BLOCK_BYTES))
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(block):
             digest.update(block[:count])
@@ -117,6 +122,8 @@ class QFile:
     """The integer matrices of a bundle, memory-mapped; `matrix(g)` is int8 of shape (M, K), read-only."""
 
     def __init__(self, path: Path, shapes: list[tuple[int, int]]) -> None:
+        import numpy as np  # not before the digest is being computed, which takes longer
+
         try:
             with path.open("rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

@@ -7,7 +7,9 @@ import importlib
 from sliplm.errors import SlipError
 
 _TRUSTED = (
+    "accelerate",
     "alembic",
+    "gguf",
     "huggingface_hub",
     "jinja2",
     "llguidance",
@@ -20,7 +22,6 @@ _TRUSTED = (
 EXTRAS = {  # extra: what it brings, for people; the modules
     "trusted": ("the trusted side's packages", _TRUSTED),
     "postgres": ("the package psycopg", ("psycopg",)),
-    "gguf": ("what reads .gguf files", ("accelerate", "gguf")),
     "tasks": ("the package lm-eval", ("lm_eval",)),
     "attack": ("scipy and matplotlib", ("matplotlib", "scipy")),
 }

@@ -33,10 +33,10 @@ def edge(
 ) -> None:
     """Run the edge: it multiplies for the trusted side, and serves its answers as an API on this machine."""
     set_up_logging(True, log_format)
-    from sliplm import kernels
     from sliplm.bundle import EdgeBundle
 
     opening = EdgeBundle.opening(bundle)  # its digest is computed while the rest is imported
+    from sliplm import kernels
     from sliplm.edge.multiplier import Multiplier
     from sliplm.edge.options import read_key, read_name, read_origin
     from sliplm.edge.serve import ApiServer

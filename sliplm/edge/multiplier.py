@@ -21,6 +21,7 @@ Field = NDArray[np.uint32]
 FEW_ROWS = 4
 GAIN = 1.25
 """All cores are worth it for few rows if they are so many times as fast as one."""
+TRIES = 5
 
 
 class Multiplier:
@@ -76,7 +77,7 @@ def _useful_threads(matrix: kernels.IntMatrix) -> int:
 
     def fastest(threads: int) -> float:
         times = []
-        for _ in range(9):
+        for _ in range(TRIES):
             start = time.perf_counter()
             matrix.product(x, out=out, threads=threads)
             times.append(time.perf_counter() - start)
