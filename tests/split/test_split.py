@@ -249,6 +249,7 @@ def test_an_existing_output_is_never_touched(tiny: Path, tmp_path: Path) -> None
     assert [p.name for p in tmp_path.iterdir()] == ["precious"]
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_nothing(tiny: Path, tmp_path: Path) -> None:
     """A file-size limit makes every write beyond 64 KB fail, as a full disk does."""
     code = (
