@@ -28,10 +28,12 @@ def slip(*arguments: str | Path, timeout: float = 120) -> subprocess.CompletedPr
 class Process:
     """A `slip` command in the background; `ready` is the JSON it prints when it is up."""
 
+    command = (sys.executable, "-m", "sliplm.cli")
+
     def __init__(self, *arguments: str | Path, **environment: str) -> None:
         self.lines: list[str] = []
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "sliplm.cli", *map(str, arguments), "--json"],
+            [*self.command, *map(str, arguments), "--json"],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

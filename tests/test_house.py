@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import sliplm
+from sliplm.extras import EXTRAS
 
 ROOT = Path(sliplm.__file__).parent
 MODULES = {
@@ -17,6 +18,7 @@ MODULES = {
     if path != ROOT / "__init__.py"
 }
 TRUSTED_ONLY = ("trusted", "exchange", "split", "registry", "engine", "serve", "pads", "attacks", "evaluate", "speed")
+EXTRA = {module for _, modules in EXTRAS.values() for module in modules}
 
 
 def imports(module: str) -> set[str]:
@@ -81,6 +83,17 @@ def test_the_exchange_has_no_sockets(module: str) -> None:
 @pytest.mark.parametrize("module", inside("serve"))
 def test_the_server_needs_no_torch(module: str) -> None:
     assert not reaches(module) & {"torch", "transformers"}
+
+
+@pytest.mark.parametrize("module", [*inside("edge"), "cli.edge", "cli.ask", "cli.chat", "cli.top", "cli.inspect"])
+def test_an_edge_and_its_clients_need_no_extra(module: str) -> None:
+    assert not reaches(module) & EXTRA
+
+
+def test_of_the_kernels_those_for_cuda_alone_need_torch_and_nothing_imports_them_unasked() -> None:
+    for_cuda = {"kernels.cuda", "kernels.triton_kernel"}
+    assert {module for module in inside("kernels") if imports(module) & EXTRA} == for_cuda
+    assert not [module for module in MODULES if imports(module) & for_cuda and module not in for_cuda]
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))

@@ -29,8 +29,8 @@ struct Blinding {
 struct Isa {
     const char* name;
     bool (&supported)();
-    // Digits of x in base 2^shift: 4 of 8 bits, or 5 of 7 bits where 8 would saturate or need a sign.
-    size_t digits, shift;
+    // How many digits an x has: 4 of 8 bits, or 5 of 7 bits where 8 would saturate or need a sign.
+    size_t digits;
 
     // Digits of x (n values): out[quad][digit][4], zero-padded to whole quads.
     void (&split)(const uint32_t* x, size_t n, uint8_t* out);

@@ -19,7 +19,6 @@ constexpr Isa make(const char* name, bool (*supported)()) {
         .name = name,
         .supported = *supported,
         .digits = Ops::kDigits,
-        .shift = Ops::kShift,
 
         .split = split,
         .multiply = multiply,

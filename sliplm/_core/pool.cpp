@@ -1,16 +1,14 @@
 #include "pool.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <mutex>
 #include <thread>
-
 #if defined(__linux__)
 #include <sched.h>
-#endif
-#if !defined(_WIN32)
-#include <unistd.h>
 #endif
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -97,10 +95,6 @@ private:
 };
 
 Pool& pool() {
-#if defined(_WIN32)
-    static Pool* const instance = new Pool(cores() - 1);
-    return *instance;
-#else
     // Threads do not survive fork: a child starts its own pool. Never destroyed, as detached threads wait in it.
     struct Owned {
         pid_t pid;
@@ -113,7 +107,6 @@ Pool& pool() {
         if (current.compare_exchange_strong(owned, fresh)) owned = fresh;  // else: a few idle threads are left over
     }
     return owned->pool;
-#endif
 }
 
 }  // namespace

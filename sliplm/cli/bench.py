@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from sliplm.cli.common import Json, emit, err, out, quiet_transformers, set_up_logging
+from sliplm.cli.common import Json, emit, err, out, set_up_logging
+from sliplm.cli.quiet import quiet_transformers
 
 
 def bench(

@@ -113,13 +113,6 @@ def read_api_key(path: Path | None) -> str | None:
     return read_key(path) if path else None
 
 
-def quiet_transformers() -> None:
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-
-
 def printable(text: str, terminal: bool) -> str:
     """Without control characters, if it goes to a terminal: the model must not steer it."""
     return plain(text, keep="\n\t") if terminal else text

@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from sliplm.cli.common import Json, Model, Planes, Rank, emit, err, progress_bar, quiet_transformers, set_up_logging
+from sliplm.cli.common import Json, Model, Planes, Rank, emit, err, progress_bar, set_up_logging
+from sliplm.cli.quiet import quiet_transformers
 
 
 def split(

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from sliplm.cli.common import Format, Json, LogFormat, RegistryUrl, emit, quiet_transformers, set_up_logging
+from sliplm.cli.common import Format, Json, LogFormat, RegistryUrl, emit, set_up_logging
+from sliplm.cli.quiet import quiet_transformers
 
 
 def trusted(

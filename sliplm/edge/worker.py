@@ -146,9 +146,7 @@ class EdgeWorker:
             if self._stopping.is_set():  # `stop` may have come before it could see the channel
                 return served
             while True:
-                if served:
-                    channel.await_input()
-                header = channel.receive()
+                header = channel.receive(spin=served)
                 if header.kind == Kind.EXCHANGE:
                     self._exchange(channel, header)
                 elif header.kind == Kind.PING:

@@ -19,8 +19,13 @@ class NativeMatrix(IntMatrix):
     def product(
         self, x: NDArray[np.uint32], *, out: NDArray[np.uint32] | None = None, threads: int = 0
     ) -> NDArray[np.uint32]:
-        out = self._check(x, out)
-        self._packed.product(x, out, threads)
+        if out is None:
+            out = np.empty((len(x), self.rows), np.uint32)
+        try:
+            self._packed.product(x, out, threads)
+        except (TypeError, ValueError):  # the core looks at shapes and types itself; this says more
+            self._check(x, out)
+            raise
         return out
 
     @staticmethod

@@ -17,7 +17,6 @@ VERSIONS = (2, 2)
 new one: the other side refuses what it does not know."""
 
 MAGIC = b"SLIP"
-DIGEST_BYTES = 32
 HEADER = struct.Struct("<BBHIII")
 """kind u8, version u8, group u16, rows u32, sequence u32, payload length u32; little-endian, 16 bytes."""
 
@@ -101,7 +100,7 @@ def parse_header(data: bytes | bytearray | memoryview, version: int) -> Header:
     """
     if len(data) != HEADER.size:
         raise ProtocolError(f"a frame header has {HEADER.size} bytes, not {len(data)}")
-    header = Header._make(HEADER.unpack(data))
+    header = tuple.__new__(Header, HEADER.unpack(data))  # as `_make` does, which is another call
     kind, seen, group, rows, _, length = header
     rule = _RULES.get(kind)
     if rule is None:

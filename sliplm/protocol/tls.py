@@ -7,7 +7,6 @@ authorities.
 from __future__ import annotations
 
 import logging
-import os
 import ssl
 from datetime import datetime, timezone
 from pathlib import Path
@@ -58,7 +57,7 @@ def _check_identity(path: Path) -> bytes:
     """The authority's certificate (PEM) in an identity file that is well-formed and in date."""
     try:
         data = path.read_bytes()
-        if os.name == "posix" and path.stat().st_mode & 0o077:
+        if path.stat().st_mode & 0o077:
             _log.warning("other users of this machine can read the identity file %s: chmod 600 it", path)
     except OSError as error:
         raise IdentityError(f"the identity file {path} cannot be read: {error.strerror}") from None

@@ -88,7 +88,8 @@ def load(name: str) -> Rules:
         raise RulesError(f"the rules {name!r} cannot be loaded: {type(error).__name__}: {error}") from None
     if not all(callable(getattr(rules, method, None)) for method in ("request", "response")):
         raise RulesError(f"the rules {name!r} lack a method `request` or `response`")
-    return rules
+    checked: Rules = rules
+    return checked
 
 
 def compose(rules: str | None, system_prompt: Path | None) -> Rules | None:

@@ -21,7 +21,7 @@ import sqlalchemy as sa
 
 from sliplm import registry as registry_package
 from sliplm.errors import IdentityError, RegistryError
-from sliplm.registry import Device, Limits, Registry, authority, database
+from sliplm.registry import Device, Limits, Registry, database
 from sliplm.registry.devices import now
 from sliplm.registry.usage import Tokens, midnight
 
@@ -263,25 +263,6 @@ def test_files_are_private_whatever_the_umask(tmp_path: Path) -> None:
             assert {stat.S_IMODE(f.stat().st_mode) for f in tmp_path.iterdir()} == {0o600}
     finally:
         os.umask(old)
-
-
-OLD = """{"version": 1, "devices": [
-  {"name": "a", "fingerprint": "aa", "created": "2026-01-02T03:04:05Z", "expires": "2099-01-01T00:00:00Z",
-   "revoked": null},
-  {"name": "b", "fingerprint": "bb", "created": "2026-01-02T03:04:05Z", "expires": "2099-01-01T00:00:00Z",
-   "revoked": "2026-02-01T00:00:00Z"}]}"""
-
-
-def test_a_json_registry_is_taken_over(url: str | Path, tmp_path: Path) -> None:
-    home = tmp_path / "authority"
-    authority.server_files(home)
-    where = f"sqlite:///{url}" if isinstance(url, Path) else url
-    for _ in range(2):  # the second time as after a crash between the two steps
-        (home / "devices.json").write_text(OLD)
-        with authority.open_registry(home, where) as registry:
-            assert [(d.name, d.state) for d in registry.devices.all()] == [("a", "active"), ("b", "revoked")]
-            assert registry.devices.admit("aa").added.isoformat() == "2026-01-02T03:04:05+00:00"
-    assert not (home / "devices.json").exists() and (home / "devices.json.imported").exists()
 
 
 @pytest.mark.parametrize("value", [-1, 1 << 31])

@@ -81,7 +81,7 @@ def ended(generation: object, within: float) -> tuple[BaseException, float]:
 
 @pytest.mark.parametrize("how", ["revoke", "suspend"])
 def test_revocation_cuts_running_and_waiting_requests(home: Path, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sliplm.serve.server.CUT_SECONDS", 20.0)  # so that it is not what does it
+    monkeypatch.setattr("sliplm.serve.connections.CUT_SECONDS", 20.0)  # so that it is not what does it
     engine = FakeEngine(0.01)
     engine.capacity = 1
     identity = enrol(home)
