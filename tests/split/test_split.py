@@ -21,7 +21,8 @@ from sliplm.errors import BundleError, SlipError, UnsupportedModelError
 from sliplm.evaluate import thief
 from sliplm.split import camouflage, factors, planes, source
 from sliplm.split.groups import find_groups
-from sliplm.split.model import Options, row_norm, split_model
+from sliplm.split.matrices import row_norm
+from sliplm.split.model import Options, split_model
 
 
 def decaying(rows: int, columns: int) -> torch.Tensor:
