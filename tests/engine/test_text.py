@@ -48,6 +48,7 @@ def test_whoever_knows_an_end_token_ends_the_answer(
         assert text.strip() == "Paris" and last.finish_reason == "stop" and last.completion_tokens == 2
 
 
+@pytest.mark.slow
 def test_the_real_models_end_of_turn_counts_beside_a_configuration_that_lacks_it(smollm2: str) -> None:
     path = Path(smollm2)
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)

@@ -27,6 +27,8 @@ from sliplm.engine.tools import NO_TOOLS, Syntax, find_syntax
 from sliplm.errors import RequestError, SlipError
 from sliplm.protocol.messages import Chunk, GenerateRequest, Message, Tool, ToolCall
 
+pytestmark = pytest.mark.slow  # schemas are tried in a process of their own
+
 USER = Message("user", "Hi")
 CITY = {"type": "object", "properties": {"city": {"enum": ["Bonn", "Köln"]}, "days": {"type": "integer", "maximum": 9,
         "minimum": 1}}, "required": ["city", "days"], "additionalProperties": False}  # fmt: skip

@@ -18,6 +18,8 @@ from sliplm.engine.constraint import TOO_COMPLEX, Constraint, Grammars
 from sliplm.errors import BusyError, RequestError
 from sliplm.protocol.messages import GenerateRequest
 
+pytestmark = pytest.mark.slow  # schemas are tried in a process of their own
+
 
 @pytest.fixture(scope="module")
 def shared() -> Iterator[Grammars]:

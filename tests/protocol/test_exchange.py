@@ -281,6 +281,7 @@ EdgeWorker(make_engine(), sys.argv[1], sys.argv[2]).run()
 """
 
 
+@pytest.mark.slow
 def test_an_edge_killed_in_the_middle_is_noticed_at_once(home, identity):
     here = Path(__file__).parent
     with serving(home, FakeEngine(0.02)) as server:

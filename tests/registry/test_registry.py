@@ -26,7 +26,7 @@ from sliplm.registry.devices import now
 from sliplm.registry.usage import Tokens, midnight
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str | Path:
     if request.param == "sqlite":
         return tmp_path / "registry.db"
@@ -148,6 +148,7 @@ def test_many_writers(registry: Registry) -> None:
     assert not failures and registry.usage.totals(one) == (40, 40, 80)
 
 
+@pytest.mark.slow
 def test_two_processes_create_it_at_once(url: str | Path) -> None:
     where = f"sqlite:///{url}" if isinstance(url, Path) else url
     code = "import sys; from sliplm.registry import Registry; print(Registry(sys.argv[1]).devices.version())"
@@ -194,6 +195,7 @@ def test_an_unreachable_server_gets_a_sentence_without_the_password() -> None:
     assert "hunter2" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_postgresql_server_that_is_gone_is_noticed_while_its_answer_is_awaited(postgres: str) -> None:
     with Registry(f"{postgres}/postgres") as registry, registry._db.read() as c:
         parameters = c.connection.dbapi_connection.info.get_parameters()  # type: ignore[union-attr]
