@@ -86,7 +86,8 @@ def pytest_testnodedown(node: Any) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    if left := config.stash.get(LEFT_OUT, None):
+    left = config.stash.get(LEFT_OUT, None)
+    if left and config.option.markexpr == "not slow":
         terminalreporter.section("left out")
         terminalreporter.line(", ".join(f"{count} of {folder}" for folder, count in sorted(left.items())))
         terminalreporter.line(f"{left.total()} tests: processes, the real model, whatever takes seconds (`make test`)")

@@ -213,13 +213,14 @@ def test_generation(settings: dict[str, Any], mode: Any, pair: tuple[Any, Any]) 
 
 
 def test_pipeline(tiny: Path, tiny_split: Path) -> None:
-    texts = [
-        transformers.pipeline("text-generation", str(where), dtype=torch.float32)(
-            ["Hello", "Hi there"], max_new_tokens=8, do_sample=False, return_full_text=False
-        )
+    original, protected = (
+        transformers.pipeline("text-generation", str(where), dtype=torch.float32)
         for where in (tiny, tiny_split / "trusted")
-    ]
-    assert texts[0] == texts[1]
+    )
+    attached(protected.model)
+    settings = {"max_new_tokens": 8, "do_sample": False, "return_full_text": False}
+    prompts = ["Hello", "Hi there"]
+    assert original(prompts, **settings) == protected(prompts, **settings)
 
 
 @torch.no_grad()
