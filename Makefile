@@ -5,13 +5,22 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CLIENTS := .venv-clients
 
-.PHONY: demo test test-clients test-wheel wheel check bench numbers attack finetune soak clean
+.PHONY: demo quick test test-clients test-wheel wheel check bench numbers attack finetune soak clean
 
 demo: $(STAMP)
 	$(BIN)/slip demo
 
+# Several processes share the tests, file by file, and torch's threads would only get in each other's way.
+TESTS ?= tests
+WORKERS ?= 4
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(PYTEST) $(TESTS)
+
+# Unit and property tests: no processes, no real model.
+quick: $(STAMP)
+	$(PYTEST) -m "not slow" $(TESTS)
 
 # Third-party clients, in an environment of their own: their requirements and ours do not go together.
 test-clients: $(STAMP) $(CLIENTS)/.installed
@@ -29,6 +38,7 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror sliplm/_core/*.cpp sliplm/_core/*.h
 
 bench: $(STAMP)
 	$(BIN)/slip bench

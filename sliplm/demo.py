@@ -16,7 +16,8 @@ from rich.console import Console
 
 from sliplm.edge.client import stream
 from sliplm.errors import UnsupportedModelError
-from sliplm.evaluate import agreement, text, thief
+from sliplm.evaluate import agreement, text
+from sliplm.evaluate.report import edge_only
 from sliplm.processes import process
 from sliplm.registry import authority
 from sliplm.split.model import split_model
@@ -109,7 +110,7 @@ def _compare(
     say(result["original_answer"])
     say("5. What the thief gets: the edge part alone, in the thief's best case (given the architecture, embeddings,")
     say("   norms, scales and blinding secrets, none of which the edge has)")
-    stolen = thief.edge_only(directory)
+    stolen = edge_only(directory)
     result["stolen_answer"] = answer(stolen)
     say(" ".join(result["stolen_answer"].split()) or "(nothing)")
     data = agreement.windows(tokenizer, text.read_text(None), MEASURED_TOKENS, 256)

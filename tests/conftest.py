@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import transformers
+from filelock import FileLock
 from link_fakes import enrol
 from postgres import server
 from processes import Process
@@ -25,15 +26,31 @@ transformers.utils.logging.disable_progress_bar()
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("tiny") / "model")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """`once(name, make)` is what `make` wrote under that name, made by one of the processes that share a run (xdist's
+    workers) and read by all of them."""
+    home = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        home = home.parent
+
+    def path(name: str, make: Callable[[Path], object]) -> Path:
+        with FileLock(home / f"{name}.lock"):
+            if not (home / name).exists():
+                make(home / name)
+        return home / name
+
+    return path
 
 
 @pytest.fixture(scope="session")
-def tiny_split(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("tiny-split") / "tinymodel"
-    split_model(str(tiny), out, Options(rank=4))
-    return out
+def tiny(once: Any) -> Path:
+    return once("model", save_tiny)
+
+
+@pytest.fixture(scope="session")
+def tiny_split(tiny: Path, once: Any) -> Path:
+    """To read; `bundle` is a copy to write to."""
+    return once("tinymodel", lambda out: split_model(str(tiny), out, Options(rank=4)))
 
 
 @pytest.fixture(scope="session")
@@ -42,10 +59,9 @@ def smollm2() -> str:
 
 
 @pytest.fixture(scope="session")
-def smollm2_split(smollm2: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("smollm2") / "bundle"
-    split_model(smollm2, out)
-    return out
+def smollm2_split(smollm2: str, once: Any) -> Path:
+    """To read: it takes a minute to make."""
+    return once("smollm2", lambda out: split_model(smollm2, out))
 
 
 def _skipped(reporter: Any) -> Counter[str]:
@@ -53,7 +69,27 @@ def _skipped(reporter: Any) -> Counter[str]:
     return Counter(report.longrepr[2].removeprefix("Skipped: ") for report in reporter.stats.get("skipped", ()))
 
 
-def pytest_terminal_summary(terminalreporter: Any) -> None:
+LEFT_OUT = pytest.StashKey[Counter[str]]()
+
+
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    """As `make quick` does it: how many of each folder."""
+    for item in items:
+        left = item.config.stash.setdefault(LEFT_OUT, Counter())
+        left[str(item.path.parent.relative_to(item.config.rootpath))] += 1
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """A worker of xdist ends. All leave out the same tests."""
+    node.config.stash[LEFT_OUT] = Counter(getattr(node, "workeroutput", {}).get("left out", {}))
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if left := config.stash.get(LEFT_OUT, None):
+        terminalreporter.section("left out")
+        terminalreporter.line(", ".join(f"{count} of {folder}" for folder, count in sorted(left.items())))
+        terminalreporter.line(f"{left.total()} tests: processes, the real model, whatever takes seconds (`make test`)")
     if reasons := _skipped(terminalreporter):
         terminalreporter.section("not tested")
         for reason, count in reasons.items():
@@ -62,6 +98,8 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """With SLIP_SKIP_NOTHING, as in `.ci/run`, what could be installed has to be there."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left out"] = dict(session.config.stash.get(LEFT_OUT, Counter()))
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     wanting = reporter is not None and any("install" in reason for reason in _skipped(reporter))
     if wanting and os.environ.get("SLIP_SKIP_NOTHING") and session.exitstatus == pytest.ExitCode.OK:

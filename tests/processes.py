@@ -15,7 +15,7 @@ from typing import Any
 from sliplm.edge.client import stream
 from sliplm.errors import LinkError
 
-WAIT = 90.0
+WAIT = 180.0  # machines are busy, and a process imports for seconds of their time
 
 
 def slip(*arguments: str | Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:

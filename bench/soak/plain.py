@@ -14,7 +14,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 
-class _Socket(socket.socket):
+class Socket(socket.socket):
     """What the link uses of `ssl.SSLSocket`."""
 
     theirs = b""
@@ -32,8 +32,19 @@ class _Socket(socket.socket):
             data += piece
         return data
 
+    @property
+    def _sslobj(self) -> Socket | None:
+        """What stands for the TLS session: itself, while it is open."""
+        return self if self.fileno() >= 0 else None
+
     def pending(self) -> int:
         return 0
+
+    def read(self, size: int, into: memoryview) -> int:
+        return self.recv_into(into, size)
+
+    def write(self, data: memoryview) -> int:
+        return self.send(data)
 
     def getpeercert(self, binary_form: bool = False) -> bytes:
         return self.theirs
@@ -45,9 +56,9 @@ class Context:
     def __init__(self, certificate: bytes = b"") -> None:
         self._certificate = certificate
 
-    def wrap_socket(self, sock: socket.socket, server_side: bool = False, **_: Any) -> _Socket:
+    def wrap_socket(self, sock: socket.socket, server_side: bool = False, **_: Any) -> Socket:
         timeout = sock.gettimeout()
-        wrapped = _Socket(fileno=sock.detach())
+        wrapped = Socket(fileno=sock.detach())
         wrapped.settimeout(timeout)
         if not server_side:
             wrapped.sendall(len(self._certificate).to_bytes(2, "little") + self._certificate)

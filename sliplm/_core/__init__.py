@@ -6,13 +6,35 @@ SLIPLM_BACKEND=portable leaves the core unused, as if it had not been built.
 import importlib
 import logging
 import os
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
-native: Any = None
+if TYPE_CHECKING:
+    from sliplm._core import _native
+
+    class Native:
+        """The extension module as a type, which "a module or None" needs and modules lack; all from the stub."""
+
+        isas = staticmethod(_native.isas)
+        threads = staticmethod(_native.threads)
+        PackedMatrix = _native.PackedMatrix
+        is_canonical = staticmethod(_native.is_canonical)
+        project = staticmethod(_native.project)
+        encode = staticmethod(_native.encode)
+        verify = staticmethod(_native.verify)
+        decode = staticmethod(_native.decode)
+        LowRank32 = _native.LowRank32
+        LowRank16 = _native.LowRank16
+        rms_norm = staticmethod(_native.rms_norm)
+        rotate = staticmethod(_native.rotate)
+        attend = staticmethod(_native.attend)
+        wait_readable = staticmethod(_native.wait_readable)
+
+
+native: "type[Native] | None" = None
 
 if os.environ.get("SLIPLM_BACKEND") != "portable":
     try:
-        native = importlib.import_module("sliplm._core._native")
+        native = cast("type[Native]", importlib.import_module("sliplm._core._native"))
     except ImportError as reason:
         logging.getLogger(__name__).warning(
             "no native core (%s): using the portable path, which is exact but slower", reason

@@ -25,45 +25,46 @@ struct Blinding {
     const float* diagonal = nullptr;
 };
 
-// One instruction set. Every function is exact, whatever the set.
+// One instruction set. Every function is exact, whatever the set. They are references, so that none can be left out.
 struct Isa {
     const char* name;
-    bool (*supported)();
-    // Digits of x in base 2^shift: 4 of 8 bits, or 5 of 7 bits where 8 would saturate or need a sign.
-    size_t digits, shift;
+    bool (&supported)();
+    // How many digits an x has: 4 of 8 bits, or 5 of 7 bits where 8 would saturate or need a sign.
+    size_t digits;
 
     // Digits of x (n values): out[quad][digit][4], zero-padded to whole quads.
-    void (*split)(const uint32_t* x, size_t n, uint8_t* out);
-    // One group (`blocks` row blocks) times `tokens` tokens over `quads` quads, added to acc[token][digit][blocks * 16].
-    void (*multiply)(const int8_t* w, size_t blocks, const uint8_t* d, size_t token_bytes, size_t tokens, size_t quads,
+    void (&split)(const uint32_t* x, size_t n, uint8_t* out);
+    // One group (`blocks` row blocks) times `tokens` tokens over `quads` quads, added to
+    // acc[token][digit][blocks * 16].
+    void (&multiply)(const int8_t* w, size_t blocks, const uint8_t* d, size_t token_bytes, size_t tokens, size_t quads,
                      int32_t* acc);
     // acc[digit][stride] recombined modulo p into out[rows].
-    void (*combine)(const int32_t* acc, size_t stride, size_t rows, uint32_t* out);
+    void (&combine)(const int32_t* acc, size_t stride, size_t rows, uint32_t* out);
 
-    bool (*canonical)(const uint32_t* x, size_t n);
-    uint32_t (*dot)(const uint32_t* u, const uint32_t* y, size_t n);
+    bool (&canonical)(const uint32_t* x, size_t n);
+    uint32_t (&dot)(const uint32_t* u, const uint32_t* y, size_t n);
     // acc[k] += u * q[k] for n columns.
-    void (*project)(uint32_t u, const int8_t* q, size_t n, int64_t* acc);
+    void (&project)(uint32_t u, const int8_t* q, size_t n, int64_t* acc);
     // One token; `v` is scratch of 2 n floats. encode returns false if x is not finite.
-    bool (*encode)(const float* x, const uint32_t* r, size_t n, double length, const Blinding& blinding, float* v,
+    bool (&encode)(const float* x, const uint32_t* r, size_t n, double length, const Blinding& blinding, float* v,
                    uint32_t* masked, double* inv_c);
     // Added to what `out` holds.
-    void (*decode)(const uint32_t* answer, const uint32_t* image, const float* scales, size_t planes, size_t n,
+    void (&decode)(const uint32_t* answer, const uint32_t* image, const float* scales, size_t planes, size_t n,
                    double inv_c, const Blinding& blinding, float* v, float* out);
-    // low (width) = x (n) bt (n, width); then out (n) += low (rank) at (rank, n). Weights are float32, or bfloat16; `width`
-    // is a multiple of 16.
-    void (*shrink32)(const float* x, size_t n, const float* bt, size_t width, float* low);
-    void (*expand32)(const float* low, size_t rank, const float* at, size_t n, float* out);
-    // out (n) = x / rms(x) * weight. In place: heads x size values turned by cos and sin (size). One query head against
-    // `count` keys and values (size each): out (size); `scores` is scratch of `count`.
-    void (*rms_norm)(const float* x, const float* weight, size_t n, double eps, float* out);
-    void (*rotate)(float* x, size_t heads, size_t size, const float* cos, const float* sin);
-    void (*attend)(const float* q, const float* keys, const float* values, size_t count, size_t size, float scale,
-                   float* scores, float* out);
-    void (*shrink16)(const float* x, size_t n, const uint16_t* bt, size_t width, float* low);
-    void (*expand16)(const float* low, size_t rank, const uint16_t* at, size_t n, float* out);
-};
 
-extern const Isa* const kIsas[];  // best first, ends with nullptr
+    // low (width) = x (n) bt (n, width); then out (n) += low (rank) at (rank, n). Weights are float32, or bfloat16;
+    // `width` is a multiple of 16.
+    void (&shrink32)(const float* x, size_t n, const float* bt, size_t width, float* low);
+    void (&shrink16)(const float* x, size_t n, const uint16_t* bt, size_t width, float* low);
+    void (&expand32)(const float* low, size_t rank, const float* at, size_t n, float* out);
+    void (&expand16)(const float* low, size_t rank, const uint16_t* at, size_t n, float* out);
+    // out (n) = x / rms(x) * weight.
+    void (&rms_norm)(const float* x, const float* weight, size_t n, double eps, float* out);
+    // In place: heads x size values turned by cos and sin (size).
+    void (&rotate)(float* x, size_t heads, size_t size, const float* cos, const float* sin);
+    // One query head against `count` keys and values (size each): out (size); `scores` is scratch of `count`.
+    void (&attend)(const float* q, const float* keys, const float* values, size_t count, size_t size, float scale,
+                   float* scores, float* out);
+};
 
 }  // namespace slip

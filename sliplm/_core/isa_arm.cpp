@@ -40,8 +40,8 @@ struct Ops {
     }
 
     template <int R, int T>
-    static inline void tile(const int8_t* w, size_t stride, const uint8_t* d, size_t, size_t quads, int32_t* acc, size_t,
-                            size_t digit_stride) {
+    static inline void tile(const int8_t* w, size_t stride, const uint8_t* d, size_t, size_t quads, int32_t* acc,
+                            size_t, size_t digit_stride) {
         int32x4_t sum[kDigits][4];
         for (size_t j = 0; j < kDigits; j++)
             for (int b = 0; b < 4; b++) sum[j][b] = vld1q_s32(acc + j * digit_stride + b * 4);
@@ -66,11 +66,11 @@ struct Ops {
 };
 }  // namespace
 
-#include "generic.h"
+#include "loops.h"
 
 namespace slip {
 #ifdef SLIP_I8MM
-extern const Isa kI8mm = make("i8mm", [] {
+extern constinit const Isa kI8mm = make("i8mm", [] {
 #if defined(__linux__)
     return bool(getauxval(AT_HWCAP2) >> 13 & 1);
 #elif defined(__APPLE__)
@@ -80,7 +80,7 @@ extern const Isa kI8mm = make("i8mm", [] {
 #endif
 });
 #else
-extern const Isa kDotprod = make("dotprod", [] {
+extern constinit const Isa kDotprod = make("dotprod", [] {
 #if defined(__linux__)
     return bool(getauxval(AT_HWCAP) >> 20 & 1);
 #elif defined(__APPLE__)

@@ -9,8 +9,8 @@ struct Ops {
     static constexpr int kRowTile(int) { return 1; }
 
     template <int R, int T>
-    static inline void tile(const int8_t* w, size_t stride, const uint8_t* d, size_t, size_t quads, int32_t* acc, size_t,
-                            size_t digit_stride) {
+    static inline void tile(const int8_t* w, size_t stride, const uint8_t* d, size_t, size_t quads, int32_t* acc,
+                            size_t, size_t digit_stride) {
         const __m256i ones = _mm256_set1_epi16(1);
         __m256i sum[5][2];
 #pragma GCC unroll 5
@@ -41,8 +41,8 @@ struct Ops {
 };
 }  // namespace
 
-#include "generic.h"
+#include "loops.h"
 
 namespace slip {
-extern const Isa kAvx2 = make("avx2", [] { return bool(__builtin_cpu_supports("avx2")); });
-}
+extern constinit const Isa kAvx2 = make("avx2", [] { return bool(__builtin_cpu_supports("avx2")); });
+}  // namespace slip

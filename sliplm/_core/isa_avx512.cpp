@@ -45,11 +45,11 @@ struct Ops {
 };
 }  // namespace
 
-#include "generic.h"
+#include "loops.h"
 
 namespace slip {
-extern const Isa kAvx512 = make("avx512vnni", [] {
+extern constinit const Isa kAvx512 = make("avx512vnni", [] {
     return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 });
-}
+}  // namespace slip

@@ -10,8 +10,8 @@ struct Ops {
     static constexpr int kRowTile(int) { return 1; }
 
     template <int R, int T>
-    static inline void tile(const int8_t* w, size_t stride, const uint8_t* d, size_t, size_t quads, int32_t* acc, size_t,
-                            size_t digit_stride) {
+    static inline void tile(const int8_t* w, size_t stride, const uint8_t* d, size_t, size_t quads, int32_t* acc,
+                            size_t, size_t digit_stride) {
         __m256i sum[4][2];
 #pragma GCC unroll 4
         for (int j = 0; j < 4; j++)
@@ -39,11 +39,11 @@ struct Ops {
 };
 }  // namespace
 
-#include "generic.h"
+#include "loops.h"
 
 namespace slip {
-extern const Isa kAvxVnni = make("avxvnni", [] {
+extern constinit const Isa kAvxVnni = make("avxvnni", [] {
     unsigned a = 0, b = 0, c = 0, d = 0;
     return __builtin_cpu_supports("avx2") && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
 });
-}
+}  // namespace slip

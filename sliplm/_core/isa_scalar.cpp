@@ -17,8 +17,8 @@ struct Ops {
 };
 }  // namespace
 
-#include "generic.h"
+#include "loops.h"
 
 namespace slip {
-extern const Isa kScalar = make("scalar", [] { return true; });
-}
+extern constinit const Isa kScalar = make("scalar", [] { return true; });
+}  // namespace slip

@@ -1,15 +1,14 @@
 #include "pool.h"
 
+#include <unistd.h>
+
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <mutex>
 #include <thread>
-
 #if defined(__linux__)
 #include <sched.h>
-#endif
-#if !defined(_WIN32)
-#include <unistd.h>
 #endif
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -96,10 +95,6 @@ private:
 };
 
 Pool& pool() {
-#if defined(_WIN32)
-    static Pool* const instance = new Pool(cores() - 1);
-    return *instance;
-#else
     // Threads do not survive fork: a child starts its own pool. Never destroyed, as detached threads wait in it.
     struct Owned {
         pid_t pid;
@@ -112,7 +107,6 @@ Pool& pool() {
         if (current.compare_exchange_strong(owned, fresh)) owned = fresh;  // else: a few idle threads are left over
     }
     return owned->pool;
-#endif
 }
 
 }  // namespace
@@ -125,6 +119,8 @@ size_t cores() {
     const size_t n = std::thread::hardware_concurrency();
     return n ? n : 1;
 }
+
+size_t threads_for(size_t work, size_t each) { return std::clamp<size_t>(work / each, 1, cores()); }
 
 void parallel(size_t count, size_t threads, const std::function<void(size_t)>& task) {
     const size_t most = threads ? threads : cores();

@@ -8,6 +8,9 @@ namespace slip {
 
 size_t cores();  // those this process may run on
 
+// So many threads that each has something like 20 microseconds to do; waking one costs a few.
+size_t threads_for(size_t work, size_t each);
+
 // Calls task(i) for every i < count, on at most `threads` threads (0: every core), and returns when all are done.
 void parallel(size_t count, size_t threads, const std::function<void(size_t)>& task);
 

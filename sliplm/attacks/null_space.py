@@ -2,8 +2,8 @@
 
 Threat model: of W = W_edge + A B, a plain split's W_edge has the protected subspaces as its smallest singular vectors
 on the left and right, so only the k * k core between them is unknown. The thief takes the smallest singular vectors
-of every stolen matrix and trains that core. Source: DESIGN §5 (found while this package was designed). Oracles: any;
-in blinded coordinates the hole is as easy to see.
+of every stolen matrix and trains that core. Source: docs/security.md. Oracles: any; in blinded coordinates
+the hole is as easy to see.
 """
 
 from __future__ import annotations

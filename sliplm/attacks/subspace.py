@@ -1,9 +1,9 @@
 """Find the protected subspace from the edge's matrix alone.
 
 Threat model: the thief computes singular vectors of each matrix of the edge and looks for k of them that stand out.
-Whoever finds the subspace has k * k unknowns per matrix left instead of k (N + K). Source: DESIGN §5 for the null
-space of the plain split; the other detectors are ours. Oracles: without the blinding secrets, the subspace is looked
-for (and scored) in the edge's own, rotated coordinates.
+Whoever finds the subspace has k * k unknowns per matrix left instead of k (N + K). The null space of the plain
+split is described in docs/security.md. Oracles: without the blinding secrets, the subspace is looked for (and scored)
+in the edge's own, rotated coordinates.
 """
 
 from __future__ import annotations

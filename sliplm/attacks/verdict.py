@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 SUCCESS = 0.95  # of the perplexity of the best thief without a bundle: below it, the edge part was worth something
-STARTS = ("stock", "placebo")  # of a thief without any bundle
 
 
 def yardstick(result: dict[str, Any], objective: str) -> dict[str, Any]:

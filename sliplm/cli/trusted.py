@@ -61,57 +61,45 @@ def trusted(
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
 
-    from sliplm.engine.builtin import BuiltinEngine
-    from sliplm.pads.sources import find_source
     from sliplm.protocol.channel import parse_address
     from sliplm.registry import Limits
     from sliplm.serve.monitor import Monitor, sample
-    from sliplm.serve.rules import SystemPrompt, compose
-    from sliplm.serve.server import TrustedServer
+    from sliplm.serve.rules import compose
+    from sliplm.trusted.side import Trusted
 
     quiet_transformers()
     if threads:
         torch.set_num_threads(threads)
-    host, port = parse_address(listen)
     monitor_address = parse_address(metrics) if metrics else None
-    chosen = compose(rules, system_prompt)
-    engine = BuiltinEngine(bundle, stock, allow_logprobs, name)
-    engine.model.slip.pool.source = find_source(pads, bundle, engine.digest)
-    if isinstance(chosen, SystemPrompt):
-        engine.rehearse(chosen.text)
-    limits = Limits(concurrent, tokens_per_minute, daily_tokens)
-    server = TrustedServer(
-        engine,
-        engine.digest,
-        engine.shapes,
-        bundle / "authority",
-        host,
-        port,
+    side = Trusted(
+        bundle,
+        listen,
+        pads,
+        stock,
+        name,
+        allow_logprobs=allow_logprobs,
         registry=registry,
-        limits=limits,
-        rules=chosen,
+        limits=Limits(concurrent, tokens_per_minute, daily_tokens),
+        rules=compose(rules, system_prompt),
     )
 
     def stop(*_: Any) -> None:
-        if server.draining:
-            server.close()
+        if side.server.draining:
+            side.server.close()
         else:
-            server.drain(drain)
+            side.server.drain(drain)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
-    sample(server, engine.model.slip)
-    monitor = Monitor(server, *monitor_address) if monitor_address else None
-    engine.model.slip.pool.start()
-    address = "{}:{}".format(*server.address)
-    value: dict[str, Any] = {"listening": address, "model": engine.model_name()}
+    sample(side.server, side.model.slip)
+    monitor = Monitor(side.server, *monitor_address) if monitor_address else None
+    address = "{}:{}".format(*side.address)
+    value: dict[str, Any] = {"listening": address, "model": side.engine.model_name()}
     if monitor:
         value["metrics"] = "http://{}:{}".format(*monitor.address)
     emit(as_json, value, f"listening on {address}")
     try:
-        server.serve_forever()
+        side.serve_forever()
     finally:
         if monitor:
             monitor.close()
-        engine.model.slip.pool.close()
-        engine.close()

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from sliplm import field, kernels
+from sliplm import kernels
 from sliplm.errors import ProtocolError
+from sliplm.field import P
 
 if TYPE_CHECKING:
     from sliplm.bundle import EdgeBundle
@@ -61,7 +62,7 @@ class Multiplier:
         if x.ndim != 2 or x.shape[1] != k:
             raise ProtocolError(f"group {group} takes rows of {k} numbers")
         x = np.ascontiguousarray(x)
-        if not field.is_canonical(x):
+        if np.maximum.reduce(x, axis=None, initial=0) >= P:
             raise ProtocolError("the rows hold numbers outside the field")
         return self._matrices[group].product(x, out=out, threads=self._few if len(x) <= FEW_ROWS else 0)
 

@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 
 from sliplm.edge.multiplier import Multiplier
-from sliplm.errors import BundleError, IdentityError, LinkError, ProtocolError, SlipError
+from sliplm.errors import BundleError, HandshakeError, IdentityError, LinkError, ProtocolError, SlipError
 from sliplm.protocol import tls
 from sliplm.protocol.channel import Address, Channel, connect, parse_address
-from sliplm.protocol.frames import Code, Header, Kind, Role
+from sliplm.protocol.frames import Header, Kind, Role
 from sliplm.protocol.messages import Chunk, GenerateRequest, decode_chunk, encode
 
 IDLE_SECONDS = 15.0
@@ -89,7 +89,7 @@ class EdgeWorker:
         while not self._stopping.is_set():
             try:
                 channel = self._connect(Role.WORK, self._idle_timeout)
-            except tls.HandshakeError as error:
+            except HandshakeError as error:
                 times = times + 1 if str(error) == failure else 1
                 failure = str(error)
                 if times >= ATTEMPTS and not ever_connected:
@@ -146,9 +146,7 @@ class EdgeWorker:
             if self._stopping.is_set():  # `stop` may have come before it could see the channel
                 return served
             while True:
-                if served:
-                    channel.await_input()
-                header = channel.receive()
+                header = channel.receive(spin=served)
                 if header.kind == Kind.EXCHANGE:
                     self._exchange(channel, header)
                 elif header.kind == Kind.PING:
@@ -163,7 +161,7 @@ class EdgeWorker:
                 _log.warning("disconnected: %s", error)
             if isinstance(error, ProtocolError):
                 with contextlib.suppress(LinkError):
-                    channel.send_error(Code.FAILED, str(error))
+                    channel.tell(error)
             return served
         except MemoryError:
             _log.warning("disconnected: this machine ran out of memory")

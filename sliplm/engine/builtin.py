@@ -24,10 +24,10 @@ from sliplm.engine.once import Once
 from sliplm.engine.stops import StopTexts, end_tokens
 from sliplm.engine.template import Chat, unknown_token
 from sliplm.engine.tools import Syntax, find_syntax
-from sliplm.errors import BundleError, LinkError, SlipError, VerificationError, locate
+from sliplm.errors import BundleError, LinkError, RequestError, SlipError, TooLongError, VerificationError, locate
 from sliplm.exchange.link import Field, Link, Own
 from sliplm.naming import model_name
-from sliplm.protocol.messages import MAX_TOKENS, Chunk, GenerateRequest, Message, RequestError, Tool, TooLongError
+from sliplm.protocol.messages import MAX_TOKENS, Chunk, GenerateRequest, Message, Tool
 from sliplm.split.source import refuse_other_tasks
 from sliplm.split.tokenizer import has_tokenizer
 

@@ -19,8 +19,8 @@ import torch
 from sliplm.engine import grammar
 from sliplm.engine.tools import Syntax
 from sliplm.engine.trial import Trials
-from sliplm.errors import SlipError
-from sliplm.protocol.messages import GenerateRequest, RequestError
+from sliplm.errors import RequestError, SlipError
+from sliplm.protocol.messages import GenerateRequest
 
 MAX_GRAMMAR_BYTES = 1 << 16
 """Of the schemas of one request."""

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-from sliplm.protocol.messages import RequestError
+from sliplm.errors import RequestError
 
 T = TypeVar("T")
 

@@ -9,7 +9,8 @@ from typing import Any
 import jinja2
 
 from sliplm.engine.tools import described, worded
-from sliplm.protocol.messages import Message, RequestError, Tool
+from sliplm.errors import RequestError
+from sliplm.protocol.messages import Message, Tool
 
 _USER, _ASSISTANT = "Question-4711", "Answer-4711"
 """No template has these words by itself."""

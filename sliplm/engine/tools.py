@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sliplm.protocol.messages import Message, RequestError, Tool, ToolCall
+from sliplm.errors import RequestError
+from sliplm.protocol.messages import Message, Tool, ToolCall
 
 NO_TOOLS = "this model's chat template has no tools."
 OTHER_CALLS = "this model's chat template writes calls of tools in a way that is not supported."

@@ -12,8 +12,7 @@ import sys
 import threading
 from typing import Any
 
-from sliplm.errors import SlipError
-from sliplm.protocol.messages import BusyError
+from sliplm.errors import BusyError, SlipError
 
 START_SECONDS = 60.0
 TRY_SECONDS = 20.0

@@ -14,8 +14,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 import sliplm.trusted  # noqa: F401 - teaches Transformers to load the bundle
 from sliplm import bundle
+from sliplm.attacks.stolen import ALL, Stolen
 from sliplm.errors import BundleError, UnsupportedModelError
-from sliplm.evaluate import agreement, text, thief
+from sliplm.evaluate import agreement, text
 from sliplm.evaluate.tasks import run_tasks
 from sliplm.split.source import load_whole
 
@@ -55,7 +56,7 @@ def evaluate(
     models = {
         "protected": protected,
         "bf16": copy.deepcopy(original).to(torch.bfloat16),
-        "edge_only": thief.edge_only(directory),
+        "edge_only": edge_only(directory),
     }
     source = text.read_text(text_file)
     data = agreement.windows(tokenizer, source, tokens, WINDOW)
@@ -73,6 +74,13 @@ def evaluate(
         pair = {"reference": original, "protected": protected}
         result["tasks"] = {name: run_tasks(model, tokenizer, tasks, limit) for name, model in pair.items()}
     return result
+
+
+def edge_only(directory: Path) -> Any:
+    """What a copied edge bundle is worth in the thief's best case: the original with everything but the trusted side's
+    singular components. A real thief has Q alone. Raises BundleError."""
+    with torch.random.fork_rng(devices=[]):  # what is initialised afresh, and replaced, has a seed of its own
+        return Stolen(directory).model(ALL).eval()
 
 
 def _load(trusted: Path) -> Any:

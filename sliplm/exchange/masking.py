@@ -50,7 +50,7 @@ def encode(
     Raises NumericsError if x holds a NaN or an infinity, or if R and K leave no room (`amplitude`).
     """
     if native is not None:
-        masked = np.empty(x.shape, np.uint32)
+        masked: NDArray[np.uint32] = np.empty(x.shape, np.uint32)
         inv_c = np.empty(len(x), np.float64)
         x, r = np.ascontiguousarray(x), np.ascontiguousarray(r)
         finite = native.encode(x, r, op.length, op.maps[0], masked, inv_c)

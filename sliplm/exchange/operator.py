@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,14 +12,13 @@ from numpy.typing import NDArray
 
 from sliplm.exchange.check import CHECKS
 from sliplm.exchange.masking import amplitude
-from sliplm.split.blinding import Blinding
+from sliplm.split.blinding import SIDES, Blinding, stored
 
 ROWS, BYTES = 512, 32 << 20
 """The most that one exchange carries: rows, and bytes each way. Longer inputs take several, so neither frames nor
 buffers grow with a prompt."""
 
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
-SIDES = ("in", "out")
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -78,7 +76,7 @@ class Operator:
     @classmethod
     def load(cls, number: int, tensors: dict[str, torch.Tensor]) -> Operator:
         """From tensors by the names of `layout`, which are not copied."""
-        inner, outer = (read_blinding(tensors.get, side) for side in SIDES)
+        inner, outer = stored(tensors.__getitem__) if "in_perm" in tensors else (None, None)
         u, uq = (tensors[name].numpy().view(np.uint32) for name in ("check_u", "check_uq"))
         shape = u.shape[1], uq.shape[1]
         return cls(number, shape, float(tensors["row_norm"]), tensors["scales"].numpy(), inner, outer, u, uq)
@@ -92,10 +90,3 @@ class Operator:
         for name, values in (("check_u", self.u), ("check_uq", self.uq)):
             found[name] = torch.from_numpy(values.view(np.int32))
         return found
-
-
-def read_blinding(tensor: Callable[[str], torch.Tensor | None], side: str) -> Blinding | None:
-    """The blinding of a `side`, "in" or "out", from tensors by the names of `Operator.layout`, if there is one."""
-    if tensor(f"{side}_perm") is None:
-        return None
-    return Blinding.read(lambda kind: tensor(f"{side}_{kind}"))  # type: ignore[arg-type, return-value]

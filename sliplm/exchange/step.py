@@ -4,6 +4,7 @@ encode, mask, let the edge multiply, check, unmask, decode."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -46,7 +47,7 @@ def exchange(op: Operator, x: Rows, pads: Pads, link: Link, own: Callable[[Rows]
     """
     pad = pads.take(op.number, len(x))
     masked, inv_c = steps.encode(op, x, pad.mask())
-    answer, y = link.exchange(op.number, masked, lambda: own(x))
+    answer, y = link.exchange(op.number, masked, partial(own, x))
     if not steps.check(op, masked, answer):
         link.close()
         raise VerificationError("the edge gave a wrong answer; it was caught and discarded.")

@@ -1,4 +1,4 @@
-"""One-time pads, made ahead in batches (DESIGN §6).
+"""One-time pads, made ahead in batches.
 
 A pad for (group, token) is r, uniform in F_p^K, and its image Q r. That no pad is used twice holds by construction:
 
@@ -71,7 +71,8 @@ class Pool:
         self._levels = [0] * len(self._ready)
         self._depth = depth
         self._batch = batch
-        self._state = threading.Condition()
+        self._lock = threading.Lock()
+        self._state = threading.Condition(self._lock)
         self._waiting: list[int] = []  # levels that callers of `wait` wait for
         self._pid = os.getpid()
         self._filler: threading.Thread | None = None
@@ -139,7 +140,7 @@ class Pool:
             raise RuntimeError("the pool of pads is closed")
         parts: list[tuple[Array, Array]] = []
         missing = tokens
-        with self._state:
+        with self._lock:
             ready = self._ready[group]
             while missing and ready:
                 mask, image = ready.popleft()

@@ -1,4 +1,4 @@
-"""A cryptographic stream of exactly uniform elements of F_p (DESIGN §6)."""
+"""A cryptographic stream of exactly uniform elements of F_p."""
 
 from __future__ import annotations
 

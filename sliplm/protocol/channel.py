@@ -18,18 +18,17 @@ from numpy.typing import NDArray
 
 from sliplm._core import native
 from sliplm.errors import (
-    BundleError,
+    RECEIVED,
+    Code,
     IdentityError,
     InternalError,
     LinkError,
+    MismatchError,
     ProtocolError,
     SlipError,
-    VerificationError,
-    VersionError,
 )
 from sliplm.protocol import frames, tls
-from sliplm.protocol.frames import HEADER, Code, Header, Hello, Kind, Role, Welcome
-from sliplm.protocol.messages import BusyError, LimitError, RefusedError, RequestError, TooLongError
+from sliplm.protocol.frames import HEADER, Header, Hello, Kind, Role, Welcome
 
 Address = tuple[str, int]
 
@@ -52,6 +51,10 @@ class Channel:
     `timeout` (seconds) limits how long the peer may be silent, and how long a header may take; a payload may take
     that long plus a second per megabyte. All methods raise LinkError when the connection fails, and ProtocolError
     when the peer breaks the rules; after either the channel can only be closed.
+
+    Frames of exchanges take as few Python calls as they can: more of them would cost more than the arithmetic. So the
+    channel reads and writes the socket's TLS session itself, `_sslobj`, which `ssl.SSLSocket` would do after several
+    calls of its own; that session is None once the socket is closed.
     """
 
     def __init__(self, sock: ssl.SSLSocket, peer: str, timeout: float) -> None:
@@ -89,7 +92,13 @@ class Channel:
         """Send the array that `stage` returned."""
         size = 4 * staged.size
         HEADER.pack_into(self._out.data, 0, kind, self.version, group, len(staged), sequence, size)
-        self._write(self._out.data[: HEADER.size + size])
+        data = self._out.data[: HEADER.size + size]
+        try:
+            done = self._sock._sslobj.write(data[:WRITE_BYTES])  # type: ignore[attr-defined]
+        except (OSError, ValueError, AttributeError) as error:
+            self._fail(error)
+        if done < len(data):
+            self._write(data[done:])
 
     def send(self, kind: Kind, payload: bytes = b"", *, group: int = 0, sequence: int = 0) -> None:
         """Send a frame without an array."""
@@ -99,24 +108,37 @@ class Channel:
         """Send an ERROR; `sentence` must hold no secret."""
         self.send(Kind.ERROR, frames.clean(sentence).encode(), group=code, sequence=sequence)
 
+    def tell(self, error: Exception) -> None:
+        """Send the ERROR that stands for `error`; of what is none of the other side's business, it says just that."""
+        known = error if isinstance(error, SlipError) else InternalError()
+        self.send_error(known.code, known.told or str(known), known.retry_after or 0)
+
     def _write(self, data: bytes | memoryview) -> None:
+        done = 0
         try:
-            # Piece by piece, because the timeout holds for one call.
-            done = self._sock.send(data if len(data) <= WRITE_BYTES else data[:WRITE_BYTES])
-            while done < len(data):
-                done += self._sock.send(data[done : done + WRITE_BYTES])
-        except (OSError, ValueError) as error:
+            while done < len(data):  # piece by piece, because the timeout holds for one call
+                done += self._sock._sslobj.write(data[done : done + WRITE_BYTES])  # type: ignore[attr-defined]
+        except (OSError, ValueError, AttributeError) as error:
             self._fail(error)
 
     # --- receiving ------------------------------------------------------------------------------------------
 
-    def receive(self) -> Header:
-        """The next frame's header, valid and within the limits. Its payload must be read next."""
+    def receive(self, spin: bool = False) -> Header:
+        """The next frame's header, valid and within the limits. Its payload must be read next. With `spin`, wait
+        without sleeping at first, see `await_input`."""
+        if self._end == self._start:
+            try:
+                session = self._sock._sslobj  # type: ignore[attr-defined]
+                if spin and native is not None and not session.pending():
+                    native.wait_readable(self._sock.fileno(), SPIN_SECONDS * 1e6)
+                self._start, self._end = 0, session.read(READ_BYTES, self._in)
+            except (OSError, ValueError, AttributeError) as error:
+                self._fail(error)
         if self._end - self._start < HEADER.size:
             self._fetch_header()
-        header = frames.parse_header(self._in[self._start : self._start + HEADER.size], self.version)
-        self._start += HEADER.size
-        return header
+        start = self._start
+        self._start = start + HEADER.size
+        return frames.parse_header(self._in[start : self._start], self.version)
 
     def comes(self, header: tuple[int, ...]) -> bool:
         """Whether the next frame has exactly this header; it is then done with. Otherwise, `receive` it."""
@@ -129,8 +151,13 @@ class Channel:
 
     def await_input(self) -> None:
         """Wait for input without sleeping, for at most SPIN_SECONDS; whether there is any will show when it is read."""
-        if native is not None and self._end == self._start and not self._sock.pending():
-            native.wait_readable(self._sock.fileno(), SPIN_SECONDS * 1e6)
+        if native is None or self._end > self._start:
+            return
+        try:
+            if not self._sock._sslobj.pending():  # type: ignore[attr-defined]
+                native.wait_readable(self._sock.fileno(), SPIN_SECONDS * 1e6)
+        except (OSError, ValueError, AttributeError) as error:
+            self._fail(error)
 
     def _fetch_header(self) -> None:
         left = self._end - self._start
@@ -150,14 +177,19 @@ class Channel:
 
     def read_array(self, into: NDArray[np.uint32]) -> None:
         """Read a payload into a C-contiguous array, whose size the caller has compared with the header."""
-        self._read(into.data.cast("B"))
+        view = into.data.cast("B")
+        size, start = len(view), self._start
+        if self._end - start < size:
+            self._read(view)
+        else:  # all of it came along with the header
+            self._start = start + size
+            view[:] = self._in[start : self._start]
 
     def read_error(self, header: Header) -> SlipError:
         """The exception that stands for an ERROR frame."""
         sentence = frames.clean(self.read(header).decode("utf-8", "replace")) or "the other side gave no reason"
-        error = _EXCEPTIONS.get(header.group, LinkError)(sentence)
-        if isinstance(error, BusyError):
-            error.retry_after = header.sequence or None
+        error = RECEIVED.get(header.group, LinkError)(sentence)
+        error.retry_after = header.sequence or None
         return error
 
     def _read(self, view: memoryview) -> None:
@@ -176,8 +208,8 @@ class Channel:
     def _receive_some(self, view: memoryview) -> int:
         """At least one byte: TLS delivers up to 16 KiB at a time."""
         try:
-            count = self._sock.recv_into(view)
-        except (OSError, ValueError) as error:
+            count: int = self._sock._sslobj.read(len(view), view)  # type: ignore[attr-defined]
+        except (OSError, ValueError, AttributeError) as error:
             self._fail(error)
         if not count:
             raise LinkError(f"{self.peer} closed the connection")
@@ -233,20 +265,6 @@ class Channel:
         return f"Channel({self.peer})"
 
 
-_EXCEPTIONS: dict[int, type[SlipError]] = {
-    Code.VERSION: VersionError,
-    Code.IDENTITY: IdentityError,
-    Code.BUNDLE: BundleError,
-    Code.BUSY: BusyError,
-    Code.REQUEST: RequestError,
-    Code.UNVERIFIED: VerificationError,
-    Code.LIMITED: LimitError,
-    Code.REFUSED: RefusedError,
-    Code.TOO_LONG: TooLongError,
-    Code.INTERNAL: InternalError,
-}
-
-
 def drain_socket(sock: socket.socket) -> None:
     """Say that nothing more will be sent, then swallow what still arrives, for at most a second."""
     deadline = time.monotonic() + DRAIN_SECONDS
@@ -287,8 +305,8 @@ def connect(
 ) -> tuple[Channel, Welcome]:
     """The edge's end of a new connection, after HELLO and WELCOME; `timeout` holds from then on.
 
-    Raises IdentityError, BundleError or ProtocolError where trying again cannot help, tls.HandshakeError where it
-    might, and LinkError, or InternalError, where it can.
+    Raises IdentityError, MismatchError or ProtocolError where trying again cannot help, HandshakeError where it might,
+    and LinkError, or InternalError, where it can.
     """
     peer = "the trusted side"
     where = f"{address[0]}:{address[1]}"
@@ -329,6 +347,6 @@ def connect(
 
 
 def check_digest(ours: bytes, theirs: bytes) -> None:
-    """Raises BundleError unless both sides' bundles come from the same split."""
+    """Raises MismatchError unless both sides' bundles come from the same split."""
     if not hmac.compare_digest(ours, theirs):
-        raise BundleError("this edge bundle belongs to another split than the trusted bundle")
+        raise MismatchError("this edge bundle belongs to another split than the trusted bundle")

@@ -17,7 +17,6 @@ VERSIONS = (2, 2)
 new one: the other side refuses what it does not know."""
 
 MAGIC = b"SLIP"
-DIGEST_BYTES = 32
 HEADER = struct.Struct("<BBHIII")
 """kind u8, version u8, group u16, rows u32, sequence u32, payload length u32; little-endian, 16 bytes."""
 
@@ -41,7 +40,7 @@ class Kind(enum.IntEnum):
     WELCOME = 2  # trusted, the answer to HELLO
     EXCHANGE = 3  # trusted, WORK: masked rows
     RESULT = 4  # edge, WORK: the product
-    ERROR = 5  # either side: one sentence; `group` holds a Code
+    ERROR = 5  # either side: one sentence; `group` holds an errors.Code
     PING = 6  # trusted, WORK, when idle
     PONG = 7  # edge, WORK
     GENERATE = 8  # edge, REQUEST: a GenerateRequest as JSON
@@ -54,23 +53,6 @@ class Role(enum.IntEnum):
 
     WORK = 1
     REQUEST = 2
-
-
-class Code(enum.IntEnum):
-    """Why an ERROR was sent, for the program; its payload is the sentence for the person."""
-
-    FAILED = 0  # try again if you like
-    VERSION = 1  # no common protocol version: final
-    IDENTITY = 2  # not enrolled, suspended, revoked or expired: final
-    BUNDLE = 3  # the bundle belongs to another split: final
-    BUSY = 4  # too many connections or requests: try again later
-    REQUEST = 5  # the request itself is wrong
-    NO_WORKER = 6  # no worker of this device is connected
-    UNVERIFIED = 7  # an answer of the edge failed its check
-    LIMITED = 8  # the device used up its tokens a minute or a day: try again later
-    REFUSED = 9  # the owner's rules refuse the request or its answer
-    TOO_LONG = 10  # the prompt leaves no room for an answer
-    INTERNAL = 11  # something inside the trusted side is broken
 
 
 class Header(NamedTuple):
@@ -118,7 +100,7 @@ def parse_header(data: bytes | bytearray | memoryview, version: int) -> Header:
     """
     if len(data) != HEADER.size:
         raise ProtocolError(f"a frame header has {HEADER.size} bytes, not {len(data)}")
-    header = Header._make(HEADER.unpack(data))
+    header = tuple.__new__(Header, HEADER.unpack(data))  # as `_make` does, which is another call
     kind, seen, group, rows, _, length = header
     rule = _RULES.get(kind)
     if rule is None:
@@ -143,16 +125,16 @@ def pack_hello(hello: Hello) -> bytes:
 
 
 def parse_hello(payload: bytes) -> Hello:
-    """Raises ProtocolError unless `payload` is a well-formed HELLO."""
+    """Raises VersionError unless `payload` is a well-formed HELLO: the peer speaks something else."""
     if len(payload) != _HELLO.size:
-        raise ProtocolError("the other side sent a HELLO of the wrong length")
+        raise VersionError("the other side sent a HELLO of the wrong length")
     magic, oldest, newest, role, digest = _HELLO.unpack(payload)
     if magic != MAGIC or not 1 <= oldest <= newest or payload[7]:
-        raise ProtocolError("the other side does not speak this protocol")
+        raise VersionError("the other side does not speak this protocol")
     try:
         return Hello(oldest, newest, Role(role), digest)
     except ValueError:
-        raise ProtocolError(f"the other side asked for a connection of the unknown role {role}") from None
+        raise VersionError(f"the other side asked for a connection of the unknown role {role}") from None
 
 
 def choose_version(hello: Hello) -> int:

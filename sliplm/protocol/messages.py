@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from sliplm.errors import LinkError, ProtocolError, SlipError
+from sliplm.errors import ProtocolError, RequestError
 from sliplm.protocol.frames import MAX_JSON_BYTES
 
 Count = Annotated[int, Meta(ge=0)]
@@ -24,35 +24,6 @@ MAX_TOKENS = 1 << 20
 
 MAX_LOGPROBS = 20
 """As many most likely tokens can be asked for, as with OpenAI."""
-
-
-class RequestError(SlipError):
-    """The request asks for something that is malformed or that this model cannot do.
-
-    The sentence is shown to whoever made the request. An engine raises it too, for example for a prompt that
-    does not fit the model's context.
-    """
-
-
-class TooLongError(RequestError):
-    """The prompt leaves no room for an answer in the model's context. The sentence is OpenAI's, which clients know."""
-
-
-class RefusedError(RequestError):
-    """The owner's rules refuse the request, or its answer. The sentence is shown to whoever made the request."""
-
-
-class BusyError(LinkError):
-    """Too much is going on at the trusted side: the same request may work later, after `retry_after` seconds if that
-    is known."""
-
-    def __init__(self, sentence: str, retry_after: int | None = None) -> None:
-        super().__init__(sentence)
-        self.retry_after = retry_after
-
-
-class LimitError(BusyError):
-    """This device has used up what it may use in a minute or a day."""
 
 
 class Tool(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, frozen=True):

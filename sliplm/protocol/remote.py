@@ -33,13 +33,14 @@ class RemoteLink(Link):
         self._timeout = timeout
         self._sequence = 0
         self._lock = threading.Lock()
-        self._closed = threading.Event()
+        self._ended = False
+        self._closed = threading.Event()  # for whoever waits for that
         self.sending = self.waiting = self.receiving = 0
         channel.set_timeout(timeout)
 
     @property
     def alive(self) -> bool:
-        return not self._closed.is_set()
+        return not self._ended
 
     def wait_closed(self, timeout: float) -> bool:
         """Whether the link closed within `timeout` seconds."""
@@ -99,12 +100,13 @@ class RemoteLink(Link):
         """The channel to ourselves, for one question and its answer; whoever gets it releases the lock."""
         if not self._lock.acquire(timeout=self._timeout):
             raise LinkError(f"the edge was busy with other requests for {self._timeout:g} s")
-        if self._closed.is_set():
+        if self._ended:
             self._lock.release()
             raise LinkError("the connection to the edge is closed")
         self._sequence = (self._sequence + 1) & 0xFFFFFFFF
 
     def _give_up(self) -> None:
+        self._ended = True
         self._closed.set()
         self._channel.close()
 
@@ -116,6 +118,7 @@ class RemoteLink(Link):
         return ProtocolError(f"the edge sent {Kind(header.kind).name} out of turn")
 
     def close(self) -> None:
+        self._ended = True
         self._closed.set()
         self._channel.abort()
         if self._lock.acquire(timeout=1.0):  # an exchange under way has been woken up, and closes by itself

@@ -7,7 +7,6 @@ authorities.
 from __future__ import annotations
 
 import logging
-import os
 import ssl
 from datetime import datetime, timezone
 from pathlib import Path
@@ -15,16 +14,12 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
-from sliplm.errors import IdentityError, LinkError, SlipError
+from sliplm.errors import HandshakeError, IdentityError, LinkError, SlipError
 
 SERVER_NAME = "sliplm-trusted"
 """The name in the trusted side's certificate, wherever it runs: edges check this, not an address."""
 
 _log = logging.getLogger(__name__)
-
-
-class HandshakeError(IdentityError):
-    """The TLS handshake failed over a certificate, or so it seems: anybody on the way can make it seem so."""
 
 
 def server_context(chain: Path, ca_pem: bytes) -> ssl.SSLContext:
@@ -62,7 +57,7 @@ def _check_identity(path: Path) -> bytes:
     """The authority's certificate (PEM) in an identity file that is well-formed and in date."""
     try:
         data = path.read_bytes()
-        if os.name == "posix" and path.stat().st_mode & 0o077:
+        if path.stat().st_mode & 0o077:
             _log.warning("other users of this machine can read the identity file %s: chmod 600 it", path)
     except OSError as error:
         raise IdentityError(f"the identity file {path} cannot be read: {error.strerror}") from None

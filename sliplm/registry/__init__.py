@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sliplm.registry.database import Database, RegistryError
+from sliplm.registry.database import Database
 from sliplm.registry.devices import Device, Devices, Limits
 from sliplm.registry.usage import Usage
 
-__all__ = ["Device", "Limits", "Registry", "RegistryError"]
+__all__ = ["Device", "Limits", "Registry"]
 
 
 class Registry:

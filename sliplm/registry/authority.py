@@ -14,6 +14,7 @@ in.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import re
 import tempfile
@@ -21,7 +22,6 @@ import time
 from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -31,9 +31,7 @@ from cryptography.x509.oid import NameOID
 
 from sliplm.errors import IdentityError
 from sliplm.protocol.tls import SERVER_NAME
-
-if TYPE_CHECKING:
-    from sliplm.registry import Device, Limits, Registry
+from sliplm.registry import Device, Limits, Registry
 
 CA_DAYS = 3650
 SERVER_DAYS = 90
@@ -42,7 +40,6 @@ MAX_DEVICE_DAYS = 825
 CLOCK_SKEW = timedelta(hours=1)
 LOCK_SECONDS = 10.0
 REGISTRY = "registry.db"
-OLD_REGISTRY = "devices.json"
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}\Z")
 
@@ -50,8 +47,7 @@ _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}\Z")
 def open_registry(directory: Path | str, url: str | None = None) -> Registry:
     """The registry of the authority in `directory`: the database at `url`, or else the file `registry.db` there.
 
-    Creates both on first use, and takes up the devices of a `devices.json` that an earlier version left. Raises
-    IdentityError for a damaged authority, and RegistryError.
+    Creates both on first use. Raises IdentityError for a damaged authority, and RegistryError.
     """
     with _locked(directory) as home:
         return _registry(home, url)
@@ -73,8 +69,6 @@ def add_device(
     `open_registry`. Raises IdentityError for a name that is malformed or in use, for `days` outside 1..825, and if
     `out_file` exists.
     """
-    from sliplm.registry import Device, Limits
-
     out = Path(out_file)
     if not _NAME.match(name):
         raise IdentityError("a device name has 1 to 64 letters, digits, dots, dashes or underscores")
@@ -149,7 +143,7 @@ def _authority(home: Path) -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate
         except (OSError, ValueError, TypeError):
             pass
         raise IdentityError(f"the authority's file {path} cannot be read or is damaged")
-    if any((home / name).exists() for name in (REGISTRY, OLD_REGISTRY, "server.pem")):
+    if any((home / name).exists() for name in (REGISTRY, "server.pem")):
         # A new authority here would strand every enrolled device without anybody noticing why.
         raise IdentityError(f"the authority's file {path} is missing, although devices may be enrolled")
     key = ec.generate_private_key(ec.SECP256R1())
@@ -241,23 +235,13 @@ def _now() -> datetime:
 
 
 def _registry(home: Path, url: str | None) -> Registry:
-    from sliplm.registry import Registry  # late: an edge imports this module, and needs no database
-
     _authority(home)  # so that none is missing where a registry is
-    registry = Registry(url or home / REGISTRY)
-    try:
-        registry.devices.take_over(home / OLD_REGISTRY)
-    except BaseException:
-        registry.close()
-        raise
-    return registry
+    return Registry(url or home / REGISTRY)
 
 
 @contextlib.contextmanager
 def _locked(directory: Path | str) -> Iterator[Path]:
     """The directory (created, and closed to other users), with this process as its only writer."""
-    import fcntl  # POSIX only; an edge on another system imports this module but never gets here
-
     home = Path(directory)
     try:
         home.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import URL, Connection, Engine
 
-from sliplm.errors import IdentityError
+from sliplm.errors import RegistryError
 from sliplm.extras import advice
 
 HEAD = "0001"
@@ -26,11 +26,6 @@ BUSY_SECONDS = 2.0
 """A writer waits so long for another one."""
 
 _MIGRATION_LOCK = 0x736C6970  # any number: PostgreSQL's advisory locks have no names
-
-
-class RegistryError(IdentityError):
-    """The registry cannot be used just now, which says nothing about any device. The text is the operator's: it
-    names a path or a host."""
 
 
 class UtcTime(sa.types.TypeDecorator[datetime]):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -12,7 +11,7 @@ from sqlalchemy.engine import Connection
 
 from sliplm.errors import IdentityError
 from sliplm.registry import database
-from sliplm.registry.database import Database, RegistryError
+from sliplm.registry.database import Database
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -59,10 +58,6 @@ class Device(msgspec.Struct, frozen=True, kw_only=True):
         if now() >= self.expires:
             return "expired"
         return "active" if self.suspended is None else "suspended"
-
-    @property
-    def active(self) -> bool:
-        return self.state == "active"
 
     def require_active(self) -> None:
         """Raises IdentityError, saying why not, unless this device may connect."""
@@ -127,21 +122,18 @@ class Devices:
         with self._db.write() as c:
             _touch(c)  # takes the lock, so that no two enrolments see a name as free
             self._require_free(c, device.name)
-            return self._insert(c, device)
+            values = {f: getattr(device, f) for f in device.__struct_fields__ if f not in ("id", "limits")}
+            limits = {f: getattr(device.limits, f) for f in device.limits.__struct_fields__}
+            statement = sa.insert(database.devices).values(**values, **limits).returning(database.devices.c.id)
+            added = msgspec.structs.replace(device, id=int(c.execute(statement).scalar_one()))
+            _record(c, added.id, "added", device.added)
+            return added
 
     def _require_free(self, c: Connection, name: str) -> None:
         table = database.devices
         rows = c.execute(sa.select(table).where(table.c.name == name, table.c.revoked.is_(None)))
         if any(_device(row).state != "expired" for row in rows):
             raise IdentityError(f"a device named {name!r} is enrolled already: revoke it or choose another name")
-
-    def _insert(self, c: Connection, device: Device) -> Device:
-        values = {f: getattr(device, f) for f in device.__struct_fields__ if f not in ("id", "limits")}
-        limits = {f: getattr(device.limits, f) for f in device.limits.__struct_fields__}
-        statement = sa.insert(database.devices).values(**values, **limits).returning(database.devices.c.id)
-        added = msgspec.structs.replace(device, id=int(c.execute(statement).scalar_one()))
-        _record(c, added.id, "added", device.added)
-        return added
 
     def revoke(self, name: str) -> Device:
         """Shut `name` out for good. Raises IdentityError if no such device is enrolled."""
@@ -193,48 +185,6 @@ class Devices:
         query = sa.select(table).where(table.c.device == device.id).order_by(table.c.id.desc()).limit(count)
         with self._db.read() as c:
             return [Event(row.time, row.kind, row.text) for row in c.execute(query)]
-
-    def take_over(self, path: Path) -> None:
-        """Take up the devices of a registry in one JSON file, as earlier versions kept it, and rename that file.
-
-        Doing it twice changes nothing. Raises RegistryError if the file is damaged; nothing is taken up then.
-        """
-        try:
-            data = path.read_bytes()
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            raise RegistryError(f"the device registry {path} cannot be read: {error.strerror}") from None
-        try:
-            old = msgspec.json.decode(data, type=_JsonRegistry)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            raise RegistryError(f"the device registry {path} is damaged") from None
-        if old.version != 1 or any(d.expires.tzinfo is None for d in old.devices):
-            raise RegistryError(f"the device registry {path} was written by another version of this program")
-        with self._db.write() as c:
-            _touch(c)
-            known = set(c.execute(sa.select(database.devices.c.fingerprint)).scalars())
-            for d in old.devices:
-                if d.fingerprint not in known:
-                    self._insert(c, Device(name=d.name, fingerprint=d.fingerprint, added=d.created,
-                                           expires=d.expires, revoked=d.revoked))  # fmt: skip
-        try:
-            path.rename(path.with_suffix(".json.imported"))
-        except OSError as error:
-            raise RegistryError(f"{path} cannot be renamed: {error.strerror}") from None
-
-
-class _JsonDevice(msgspec.Struct, forbid_unknown_fields=True):
-    name: str
-    fingerprint: str
-    created: datetime
-    expires: datetime
-    revoked: datetime | None = None
-
-
-class _JsonRegistry(msgspec.Struct, forbid_unknown_fields=True):
-    version: int
-    devices: list[_JsonDevice]
 
 
 def now() -> datetime:

@@ -16,15 +16,16 @@ from typing import NamedTuple
 
 import sqlalchemy as sa
 
+from sliplm.errors import LinkError
 from sliplm.registry import database
 from sliplm.registry.database import Database
 from sliplm.registry.devices import Device, _device, now
 
-INTERRUPTED = "interrupted"
+INTERRUPTED = LinkError.outcome
 
 STALE_SECONDS = 10.0
 """A record that nobody has updated for so long belongs to a server that is gone: servers update every second, and stop
-generating when they could not for five (`trusted/meter.py`)."""
+generating when they could not for five (`serve/meter.py`)."""
 
 _table = database.usage
 _tokens = _table.c.prompt_tokens + _table.c.completion_tokens

@@ -12,8 +12,7 @@ import threading
 import time
 from collections import Counter, deque
 
-from sliplm.errors import SlipError
-from sliplm.protocol.messages import BusyError
+from sliplm.errors import BusyError, SlipError
 
 MAX_WAITING = 1024
 MAX_WAITING_PER_DEVICE = 128

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from datetime import datetime, timedelta
 
-from sliplm.protocol.messages import LimitError
+from sliplm.errors import LimitError
 from sliplm.registry.devices import Device, Limits, now
 from sliplm.registry.usage import Used, midnight
 

@@ -11,9 +11,7 @@ import secrets
 import threading
 import time
 
-from sliplm.errors import locate
-from sliplm.protocol.messages import BusyError
-from sliplm.registry import RegistryError
+from sliplm.errors import BusyError, RegistryError, locate
 from sliplm.registry.devices import Device
 from sliplm.registry.usage import Tokens, Usage, Used
 

@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterable, Mapping
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from sliplm.errors import RECEIVED
+
 SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 
-OUTCOMES = ("stop", "length", "tool_calls", "cancelled", "refused", "invalid", "limited", "busy", "unverified",
-            "interrupted", "failed")  # fmt: skip
-
+OUTCOMES = dict.fromkeys(["stop", "length", "tool_calls", "cancelled", *(kind.outcome for kind in RECEIVED.values())])
 
 Levels = float | Mapping[str, float]
 

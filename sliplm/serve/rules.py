@@ -18,16 +18,12 @@ from typing import Any, Protocol
 
 import msgspec
 
-from sliplm.errors import SlipError, locate
-from sliplm.protocol.messages import Chunk, GenerateRequest, Message, RefusedError, RequestError
+from sliplm.errors import RefusedError, RequestError, RulesError, locate
+from sliplm.protocol.messages import Chunk, GenerateRequest, Message
 
 GROUP = "sliplm.rules"
 
 Refused = RefusedError
-
-
-class RulesError(SlipError):
-    """The rules cannot be loaded, or failed. The text is the operator's."""
 
 
 class Rules(Protocol):
@@ -92,7 +88,8 @@ def load(name: str) -> Rules:
         raise RulesError(f"the rules {name!r} cannot be loaded: {type(error).__name__}: {error}") from None
     if not all(callable(getattr(rules, method, None)) for method in ("request", "response")):
         raise RulesError(f"the rules {name!r} lack a method `request` or `response`")
-    return rules
+    checked: Rules = rules
+    return checked
 
 
 def compose(rules: str | None, system_prompt: Path | None) -> Rules | None:

@@ -15,9 +15,9 @@ import msgspec
 
 from sliplm.engine.calls import Calls, find_calls
 from sliplm.engine.tools import Syntax
-from sliplm.errors import LinkError, VerificationError
+from sliplm.errors import BusyError, LinkError, SlipError
 from sliplm.exchange.link import Link
-from sliplm.protocol.messages import BusyError, Chunk, GenerateRequest, LimitError, RefusedError, RequestError
+from sliplm.protocol.messages import Chunk, GenerateRequest
 from sliplm.registry import Device, Limits, Registry
 from sliplm.serve.fair import RETRY_SECONDS, FairQueue
 from sliplm.serve.limits import DEFAULTS, Limiter
@@ -98,7 +98,7 @@ class Service:
             SlipError: as `claim` and the engine do, and for rules that fail.
         """
         started = time.monotonic()
-        outcome = "failed"
+        outcome = SlipError.outcome
         record: Record | None = None
         with self.metrics.in_progress.track_inprogress():
             try:
@@ -177,20 +177,6 @@ class Service:
 
 
 def _outcome(error: BaseException) -> str:
-    match error:
-        case GeneratorExit():
-            return "cancelled"
-        case RefusedError():
-            return "refused"
-        case RequestError():
-            return "invalid"
-        case LimitError():
-            return "limited"
-        case BusyError():
-            return "busy"
-        case VerificationError():
-            return "unverified"
-        case LinkError():
-            return "interrupted"
-        case _:
-            return "failed"
+    if isinstance(error, SlipError):
+        return error.outcome
+    return "cancelled" if isinstance(error, GeneratorExit) else SlipError.outcome

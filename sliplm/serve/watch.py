@@ -7,8 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Collection
 
-from sliplm.errors import IdentityError, locate
-from sliplm.registry import RegistryError
+from sliplm.errors import IdentityError, RegistryError, locate
 from sliplm.registry.devices import Device, Devices
 
 POLL_SECONDS = 0.2

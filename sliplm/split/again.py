@@ -78,8 +78,11 @@ class FirstSplit:
         edge's part has kept the sum of its squares, but for rounding."""
         if self._known is not None:
             return
-        with safe_open(self._path / bundle.Q_FILE, "pt") as q:  # trusted bundles had one
-            edge = dequantise(q.get_tensor(str(number)), self._file.get_tensor(f"{leader}.scales"))
+        try:
+            with safe_open(self._path / bundle.Q_FILE, "pt") as q:  # trusted bundles had one
+                edge = dequantise(q.get_tensor(str(number)), self._file.get_tensor(f"{leader}.scales"))
+        except (OSError, SafetensorError):
+            raise BundleError(f"{self._path} lacks the matrices of {leader}.") from None
         here, there = (float(part.double().square().sum()) for part in (rest, edge))
         noise = _ROUNDING[self._plan[number].planes]
         # What rounding adds: its own square, and twice its product with the matrix, whose entries it does not know.

@@ -113,9 +113,14 @@ class Blinding:
 _BACK = np.array([[1], [-1]], np.float32)
 
 
-def stored(tensor: Callable[[str], torch.Tensor], leader: str) -> tuple[Blinding, Blinding]:
-    """The blindings of inputs and of outputs of the group that `leader` leads, from a trusted bundle's tensors."""
-    inner, outer = (Blinding.read(lambda kind, side=side: tensor(f"{leader}.{side}_{kind}")) for side in ("in", "out"))  # type: ignore[misc]
+SIDES = ("in", "out")  # of inputs, of outputs: what the names of a bundle's tensors begin with
+
+
+def stored(tensor: Callable[[str], torch.Tensor], leader: str = "") -> tuple[Blinding, Blinding]:
+    """The blindings of inputs and of outputs of a group, from its tensors; from a whole bundle's, if it says who leads
+    the group."""
+    prefix = f"{leader}." if leader else ""
+    inner, outer = (Blinding.read(lambda kind, side=side: tensor(f"{prefix}{side}_{kind}")) for side in SIDES)  # type: ignore[misc]
     return inner, outer
 
 

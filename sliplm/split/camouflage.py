@@ -1,4 +1,5 @@
-"""Fill the hole that removing singular components leaves, and move it elsewhere (DESIGN §5.1).
+"""Fill the hole that removing singular components leaves, and move it elsewhere
+(docs/security.md, "The published split leaks its own secret").
 
 W - U_k S_k V_k^T has an exact null space: the protected subspace itself, which survives quantisation. Two steps:
 

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sliplm.errors import UnsupportedModelError
 
-MAX_COLUMNS = (1 << 16) - 1  # int32 accumulation in the edge's kernel is exact up to here (DESIGN §4)
+MAX_COLUMNS = (1 << 16) - 1  # int32 accumulation in the edge's kernel is exact up to here
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 

@@ -20,7 +20,7 @@ class Options:
     Attributes:
         rank: singular components per matrix that the trusted side keeps.
         planes: int8 matrices per weight on the edge: 2 is exact for all purposes, 1 is fast.
-        camouflage, blinding: the hardenings (docs/security.md); off only to measure what they do.
+        camouflage, blinding: as in docs/security.md, "What the edge bundle reveals"; off only to measure what they do.
         base: the public model that this one is a fine-tune of; then only the difference is protected (`split.base`).
         again: DIR/trusted of an earlier split of the same weights, to use its camouflage again (`split.again`).
         leading: off, random directions are protected in place of the most sensitive ones. This saves most of the time,

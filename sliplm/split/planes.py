@@ -1,4 +1,4 @@
-"""The edge's fixed-point expansion of a weight: W ~ sum_j diag(s_j) Q_j with int8 Q_j (DESIGN §3)."""
+"""The edge's fixed-point expansion of a weight: W ~ sum_j diag(s_j) Q_j with int8 Q_j."""
 
 from __future__ import annotations
 

@@ -103,6 +103,7 @@ class _Short:
                 position_embeddings=position_embeddings,
                 **kwargs,
             )
+        assert native is not None  # or there would be no short way
         x = hidden_states.reshape(1, -1).numpy()
         layer, size = self._layer, self._head
         heads = self._qkv.stacked(_norm(x, layer.input_layernorm)).reshape(-1, size)
@@ -123,6 +124,7 @@ class _Short:
 
 
 def _norm(x: NDArray[np.float32], norm: Any) -> NDArray[np.float32]:
+    assert native is not None
     out = np.empty_like(x)
     native.rms_norm(x, norm.weight.detach().numpy(), norm.variance_epsilon, out)
     return out

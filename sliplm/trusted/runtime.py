@@ -91,17 +91,16 @@ class Runtime:
         link = self._link.get() or self.default_link
         if link is None:
             raise LinkError("no edge is connected: serve the model, or `model.slip.attach` an edge bundle.")
-        if 0 < len(x) <= op.rows:
-            return self._exchange(op, x, link, own)
-        parts = [self._exchange(op, x[i : i + op.rows], link, own) for i in range(0, len(x), op.rows)]
-        return np.concatenate(parts) if parts else own(x)
-
-    def _exchange(self, op: Operator, x: Rows, link: Link, own: Callable[[Rows], Rows]) -> Rows:
         start = perf_counter_ns()
-        y = self._step(op, x, self.pool, link, own)
+        if 0 < len(x) <= op.rows:
+            y, count = self._step(op, x, self.pool, link, own), 1
+        else:
+            starts = range(0, len(x), op.rows)
+            parts = [self._step(op, x[i : i + op.rows], self.pool, link, own) for i in starts]
+            y, count = np.concatenate(parts) if parts else own(x), len(parts)
         counters = self.counters
         counters.exchange += perf_counter_ns() - start
-        counters.exchanges += 1
+        counters.exchanges += count
         counters.rows += len(x)
         counters.sent += 4 * len(x) * op.shape[1]
         counters.received += 4 * len(x) * op.shape[0]

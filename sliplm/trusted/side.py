@@ -8,6 +8,9 @@ from typing import Any
 from sliplm.engine.builtin import BuiltinEngine
 from sliplm.pads.sources import find_source
 from sliplm.protocol.channel import parse_address
+from sliplm.registry import Limits
+from sliplm.serve.limits import DEFAULTS
+from sliplm.serve.rules import Rules, SystemPrompt
 from sliplm.serve.server import TrustedServer
 
 
@@ -20,13 +23,19 @@ class Trusted:
         pads: who makes one-time pads, "self:DIR/edge"; by default this process, from the edge bundle beside `bundle`.
         stock: tokens for which to keep them ready.
         name: what the model is called, if not as the split or its directory says.
+        allow_logprobs: whether requests may ask for log-probabilities, which help to copy a model.
+        registry: URL of the device registry, if it is not the file beside the authority.
+        limits: of devices without their own.
+        rules: the owner's (`sliplm.serve.rules`).
 
     Attributes:
         model, tokenizer: Transformers' own objects, the model's layers protected.
+        engine, server: what generates, and what edges talk to.
         address: (host, port) as bound.
 
     Raises:
-        BundleError, LinkError, IdentityError: the bundle, the address or the authority is no good.
+        BundleError, LinkError, IdentityError: the bundle, the address, the authority or the registry is no good.
+        SlipError: no chat can begin with the system prompt among the rules.
     """
 
     def __init__(
@@ -36,28 +45,37 @@ class Trusted:
         pads: str | None = None,
         stock: int = 64,
         name: str | None = None,
+        *,
+        allow_logprobs: bool = False,
+        registry: str | None = None,
+        limits: Limits = DEFAULTS,
+        rules: Rules | None = None,
     ) -> None:
         host, port = parse_address(listen)
-        self._engine = BuiltinEngine(bundle, stock, name=name)
-        self.model: Any = self._engine.model
-        self.model.slip.pool.source = find_source(pads, bundle, self._engine.digest)
-        self.tokenizer: Any = self._engine.tokenizer
+        engine = self.engine = BuiltinEngine(bundle, stock, allow_logprobs, name)
+        self.model: Any = engine.model
+        self.model.slip.pool.source = find_source(pads, bundle, engine.digest)
+        self.tokenizer: Any = engine.tokenizer
+        if isinstance(rules, SystemPrompt):
+            engine.rehearse(rules.text)
         authority = Path(bundle) / "authority"
-        self._server = TrustedServer(self._engine, self._engine.digest, self._engine.shapes, authority, host, port)
-        self.address = self._server.address
+        self.server = TrustedServer(
+            engine, engine.digest, engine.shapes, authority, host, port, registry=registry, limits=limits, rules=rules
+        )
+        self.address = self.server.address
 
     def serve_forever(self) -> None:
-        """Serve until `close`, which any other thread may call."""
+        """Serve until `close`, which any other thread may call, or until the server has drained."""
         pool = self.model.slip.pool
         pool.start()
         try:
-            self._server.serve_forever()
+            self.server.serve_forever()
         finally:
             pool.close()
-            self._engine.close()
+            self.engine.close()
 
     def close(self) -> None:
-        self._server.close()
+        self.server.close()
 
     def __enter__(self) -> Trusted:
         return self

@@ -22,6 +22,8 @@ from sliplm.errors import BundleError, SlipError
 from sliplm.split import planes
 from sliplm.split.model import Options, split_model
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def bundles(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:

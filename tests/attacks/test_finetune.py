@@ -15,6 +15,8 @@ from sliplm.attacks import finetune
 from sliplm.attacks.stolen import ALL, Stolen
 from sliplm.split.model import Options, split_model
 
+pytestmark = pytest.mark.slow
+
 LAYER = "model.layers.0.mlp.up_proj.weight"
 
 

@@ -7,6 +7,8 @@ import torch
 
 from sliplm.attacks import training
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("has", [True, False])
 def test_bfloat16_is_used_only_where_the_processor_has_it(has: bool, monkeypatch: pytest.MonkeyPatch) -> None:

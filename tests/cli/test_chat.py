@@ -21,6 +21,8 @@ from sliplm.edge.api import create_app
 from sliplm.errors import LinkError
 from sliplm.protocol.messages import Chunk, GenerateRequest
 
+pytestmark = pytest.mark.slow
+
 SLIP = [sys.executable, "-c", "from sliplm.cli import main; main()"]
 
 

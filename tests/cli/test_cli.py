@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from processes import slip
 
+pytestmark = pytest.mark.slow
+
 
 def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
     assert done.returncode != 0, done.stdout
@@ -49,14 +51,14 @@ def test_bad_input_gives_one_sentence(tiny: Path, tiny_split: Path, tmp_path: Pa
     refused(slip("device", "add", "x", "-b", tmp_path), "not a bundle")
 
 
-def test_a_port_in_use(tiny_split: Path) -> None:
+def test_a_port_in_use(bundle: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        refused(slip("trusted", tiny_split / "trusted", "--listen", f"127.0.0.1:{port}"), str(port))
+        refused(slip("trusted", bundle / "trusted", "--listen", f"127.0.0.1:{port}"), str(port))
 
 
 def test_devices_are_added_listed_limited_and_revoked(tiny_split: Path, tmp_path: Path) -> None:
-    bundle = tiny_split / "trusted"
+    bundle = shutil.copytree(tiny_split / "trusted", tmp_path / "trusted")
     identity = tmp_path / "laptop.identity"
     added = json.loads(
         slip("device", "add", "laptop", "-b", bundle, "-o", identity, "--daily-tokens", "500", "--json").stdout

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import torch
-from processes import WAIT, ask, eventually, start_edge, start_trusted
+from processes import WAIT, Process, ask, eventually, start_edge, start_trusted
 
 from sliplm.edge.client import stream
 from sliplm.errors import LinkError
@@ -23,16 +25,42 @@ from sliplm.registry import authority
 from sliplm.split.model import Options, split_model
 from sliplm.split.source import load_whole
 
+pytestmark = pytest.mark.slow
+
+
+class Standing:
+    """A trusted side that serves several tests, each with devices of its own."""
+
+    def __init__(self, bundle: Path) -> None:
+        self.bundle = bundle
+        self.process = Process("trusted", bundle / "trusted", "--listen", "127.0.0.1:0")
+        self.address: str = self.process.ready()["listening"]
+
+    def enrol(self, identity: Path) -> Path:
+        """A new device, named as its file's folder is."""
+        authority.add_device(self.bundle / "trusted" / "authority", identity.parent.name, identity)
+        return identity
+
+
+@pytest.fixture(scope="module")
+def standing(tiny_split: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Standing]:
+    bundle = Path(shutil.copytree(tiny_split, tmp_path_factory.mktemp("standing") / "bundle"))
+    one = Standing(bundle)
+    yield one
+    assert one.process.stop() == 0
+    assert "Traceback" not in one.process.log
+
 
 def test_the_real_model_answers_as_the_original(run: Any, smollm2: str, smollm2_split: Path, tmp_path: Path) -> None:
-    authority.add_device(smollm2_split / "trusted" / "authority", "laptop", tmp_path / "laptop.identity")
-    trusted, address = start_trusted(run, smollm2_split)
-    edge = start_edge(run, smollm2_split, address, tmp_path / "laptop.identity")
+    bundle = Path(shutil.copytree(smollm2_split, tmp_path / "bundle", copy_function=os.link))
+    authority.add_device(bundle / "trusted" / "authority", "laptop", tmp_path / "laptop.identity")
+    trusted, address = start_trusted(run, bundle)
+    edge = start_edge(run, bundle, address, tmp_path / "laptop.identity")
     api = edge.ready()["api"]
     original = load_whole(smollm2)
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(smollm2_split / "trusted")
+    tokenizer = AutoTokenizer.from_pretrained(bundle / "trusted")
     for prompt in ("The capital of France is", "def fibonacci(n):", "Über Gravitation 日本 🙂:"):
         inputs = tokenizer(prompt, return_tensors="pt")
         with torch.no_grad():
@@ -86,23 +114,22 @@ def test_the_first_lines_are_the_programs_own(run: Any, tiny_split: Path, tmp_pa
     assert {json.loads(line)["logger"].partition(".")[0] for line in trusted.lines} == {"sliplm"}
 
 
-def test_an_edge_of_another_split_is_refused(run: Any, tiny: Path, bundle: Path, tmp_path: Path) -> None:
+def test_an_edge_of_another_split_is_refused(run: Any, tiny: Path, standing: Standing, tmp_path: Path) -> None:
     split_model(str(tiny), tmp_path / "other", Options(rank=4))
-    _, address = start_trusted(run, bundle)
-    log = start_edge(run, tmp_path / "other", address, tmp_path / "one.identity").fails()
+    identity = standing.enrol(tmp_path / "one.identity")
+    log = start_edge(run, tmp_path / "other", standing.address, identity).fails()
     assert "split" in log
 
 
-def test_a_device_of_another_authority_is_refused(run: Any, bundle: Path, tmp_path: Path) -> None:
+def test_a_device_of_another_authority_is_refused(run: Any, standing: Standing, tmp_path: Path) -> None:
     authority.add_device(tmp_path / "elsewhere", "one", tmp_path / "stranger.identity")
-    _, address = start_trusted(run, bundle)
-    assert "slip: " in start_edge(run, bundle, address, tmp_path / "stranger.identity").fails()
+    assert "slip: " in start_edge(run, standing.bundle, standing.address, tmp_path / "stranger.identity").fails()
 
 
-def test_a_revoked_device_is_refused(run: Any, bundle: Path, tmp_path: Path) -> None:
-    authority.revoke_device(bundle / "trusted" / "authority", "one")
-    _, address = start_trusted(run, bundle)
-    assert "slip: " in start_edge(run, bundle, address, tmp_path / "one.identity").fails()
+def test_a_revoked_device_is_refused(run: Any, standing: Standing, tmp_path: Path) -> None:
+    identity = standing.enrol(tmp_path / "one.identity")
+    authority.revoke_device(standing.bundle / "trusted" / "authority", tmp_path.name)
+    assert "slip: " in start_edge(run, standing.bundle, standing.address, identity).fails()
 
 
 def test_the_edges_api_port_is_taken(run: Any, bundle: Path, tmp_path: Path) -> None:
@@ -121,9 +148,9 @@ def test_the_edges_api_port_is_taken(run: Any, bundle: Path, tmp_path: Path) -> 
         assert str(port) in edge.fails()
 
 
-def test_an_edge_killed_in_the_middle_of_an_answer(run: Any, bundle: Path, tmp_path: Path) -> None:
-    trusted, address = start_trusted(run, bundle)
-    edge = start_edge(run, bundle, address, tmp_path / "one.identity")
+def test_an_edge_killed_in_the_middle_of_an_answer(run: Any, standing: Standing, tmp_path: Path) -> None:
+    identity = standing.enrol(tmp_path / "one.identity")
+    edge = start_edge(run, standing.bundle, standing.address, identity)
     api = edge.ready()["api"]
     want = ask(api, "Hello", max_tokens=20)
     answer = stream(api, "Hello", {"max_tokens": 100, "temperature": 0}, raw=True)
@@ -131,9 +158,9 @@ def test_an_edge_killed_in_the_middle_of_an_answer(run: Any, bundle: Path, tmp_p
     edge.stop(signal.SIGKILL)
     with pytest.raises(LinkError):
         list(answer)
-    again = start_edge(run, bundle, address, tmp_path / "one.identity").ready()["api"]
+    again = start_edge(run, standing.bundle, standing.address, identity).ready()["api"]
     assert ask(again, "Hello", max_tokens=20) == want
-    assert trusted.process.poll() is None and "Traceback" not in trusted.log
+    assert standing.process.process.poll() is None and "Traceback" not in standing.process.log
 
 
 def test_a_trusted_side_killed_in_the_middle_of_an_answer(run: Any, bundle: Path, tmp_path: Path) -> None:
@@ -153,9 +180,9 @@ def test_a_trusted_side_killed_in_the_middle_of_an_answer(run: Any, bundle: Path
     assert edge.process.poll() is None and "Traceback" not in edge.log
 
 
-def test_a_lying_edge_gives_no_text(run: Any, bundle: Path, tmp_path: Path) -> None:
+def test_a_lying_edge_gives_no_text(standing: Standing, tmp_path: Path) -> None:
     """The edge loads a bundle whose digest is right and whose matrix changes in memory by one bit."""
-    _, address = start_trusted(run, bundle)
+    identity = standing.enrol(tmp_path / "one.identity")
     code = (
         "import sys, numpy as np\n"
         "from sliplm.edge.multiplier import Multiplier\n"
@@ -174,11 +201,11 @@ def test_a_lying_edge_gives_no_text(run: Any, bundle: Path, tmp_path: Path) -> N
             "-c",
             code,
             "edge",
-            bundle / "edge",
+            standing.bundle / "edge",
             "--trusted",
-            address,
+            standing.address,
             "--identity",
-            tmp_path / "one.identity",
+            identity,
             "--api",
             "127.0.0.1:0",
             "--json",
@@ -200,9 +227,9 @@ def test_a_lying_edge_gives_no_text(run: Any, bundle: Path, tmp_path: Path) -> N
         edge.stdout.close()
 
 
-def test_clients_in_parallel_get_their_own_answers(run: Any, bundle: Path, tmp_path: Path) -> None:
-    _, address = start_trusted(run, bundle)
-    api = start_edge(run, bundle, address, tmp_path / "one.identity").ready()["api"]
+def test_clients_in_parallel_get_their_own_answers(run: Any, standing: Standing, tmp_path: Path) -> None:
+    identity = standing.enrol(tmp_path / "one.identity")
+    api = start_edge(run, standing.bundle, standing.address, identity).ready()["api"]
     prompts = [f"Prompt {i}" for i in range(6)]
     alone = [ask(api, p, max_tokens=16) for p in prompts]
     together: dict[str, str] = {}

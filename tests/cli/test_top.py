@@ -119,6 +119,7 @@ def slip_top(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=90)
 
 
+@pytest.mark.slow
 def test_once(edge: str) -> None:
     done = slip_top(edge, "--once", "--json", "--interval", "0.3")
     assert done.returncode == 0, done.stderr
@@ -131,6 +132,7 @@ def test_once(edge: str) -> None:
     assert "1.00 ms" in shown.stdout and "Traceback" not in shown.stderr
 
 
+@pytest.mark.slow
 def test_what_is_no_edge(edge: str) -> None:
     done = slip_top(edge + "/healthz", "--once", "--json", "--interval", "0.1")
     assert done.returncode == 1 and "neither" in json.loads(done.stdout)["endpoints"][0]["error"]

@@ -18,6 +18,8 @@ from sliplm.edge.api import create_app, page
 from sliplm.errors import LinkError, VerificationError
 from sliplm.protocol.messages import Chunk, GenerateRequest
 
+pytestmark = pytest.mark.slow
+
 needs_browser = pytest.mark.skipif(browser.find() is None, reason="Chromium is not installed: apt-get install chromium")
 EVIL = '<img src=x onerror="document.title=1"><script>document.title="2"</script>'
 RICH = f"""# A heading

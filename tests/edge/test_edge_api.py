@@ -7,13 +7,8 @@ from collections.abc import Iterator
 from edge_api import CHAT, HELLO, PLAIN, Backend, error_of, events, local
 
 from sliplm.edge.api import create_app
-from sliplm.protocol.messages import (
-    Chunk,
-    GenerateRequest,
-    Message,
-    RequestError,
-    TokenLogprob,
-)
+from sliplm.errors import RequestError
+from sliplm.protocol.messages import Chunk, GenerateRequest, Message, TokenLogprob
 
 
 def test_models(client):

@@ -16,21 +16,18 @@ from link_fakes import wait_until
 from sliplm.edge.api import create_app, generations
 from sliplm.errors import (
     BundleError,
+    BusyError,
+    HandshakeError,
     IdentityError,
     InternalError,
     LinkError,
     ProtocolError,
+    RequestError,
+    TooLongError,
     VerificationError,
     VersionError,
 )
-from sliplm.protocol.messages import (
-    BusyError,
-    Chunk,
-    GenerateRequest,
-    RequestError,
-    TooLongError,
-)
-from sliplm.protocol.tls import HandshakeError
+from sliplm.protocol.messages import Chunk, GenerateRequest
 
 F = {"type": "function", "function": {"name": "f"}}
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}

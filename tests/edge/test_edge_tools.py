@@ -156,6 +156,7 @@ def test_the_owners_rules_see_tools_and_calls_before_anybody_else(home) -> None:
     assert choice["message"]["tool_calls"][0]["function"] == {"name": "f", "arguments": '{"######": 1}'}
 
 
+@pytest.mark.slow
 def test_the_edge_does_without_the_trusted_sides_libraries() -> None:
     code = "import sliplm.edge.api, sliplm.edge.serve, sys; print('llguidance' in sys.modules)"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)

@@ -16,6 +16,8 @@ import pytest
 from openai_client import HELLO, MODEL, Pair, chat
 from processes import eventually
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def pair(tiny_split: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:

@@ -15,6 +15,8 @@ from tiny import byte_tokenizer, save_tiny
 
 from sliplm.split.model import Options, split_model
 
+pytestmark = pytest.mark.slow
+
 
 class Forecast(pydantic.BaseModel):
     """The weather of a day."""

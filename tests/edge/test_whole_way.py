@@ -14,12 +14,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from sliplm.edge.api import create_app
 from sliplm.edge.worker import EdgeWorker
-from sliplm.protocol.messages import (
-    BusyError,
-    Chunk,
-    GenerateRequest,
-    LimitError,
-)
+from sliplm.errors import BusyError, LimitError
+from sliplm.protocol.messages import Chunk, GenerateRequest
 
 
 @pytest.fixture

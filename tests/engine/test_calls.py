@@ -14,7 +14,8 @@ from tiny import byte_tokenizer
 from sliplm.engine.calls import Calls, find_calls
 from sliplm.engine.template import Chat
 from sliplm.engine.tools import NO_TOOLS, OTHER_CALLS, Syntax, find_syntax, worded
-from sliplm.protocol.messages import Chunk, Message, RequestError, ToolCall
+from sliplm.errors import RequestError
+from sliplm.protocol.messages import Chunk, Message, ToolCall
 
 
 def syntax_of(template: str) -> Syntax:

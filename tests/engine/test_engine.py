@@ -18,9 +18,9 @@ from loading import attached
 from sliplm.engine import builtin as engine_module
 from sliplm.engine.builtin import DEFAULT_CONTEXT, BuiltinEngine, _context, _keeps_positions
 from sliplm.engine.template import Chat
-from sliplm.errors import SlipError, VerificationError
+from sliplm.errors import RequestError, SlipError, TooLongError, VerificationError
 from sliplm.exchange.link import Link
-from sliplm.protocol.messages import MAX_TOKENS, Chunk, GenerateRequest, Message, RequestError, TooLongError
+from sliplm.protocol.messages import MAX_TOKENS, Chunk, GenerateRequest, Message
 
 
 @pytest.fixture(scope="module")

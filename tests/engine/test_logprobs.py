@@ -14,7 +14,8 @@ from loading import attached
 from sliplm.engine.builtin import BuiltinEngine
 from sliplm.engine.decoding import Decoding
 from sliplm.engine.logprobs import NEGLIGIBLE, Logprobs, Scores
-from sliplm.protocol.messages import Chunk, GenerateRequest, RequestError, decode_chunk, decode_request, encode
+from sliplm.errors import RequestError
+from sliplm.protocol.messages import Chunk, GenerateRequest, decode_chunk, decode_request, encode
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ from sliplm.engine.builtin import BuiltinEngine
 from sliplm.engine.once import Once
 from sliplm.engine.template import Chat
 from sliplm.engine.tools import find_syntax
-from sliplm.errors import SlipError
-from sliplm.protocol.messages import GenerateRequest, Message, RequestError, Tool, ToolCall
+from sliplm.errors import RequestError, SlipError
+from sliplm.protocol.messages import GenerateRequest, Message, Tool, ToolCall
 from sliplm.serve.rules import SystemPrompt
 
 OWNER = "  Never talk of Xanadu. "

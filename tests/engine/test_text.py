@@ -19,8 +19,8 @@ from sliplm.engine.builtin import BuiltinEngine
 from sliplm.engine.detokenise import Text, special_tokens
 from sliplm.engine.stops import StopTexts, end_tokens
 from sliplm.engine.template import Chat
-from sliplm.errors import SlipError
-from sliplm.protocol.messages import GenerateRequest, Message, RequestError
+from sliplm.errors import RequestError, SlipError
+from sliplm.protocol.messages import GenerateRequest, Message
 
 CHAT = {"messages": [Message("user", "Hello")]}
 SMILE = ["<0xF0>", "<0x9F>", "<0x98>", "<0x80>"]
@@ -48,6 +48,7 @@ def test_whoever_knows_an_end_token_ends_the_answer(
         assert text.strip() == "Paris" and last.finish_reason == "stop" and last.completion_tokens == 2
 
 
+@pytest.mark.slow
 def test_the_real_models_end_of_turn_counts_beside_a_configuration_that_lacks_it(smollm2: str) -> None:
     path = Path(smollm2)
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)

@@ -24,8 +24,10 @@ from sliplm.engine.decoding import Decoding
 from sliplm.engine.once import Once
 from sliplm.engine.template import Chat
 from sliplm.engine.tools import NO_TOOLS, Syntax, find_syntax
-from sliplm.errors import SlipError
-from sliplm.protocol.messages import Chunk, GenerateRequest, Message, RequestError, Tool, ToolCall
+from sliplm.errors import RequestError, SlipError
+from sliplm.protocol.messages import Chunk, GenerateRequest, Message, Tool, ToolCall
+
+pytestmark = pytest.mark.slow  # schemas are tried in a process of their own
 
 USER = Message("user", "Hi")
 CITY = {"type": "object", "properties": {"city": {"enum": ["Bonn", "Köln"]}, "days": {"type": "integer", "maximum": 9,

@@ -15,7 +15,10 @@ from tiny import byte_tokenizer
 
 from sliplm.engine import trial
 from sliplm.engine.constraint import TOO_COMPLEX, Constraint, Grammars
-from sliplm.protocol.messages import BusyError, GenerateRequest, RequestError
+from sliplm.errors import BusyError, RequestError
+from sliplm.protocol.messages import GenerateRequest
+
+pytestmark = pytest.mark.slow  # schemas are tried in a process of their own
 
 
 @pytest.fixture(scope="module")

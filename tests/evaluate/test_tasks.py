@@ -17,6 +17,8 @@ from sliplm.errors import SlipError, UnsupportedModelError
 from sliplm.evaluate.report import evaluate
 from sliplm.evaluate.tasks import run_tasks
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def lm_eval(monkeypatch: pytest.MonkeyPatch) -> None:

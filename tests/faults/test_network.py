@@ -13,6 +13,8 @@ import pytest
 from bench.soak.processes import Site, eventually, site, text
 from bench.soak.proxy import FAULTS, Fault, Proxy, Slow
 
+pytestmark = pytest.mark.slow
+
 PROMPT, TOKENS = "Hello", 6
 RECOVERY_SECONDS = 5.0
 

@@ -19,6 +19,8 @@ from bench.soak.processes import Site, ask, eventually, site, text
 from sliplm.errors import SlipError
 from sliplm.registry import authority
 
+pytestmark = pytest.mark.slow
+
 PROMPT, TOKENS = "Hello", 6
 
 

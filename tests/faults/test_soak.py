@@ -13,6 +13,8 @@ from bench.soak import fuzz, kills, streams, tamper, watch
 from bench.soak.liar import LIES
 from bench.soak.processes import Command
 
+pytestmark = pytest.mark.slow
+
 
 def test_tampered_answers_are_caught(tiny_split: Path) -> None:
     result = tamper.run(tiny_split, size=3 * len(LIES), fresh=False)

@@ -23,6 +23,8 @@ from sliplm.errors import SlipError
 from sliplm.field import HALF, P
 from sliplm.kernels.cuda import CudaMatrix, TritonMatrix
 
+pytestmark = pytest.mark.slow
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 

@@ -147,6 +147,7 @@ def test_concurrent_products_do_not_disturb_each_other():
     assert not wrong
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork") or not ISAS, reason="no fork, or no native core: install a C++20 compiler")
 def test_products_work_in_a_forked_child():
     code = """
@@ -214,6 +215,7 @@ def test_a_backend_that_is_wrong_is_passed_over(monkeypatch, caplog):
         kernels.self_proof.cache_clear()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["forced", "not built"])
 def test_without_the_native_core(how):
     code = """

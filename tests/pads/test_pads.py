@@ -122,6 +122,7 @@ def test_the_pool_fills_to_its_depth_and_serves_from_it() -> None:
         pool.take(0, 1)
 
 
+@pytest.mark.slow
 def test_a_process_may_end_while_its_pool_fills() -> None:
     code = (
         "import numpy as np; from sliplm import kernels; from sliplm.pads.pool import Pool;"
@@ -133,6 +134,7 @@ def test_a_process_may_end_while_its_pool_fills() -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_child_gets_no_pad() -> None:
     pool = pool_of(matrices((3, 6)), depth=0)

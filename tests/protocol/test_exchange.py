@@ -33,12 +33,11 @@ from link_fakes import (
 )
 
 from sliplm.edge.worker import EdgeWorker
-from sliplm.errors import IdentityError, LinkError, ProtocolError, VerificationError
+from sliplm.errors import Code, IdentityError, LinkError, ProtocolError, TooLongError, VerificationError
 from sliplm.exchange.link import InProcessLink
 from sliplm.protocol import channel
 from sliplm.protocol.channel import Channel
-from sliplm.protocol.frames import HEADER, Code, Kind
-from sliplm.protocol.messages import TooLongError
+from sliplm.protocol.frames import HEADER, Kind
 from sliplm.registry import authority
 
 
@@ -282,6 +281,7 @@ EdgeWorker(make_engine(), sys.argv[1], sys.argv[2]).run()
 """
 
 
+@pytest.mark.slow
 def test_an_edge_killed_in_the_middle_is_noticed_at_once(home, identity):
     here = Path(__file__).parent
     with serving(home, FakeEngine(0.02)) as server:

@@ -12,18 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sliplm.errors import ProtocolError, VersionError
+from sliplm.errors import Code, ProtocolError, RequestError, VersionError
 from sliplm.protocol import frames
-from sliplm.protocol.frames import HEADER, Code, Hello, Kind, Role, Welcome
-from sliplm.protocol.messages import (
-    Chunk,
-    GenerateRequest,
-    Message,
-    RequestError,
-    decode_chunk,
-    decode_request,
-    encode,
-)
+from sliplm.protocol.frames import HEADER, Hello, Kind, Role, Welcome
+from sliplm.protocol.messages import Chunk, GenerateRequest, Message, decode_chunk, decode_request, encode
 
 SPECIFICATION = Path(__file__).parents[2] / "docs" / "protocol.md"
 DIGEST = bytes(range(32))

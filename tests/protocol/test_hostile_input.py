@@ -12,7 +12,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from link_fakes import (
     DIGEST,
-    SHAPES,
     FakeEngine,
     ask,
     break_registry,
@@ -24,13 +23,13 @@ from link_fakes import (
     working,
 )
 
-from sliplm.errors import IdentityError, LinkError
+from sliplm.errors import BusyError, Code, IdentityError, LinkError, RequestError
 from sliplm.protocol import channel, frames, tls
 from sliplm.protocol.channel import connect
-from sliplm.protocol.frames import HEADER, Code, Hello, Kind, Role
-from sliplm.protocol.messages import BusyError, RequestError
-from sliplm.serve.server import TrustedServer
-from sliplm.serve.server import _network as network
+from sliplm.protocol.frames import HEADER, Hello, Kind, Role
+from sliplm.registry import authority
+from sliplm.serve.connections import Connections
+from sliplm.serve.connections import _network as network
 
 
 @pytest.mark.parametrize("data", [b"", b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\xff\xff" + b"\0" * 999, b"\0" * 5000])
@@ -46,7 +45,7 @@ def test_garbage_instead_of_tls_disturbs_nobody(home, identity, data):
 
 
 def test_a_silent_peer_is_dropped(home, identity, monkeypatch):
-    monkeypatch.setattr("sliplm.serve.server.HANDSHAKE_SECONDS", 0.2)
+    monkeypatch.setattr("sliplm.serve.greeting.HANDSHAKE_SECONDS", 0.2)
     with serving(home) as server, socket.create_connection(server.address, 10) as sock:
         assert sock.recv(1) == b""
         context = tls.client_context(identity)
@@ -160,7 +159,7 @@ def test_a_busy_engine_says_so(home, identity):
 def test_strangers_cannot_lock_devices_out(home, identity):
     with serving(home, max_strangers=8, max_connections=8) as server, working(server, identity) as worker:
         flood = [socket.create_connection(server.address, 10) for _ in range(40)]
-        wait_until(lambda: len(server._strangers) == 8)
+        wait_until(lambda: server._connections.strangers == 8)
         assert text(worker)
         assert flood[0].recv(1) == b""  # the oldest made room
         for sock in flood:
@@ -168,16 +167,14 @@ def test_strangers_cannot_lock_devices_out(home, identity):
 
 
 def test_whoever_floods_the_server_evicts_itself(home):
-    with contextlib.closing(TrustedServer(FakeEngine(), DIGEST, SHAPES, home, max_strangers=4)) as server:
-        socks = []
-        for i, host in enumerate(["10.0.0.1", "2001:db8::1", "2001:db8::2", "2001:db8::3"]):
-            socks.append(server._context.wrap_socket(socket.socket(), server_side=True))
-            server._strangers[threading.Thread(name=str(i))] = (socks[-1], network(host))
-        server._evict()
-        assert [t.name for t in server._strangers] == ["0", "2", "3"]
-        server._strangers.clear()
-        for sock in socks:
-            sock.close()
+    context = tls.server_context(*authority.server_files(home))
+    connections = Connections(max_strangers=4, max_connections=4, max_workers=4, max_requests=4)
+    for i, host in enumerate(["10.0.0.1", "2001:db8::1", "2001:db8::2", "2001:db8::3", "10.0.0.2"]):
+        sock = context.wrap_socket(socket.socket(), server_side=True, do_handshake_on_connect=False)
+        connections.admit(threading.Thread(name=str(i)), sock, host)
+    assert [t.name for t in connections.all()] == ["0", "2", "3", "4"]
+    for sock in connections.all().values():
+        sock.close()
     assert network("::ffff:10.0.0.1") == network("10.0.0.1") != network("10.0.0.2")
     assert network("fe80::1%eth0") == network("fe80::2%eth0")
 
@@ -195,7 +192,7 @@ def test_the_server_survives_a_lack_of_threads(home, identity, monkeypatch):
             patch.setattr(threading.Thread, "start", no_more)
             with pytest.raises(LinkError):
                 text(worker)
-        assert text(worker) and not server._strangers
+        assert text(worker) and not server._connections.strangers
 
 
 def test_a_registry_that_cannot_be_read_is_a_passing_failure(home, identity, caplog, monkeypatch):

@@ -26,14 +26,22 @@ from link_fakes import (
 )
 
 from sliplm.edge.worker import EdgeWorker
-from sliplm.errors import BundleError, InternalError, LinkError, NumericsError, SlipError
+from sliplm.errors import (
+    BundleError,
+    InternalError,
+    LinkError,
+    NumericsError,
+    RegistryError,
+    RequestError,
+    RulesError,
+    SlipError,
+)
 from sliplm.protocol import tls
 from sliplm.protocol.channel import connect, parse_address
 from sliplm.protocol.frames import Role
-from sliplm.protocol.messages import RequestError
-from sliplm.registry import RegistryError
-from sliplm.serve.rules import RulesError
 from sliplm.serve.server import TrustedServer
+
+pytestmark = pytest.mark.slow
 
 
 def test_a_request_without_a_worker(home, identity):

@@ -13,10 +13,9 @@ from link_fakes import (
 )
 
 from sliplm.edge.worker import EdgeWorker
-from sliplm.errors import LinkError, ProtocolError
+from sliplm.errors import Code, LinkError, ProtocolError, RequestError
 from sliplm.protocol.channel import Channel
-from sliplm.protocol.frames import HEADER, Code, Kind
-from sliplm.protocol.messages import RequestError
+from sliplm.protocol.frames import HEADER, Kind
 
 
 @pytest.mark.parametrize(

@@ -12,13 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bench.soak import plain
 from sliplm import field, kernels
 from sliplm.edge.multiplier import Multiplier
-from sliplm.errors import ProtocolError, SlipError
-from sliplm.exchange import masking
+from sliplm.errors import Code, ProtocolError, SlipError
+from sliplm.exchange.check import check
+from sliplm.exchange.operator import Operator
 from sliplm.protocol import frames
 from sliplm.protocol.channel import Channel
-from sliplm.protocol.frames import HEADER, Code, Hello, Kind, Role, Welcome
+from sliplm.protocol.frames import HEADER, Hello, Kind, Role, Welcome
 from sliplm.protocol.messages import decode_chunk, decode_request, encode
 
 VECTORS: dict[str, Any] = json.loads(Path(__file__).with_name("vectors.json").read_text("utf-8"))
@@ -39,7 +41,7 @@ class Wire:
 
     def __init__(self, version: int) -> None:
         ours, self._theirs = socket.socketpair()
-        self.channel: Any = Channel(ours, "the other side", 5)  # type: ignore[arg-type] - it need not be TLS
+        self.channel: Any = Channel(plain.Socket(fileno=ours.detach()), "the other side", 5)  # type: ignore[arg-type]
         self.channel.version = version
 
     def sent(self) -> str:
@@ -179,12 +181,13 @@ def test_products(backend: str) -> None:
 
 
 def test_right_answers_pass_the_check_and_wrong_ones_do_not() -> None:
-    u = elements(X["u"])
-    assert field.project(u, np.array(X["q"], np.int8)).tolist() == X["uq"]
-    check = u, elements(X["uq"]), elements(X["masked"])
-    assert masking.verify(*check, elements(X["answer"]))
+    q, u, uq = np.array(X["q"], np.int8), elements(X["u"]), elements(X["uq"])
+    assert field.project(u, q).tolist() == X["uq"]
+    op = Operator(0, q.shape, 1.0, np.ones((1, len(q)), np.float32), None, None, u, uq)
+    masked = elements(X["masked"])
+    assert check(op, masked, elements(X["answer"]))
     for name, wrong in X["wrong"].items():
-        assert not masking.verify(*check, elements(wrong)), name
+        assert not check(op, masked, elements(wrong)), name
 
 
 def test_the_exchange_as_frames(wire: Any) -> None:

@@ -139,7 +139,7 @@ def test_an_expired_device_is_refused_and_its_name_is_free(home, tmp_path, monke
         admit(home, device.fingerprint)
     renewed = authority.add_device(home, "laptop", tmp_path / "2.pem")
     assert authority.revoke_device(home, "laptop").fingerprint == renewed.fingerprint
-    assert not any(d.active for d in authority.list_devices(home))
+    assert "active" not in [d.state for d in authority.list_devices(home)]
 
 
 @pytest.mark.parametrize("name", ["", "a b", "../x", "a" * 65, "é", "a\n", "a/b"])
@@ -192,14 +192,6 @@ def test_a_damaged_registry_admits_nobody(home, tmp_path, content):
         with pytest.raises(IdentityError, match="registry"):
             use()
     assert not is_enrolled(home, device.fingerprint) and not (tmp_path / "y.pem").exists()
-
-
-@pytest.mark.parametrize("text", ["", "{", '{"version": 1}', '{"version": 2, "devices": []}', "\xff" * 9, "[" * 99999])
-def test_a_damaged_registry_of_an_earlier_version_is_not_passed_over(home, tmp_path, text):
-    authority.server_files(home)
-    (home / "devices.json").write_bytes(text.encode("latin-1"))
-    with pytest.raises(IdentityError, match="registry"):
-        authority.add_device(home, "x", tmp_path / "x.pem")
 
 
 def test_a_lost_registry_locks_devices_out(home, tmp_path):

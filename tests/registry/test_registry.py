@@ -20,13 +20,13 @@ import pytest
 import sqlalchemy as sa
 
 from sliplm import registry as registry_package
-from sliplm.errors import IdentityError
-from sliplm.registry import Device, Limits, Registry, RegistryError, authority, database
+from sliplm.errors import IdentityError, RegistryError
+from sliplm.registry import Device, Limits, Registry, database
 from sliplm.registry.devices import now
 from sliplm.registry.usage import Tokens, midnight
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str | Path:
     if request.param == "sqlite":
         return tmp_path / "registry.db"
@@ -148,6 +148,7 @@ def test_many_writers(registry: Registry) -> None:
     assert not failures and registry.usage.totals(one) == (40, 40, 80)
 
 
+@pytest.mark.slow
 def test_two_processes_create_it_at_once(url: str | Path) -> None:
     where = f"sqlite:///{url}" if isinstance(url, Path) else url
     code = "import sys; from sliplm.registry import Registry; print(Registry(sys.argv[1]).devices.version())"
@@ -194,6 +195,7 @@ def test_an_unreachable_server_gets_a_sentence_without_the_password() -> None:
     assert "hunter2" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_postgresql_server_that_is_gone_is_noticed_while_its_answer_is_awaited(postgres: str) -> None:
     with Registry(f"{postgres}/postgres") as registry, registry._db.read() as c:
         parameters = c.connection.dbapi_connection.info.get_parameters()  # type: ignore[union-attr]
@@ -261,25 +263,6 @@ def test_files_are_private_whatever_the_umask(tmp_path: Path) -> None:
             assert {stat.S_IMODE(f.stat().st_mode) for f in tmp_path.iterdir()} == {0o600}
     finally:
         os.umask(old)
-
-
-OLD = """{"version": 1, "devices": [
-  {"name": "a", "fingerprint": "aa", "created": "2026-01-02T03:04:05Z", "expires": "2099-01-01T00:00:00Z",
-   "revoked": null},
-  {"name": "b", "fingerprint": "bb", "created": "2026-01-02T03:04:05Z", "expires": "2099-01-01T00:00:00Z",
-   "revoked": "2026-02-01T00:00:00Z"}]}"""
-
-
-def test_a_json_registry_is_taken_over(url: str | Path, tmp_path: Path) -> None:
-    home = tmp_path / "authority"
-    authority.server_files(home)
-    where = f"sqlite:///{url}" if isinstance(url, Path) else url
-    for _ in range(2):  # the second time as after a crash between the two steps
-        (home / "devices.json").write_text(OLD)
-        with authority.open_registry(home, where) as registry:
-            assert [(d.name, d.state) for d in registry.devices.all()] == [("a", "active"), ("b", "revoked")]
-            assert registry.devices.admit("aa").added.isoformat() == "2026-01-02T03:04:05+00:00"
-    assert not (home / "devices.json").exists() and (home / "devices.json.imported").exists()
 
 
 @pytest.mark.parametrize("value", [-1, 1 << 31])

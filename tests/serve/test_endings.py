@@ -24,12 +24,12 @@ from link_fakes import (
 )
 
 from sliplm.edge.worker import EdgeWorker
-from sliplm.errors import IdentityError, LinkError
+from sliplm.errors import BusyError, IdentityError, LinkError, RequestError
 from sliplm.exchange.link import Link
 from sliplm.protocol import tls
 from sliplm.protocol.channel import connect
 from sliplm.protocol.frames import Kind, Role
-from sliplm.protocol.messages import BusyError, Chunk, GenerateRequest, RequestError
+from sliplm.protocol.messages import Chunk, GenerateRequest
 from sliplm.registry import authority
 from sliplm.serve import meter
 from sliplm.serve.server import TrustedServer
@@ -81,7 +81,7 @@ def ended(generation: object, within: float) -> tuple[BaseException, float]:
 
 @pytest.mark.parametrize("how", ["revoke", "suspend"])
 def test_revocation_cuts_running_and_waiting_requests(home: Path, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sliplm.serve.server.CUT_SECONDS", 20.0)  # so that it is not what does it
+    monkeypatch.setattr("sliplm.serve.connections.CUT_SECONDS", 20.0)  # so that it is not what does it
     engine = FakeEngine(0.01)
     engine.capacity = 1
     identity = enrol(home)

@@ -21,9 +21,9 @@ from link_fakes import (
     working,
 )
 
-from sliplm.errors import InternalError
+from sliplm.errors import InternalError, LimitError
 from sliplm.exchange.link import Link
-from sliplm.protocol.messages import Chunk, GenerateRequest, LimitError, TokenLogprob
+from sliplm.protocol.messages import Chunk, GenerateRequest, TokenLogprob
 from sliplm.registry import Device, Limits, authority
 from sliplm.registry.usage import Used, midnight
 from sliplm.serve import meter

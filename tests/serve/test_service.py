@@ -20,6 +20,8 @@ from sliplm.cli import app
 from sliplm.edge.client import model, stream
 from sliplm.errors import LinkError, SlipError
 
+pytestmark = pytest.mark.slow
+
 LONG = {"max_tokens": 100, "temperature": 0}
 
 

@@ -21,8 +21,7 @@ from link_fakes import (
 )
 
 from sliplm.edge.worker import EdgeWorker
-from sliplm.errors import IdentityError, LinkError
-from sliplm.protocol.messages import BusyError
+from sliplm.errors import BusyError, IdentityError, LinkError
 from sliplm.serve.fair import FairQueue, Ticket
 
 

@@ -21,6 +21,8 @@ from sliplm.edge.multiplier import Multiplier
 from sliplm.split.model import Options, split_model
 from sliplm.split.writer import TensorWriter
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.slow
 def test_the_bench_measures_a_random_model(tmp_path: Path) -> None:

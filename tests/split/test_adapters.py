@@ -18,6 +18,8 @@ from tiny import byte_tokenizer, save_tiny
 from sliplm.errors import UnsupportedModelError
 from sliplm.split.model import Options, split_model
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def adapted(tiny: Path, tmp_path: Path) -> Callable[..., tuple[Path, torch.Tensor]]:

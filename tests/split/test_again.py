@@ -13,10 +13,14 @@ from safetensors.torch import load_file, save_file
 from tiny import save_tiny
 
 from sliplm.attacks.stolen import ALL, Stolen
+from sliplm.bundle import open_trusted, sha256_file
 from sliplm.errors import BundleError
 from sliplm.split.again import siblings
+from sliplm.split.inspect import inspect
 from sliplm.split.model import Options, split_model
 from sliplm.split.origin import said_base
+
+pytestmark = pytest.mark.slow
 
 LAYER = "model.layers.0.mlp.down_proj"
 
@@ -73,12 +77,43 @@ def test_other_weights_are_refused(changed: Path, tiny: Path, tmp_path: Path, pl
     assert not (tmp_path / "out").exists() and len(list(tmp_path.iterdir())) == 2
 
 
-def resign(trusted: Path, format: int, without: str) -> None:
-    """Make the bundle one of this format, without one of its files."""
-    (trusted / without).unlink()
-    manifest = json.loads((trusted / "manifest.json").read_text())
-    del manifest["files"][without]
-    (trusted / "manifest.json").write_text(json.dumps(manifest | {"format": format}))
+def age(out: Path, format: int) -> None:
+    """Make the trusted bundle in `out` one of an earlier format: with Q, one rank for all, and no secrets of the check;
+    before format 3 without fingerprints, too."""
+    trusted, manifest = out / "trusted", json.loads((out / "trusted" / "manifest.json").read_text())
+    shutil.copyfile(out / "edge" / "q.safetensors", trusted / "q.safetensors")
+    config = json.loads((trusted / "config.json").read_text())
+    settings = config["quantization_config"]
+    plan = settings.pop("plan")
+    settings |= {"rank": plan[0]["rank"], "planes": plan[0]["planes"], "groups": [of["members"] for of in plan]}
+    settings["sums"] = [number for number, of in enumerate(plan) if of["kind"] == "sum"]
+    (trusted / "config.json").write_text(json.dumps(config))
+    kept = {name: tensor for name, tensor in tensors(out).items() if ".check_" not in name}
+    save_file(kept, trusted / "model.safetensors", {"format": "pt"})
+    if format < 3:
+        (trusted / "weights.json").unlink()
+    names = [path for path in trusted.iterdir() if path.is_file() and path.name != "manifest.json"]
+    files = {path.name: sha256_file(path) for path in names}
+    (trusted / "manifest.json").write_text(json.dumps(manifest | {"format": format, "files": files}))
+
+
+@pytest.mark.parametrize("format", [2, 3])
+def test_a_bundle_of_an_earlier_format_is_refused_and_lends_its_camouflage(
+    format: int, tiny: Path, tmp_path: Path
+) -> None:
+    first = tmp_path / "first"
+    split_model(str(tiny), first, Options(rank=4, blinding=format > 2))
+    age(first, format)
+    for what in (lambda: open_trusted(first / "trusted"), lambda: inspect(first / "trusted")):
+        with pytest.raises(BundleError, match=rf"format version {format}; .* again with the same camouflage"):
+            what()
+    split_model(str(tiny), tmp_path / "second", Options(rank=4, again=first / "trusted"))
+    ours, theirs = tensors(first), tensors(tmp_path / "second")
+    assert all(torch.equal(ours[n], theirs[n]) for n in ours if ".factor_" in n)
+    (first / "trusted" / "q.safetensors").unlink()
+    with pytest.raises(BundleError, match="cannot read"):
+        split_model(str(tiny), tmp_path / "third", Options(rank=4, again=first / "trusted"))
+    assert not (tmp_path / "third").exists()
 
 
 @pytest.mark.parametrize("old", [True, False])
@@ -87,7 +122,7 @@ def test_a_damaged_first_split_is_refused(tiny: Path, tmp_path: Path, old: bool)
     first = tmp_path / "first"
     split_model(str(tiny), first, Options(rank=4, blinding=not old))
     if old:
-        resign(first / "trusted", format=2, without="weights.json")
+        age(first, 2)
     zeros = {n: 0 * t if "factor" in n else t for n, t in tensors(first).items()}
     save_file(zeros, first / "trusted" / "model.safetensors", {"format": "pt"})
     with pytest.raises(BundleError, match="is damaged: its SHA-256"):
@@ -101,7 +136,7 @@ def test_a_bundle_without_fingerprints_is_told_by_the_length_of_its_edge_part(
     """As before format 3, whose blinding was orthogonal; without any blinding that holds, too."""
     first = tmp_path / "first"
     split_model(str(tiny), first, Options(rank=4, blinding=False))
-    resign(first / "trusted", format=2, without="weights.json")
+    age(first, 2)
     split_model(str(tiny), tmp_path / "same", Options(rank=4, again=first / "trusted"))
     with pytest.raises(BundleError, match="other weights"):
         split_model(str(changed), tmp_path / "out", Options(rank=4, again=first / "trusted"))

@@ -23,6 +23,8 @@ from sliplm.split import check, renaming
 from sliplm.split.model import Options, Summary, split_model
 from sliplm.split.source import fake_mode, open_source
 
+pytestmark = pytest.mark.slow
+
 DOWN = "model.layers.0.mlp.down_proj.weight"
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +25,29 @@ from sliplm.split import source
 from sliplm.split.groups import find_groups
 from sliplm.split.model import Options, split_model
 
+pytestmark = pytest.mark.slow
+
+
+Halved = Callable[[str], tuple[Any, Any, Path]]
+
+
+@pytest.fixture(scope="module")
+def halved(tmp_path_factory: pytest.TempPathFactory) -> Halved:
+    """Of a family: the original, the protected model, and where the files of both are. Made once, and only read."""
+
+    @cache
+    def made(name: str) -> tuple[Any, Any, Path]:
+        where = tmp_path_factory.mktemp("family")
+        return *halves(FAMILIES[name], where), where
+
+    return made
+
 
 @pytest.mark.parametrize("name", FAMILIES)
 @torch.no_grad()
-def test_results_are_the_originals(name: str, tmp_path: Path) -> None:
+def test_results_are_the_originals(name: str, halved: Halved) -> None:
     family = FAMILIES[name]
-    model, protected = halves(family, tmp_path)
+    model, protected, _ = halved(name)
     inputs = inputs_for(model)
     link = Counting(protected.slip.default_link)
     want = model(**inputs).logits
@@ -47,9 +66,9 @@ def test_results_are_the_originals(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["GPT-2 (Conv1D)", "Phi (parallel blocks)", "Mixtral", "ResNet", "BERT", "T5"])
 @torch.no_grad()
-def test_the_edge_part_alone_lacks_what_the_trusted_side_has(name: str, tmp_path: Path) -> None:
-    model, protected = halves(FAMILIES[name], tmp_path)
-    edge = thief.edge_only(tmp_path / "out")
+def test_the_edge_part_alone_lacks_what_the_trusted_side_has(name: str, halved: Halved) -> None:
+    model, protected, where = halved(name)
+    edge = thief.edge_only(where / "out")
     assert type(edge) is type(model)
     names = [n for n, p in edge.named_parameters() if n in dict(model.named_parameters())]
     changed = [n for n in names if not torch.equal(edge.get_parameter(n), model.get_parameter(n))]
@@ -80,10 +99,9 @@ def test_experts_without_tokens_are_not_asked(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["Llama", "T5", "ViT", "Mixtral", "ResNet"])
 @torch.no_grad()
-def test_models_loaded_in_half_precision(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    family = FAMILIES[name]
-    model, _ = halves(family, tmp_path)
-    protected = attached(family.auto.from_pretrained(tmp_path / "out" / "trusted", dtype=dtype))
+def test_models_loaded_in_half_precision(name: str, dtype: torch.dtype, halved: Halved) -> None:
+    model, _, where = halved(name)
+    protected = attached(FAMILIES[name].auto.from_pretrained(where / "out" / "trusted", dtype=dtype))
     inputs = inputs_for(model)
     cast = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
     got = protected(**cast).logits
@@ -126,21 +144,19 @@ def test_small_matrices_stay_on_the_trusted_side(tmp_path: Path) -> None:
     ]
 
 
-def test_another_model_class_is_refused(tmp_path: Path) -> None:
-    halves(FAMILIES["Llama"], tmp_path)
+def test_another_model_class_is_refused(halved: Halved) -> None:
     with pytest.raises(BundleError, match="load it as LlamaForCausalLM"):
-        transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "trusted")
+        transformers.AutoModelForSequenceClassification.from_pretrained(halved("Llama")[2] / "out" / "trusted")
 
 
 @pytest.mark.parametrize("name", ["Llama", "Mixtral", "BERT", "GPT-2 (Conv1D)"])
-def test_without_sliplm_a_bundle_does_not_load(name: str, tmp_path: Path) -> None:
+def test_without_sliplm_a_bundle_does_not_load(name: str, halved: Halved) -> None:
     """Transformers skips quantization methods it does not know, and would make the weights up."""
-    halves(FAMILIES[name], tmp_path)
     code = (
         f"import sys, transformers as t; t.{FAMILIES[name].auto.__name__}.from_pretrained(sys.argv[1]);"
         "assert 'sliplm' not in sys.modules"
     )
-    command = [sys.executable, "-c", code, str(tmp_path / "out" / "trusted")]
+    command = [sys.executable, "-c", code, str(halved(name)[2] / "out" / "trusted")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert "this is a bundle of sliplm: `import sliplm.trusted` before you load it" in done.stderr
@@ -212,6 +228,9 @@ def test_a_long_prompt(tmp_path: Path) -> None:
     split_model(str(directory), tmp_path / "out", Options(4))
     auto = transformers.AutoModelForCausalLM
     ids = torch.randint(0, 256, (1, 1500), generator=torch.Generator().manual_seed(0))
-    models = [auto.from_pretrained(where, dtype=torch.float32) for where in (directory, tmp_path / "out" / "trusted")]
+    models = [
+        auto.from_pretrained(directory, dtype=torch.float32),
+        attached(auto.from_pretrained(tmp_path / "out" / "trusted")),
+    ]
     want, got = (m(ids).logits for m in models)
     assert relative_error(want, got) < 1e-3

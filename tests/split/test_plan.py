@@ -139,6 +139,7 @@ def test_inspect_of_one_half(tiny_split: Path, tmp_path: Path) -> None:
     assert inspect(tmp_path) == edge
 
 
+@pytest.mark.slow
 def test_the_command(tiny_split: Path, mixed_split: Path, tmp_path: Path) -> None:
     def slip(*arguments: Any) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

@@ -21,7 +21,8 @@ from sliplm.errors import BundleError, SlipError, UnsupportedModelError
 from sliplm.evaluate import thief
 from sliplm.split import camouflage, factors, planes, source
 from sliplm.split.groups import find_groups
-from sliplm.split.model import Options, row_norm, split_model
+from sliplm.split.matrices import row_norm
+from sliplm.split.model import Options, split_model
 
 
 def decaying(rows: int, columns: int) -> torch.Tensor:
@@ -249,6 +250,7 @@ def test_an_existing_output_is_never_touched(tiny: Path, tmp_path: Path) -> None
     assert [p.name for p in tmp_path.iterdir()] == ["precious"]
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_nothing(tiny: Path, tmp_path: Path) -> None:
     """A file-size limit makes every write beyond 64 KB fail, as a full disk does."""
     code = (

@@ -18,6 +18,8 @@ from sliplm.errors import BundleError, UnsupportedModelError
 from sliplm.split import tokenizer as tokenizer_module
 from sliplm.split.model import Options, split_model
 
+pytestmark = pytest.mark.slow
+
 SLIP = [sys.executable, "-c", "from sliplm.cli import main; main()"]
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 17\n"
 

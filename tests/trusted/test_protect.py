@@ -196,6 +196,7 @@ def test_inputs_at_the_edge_of_what_numbers_can_do(columns: int) -> None:
             module(torch.full((1, columns), bad))
 
 
+@pytest.mark.slow
 def test_importing_the_package_or_an_edge_is_light() -> None:
     code = (
         "import sys, sliplm; assert not {'torch', 'numpy', 'transformers'} & set(sys.modules);"
@@ -209,6 +210,7 @@ def test_importing_the_package_or_an_edge_is_light() -> None:
         _ = sliplm.nonsense
 
 
+@pytest.mark.slow
 def test_both_sides_from_python(tiny: Path, tmp_path: Path) -> None:
     summary = sliplm.split_model(str(tiny), tmp_path / "out")
     authority.add_device(tmp_path / "out" / "trusted" / "authority", "laptop", tmp_path / "identity", 1)

@@ -13,11 +13,11 @@ import transformers
 from loading import attached
 
 from sliplm.engine.builtin import BuiltinEngine
-from sliplm.errors import BundleError, LinkError, NumericsError, VerificationError
+from sliplm.errors import BundleError, LinkError, NumericsError, RequestError, VerificationError
 from sliplm.exchange.link import Link
 from sliplm.field import P
 from sliplm.pads.pool import Pool
-from sliplm.protocol.messages import Chunk, GenerateRequest, Message, RequestError
+from sliplm.protocol.messages import Chunk, GenerateRequest, Message
 from sliplm.split.model import Options, split_model
 
 

@@ -8,17 +8,7 @@ from typing import Any
 import msgspec
 from starlette.responses import Response
 
-from sliplm.errors import (
-    BundleError,
-    IdentityError,
-    InternalError,
-    LinkError,
-    ProtocolError,
-    VerificationError,
-    VersionError,
-    locate,
-)
-from sliplm.protocol.messages import BusyError, RequestError, TooLongError
+from sliplm.errors import SlipError, locate
 
 _log = logging.getLogger(__name__)
 
@@ -45,40 +35,20 @@ class ApiError(Exception):
         return Response(msgspec.json.encode(self.body), self.status, self.headers, "application/json")
 
 
-def busy(message: str, seconds: float = RETRY_SECONDS) -> ApiError:
-    """The same request may work in a while."""
-    return ApiError(429, message, "rate_limit_exceeded", headers={"retry-after": str(max(1, round(seconds)))})
-
-
-def final(status: int, message: str, code: str) -> ApiError:
-    """The same request fails again, so that clients that try again on their own must not: OpenAI's do it at every 5xx
-    unless this header, which is theirs, says no."""
-    return ApiError(status, message, code, headers={"x-should-retry": "false"})
-
-
 def translate(error: Exception) -> ApiError:
-    """What the client gets to see of `error`; 503 is for what passes. The log gets no more of an unexpected one than
-    its place."""
-    match error:
-        case ApiError():
-            return error
-        case TooLongError():
-            return ApiError(400, str(error), "context_length_exceeded")
-        case RequestError():
-            return ApiError(400, str(error), "invalid_request")
-        case BusyError():
-            return busy(str(error), error.retry_after or RETRY_SECONDS)
-        case IdentityError() | BundleError() | VersionError():
-            # Not 409, which OpenAI's clients try again: somebody has to enrol, copy or update something first.
-            return final(403, str(error), "refused")
-        case VerificationError():
-            return final(502, str(error), "verification_failed")
-        case ProtocolError():
-            return final(502, str(error), "protocol_error")
-        case LinkError():
-            return ApiError(503, str(error), "trusted_unavailable")
-        case InternalError():
-            return final(500, str(error), "internal_error")
-        case _:
-            _log.error("a request failed: %s", locate(error))
-            return final(500, "the edge failed to handle this request", "internal_error")
+    """What the client gets to see of `error`. The log gets no more of an unexpected one than its place."""
+    if isinstance(error, ApiError):
+        return error
+    known = error if isinstance(error, SlipError) else SlipError()
+    message = str(known)
+    if not known.public:
+        _log.error("a request failed: %s", locate(error))
+        message = "the edge failed to handle this request"
+    headers = {}
+    if known.status == 429:
+        headers["retry-after"] = str(max(1, round(known.retry_after or RETRY_SECONDS)))
+    elif not known.retry and known.status != 400:  # nobody repeats what is wrong
+        # OpenAI's clients try again at every 5xx unless this header, which is theirs, says no. A refusal is not 409,
+        # at which they do, too: somebody has to enrol, copy or update something first.
+        headers["x-should-retry"] = "false"
+    return ApiError(known.status, message, known.reason, headers=headers)

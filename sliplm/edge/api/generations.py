@@ -12,9 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 import anyio
 import anyio.to_thread
 
-from sliplm.edge.api.errors import busy
 from sliplm.edge.api.metrics import Metrics
-from sliplm.errors import LinkError
+from sliplm.errors import BusyError, LinkError
 from sliplm.protocol.messages import Chunk, GenerateRequest
 
 MAX_GENERATIONS = 6
@@ -41,9 +40,9 @@ class Room:
         self.threads = anyio.CapacityLimiter(MAX_THREADS)
 
     def check(self) -> None:
-        """Raises ApiError (429) if too many wait already."""
+        """Raises BusyError if too many wait already."""
         if self.slots.statistics().tasks_waiting >= MAX_WAITING:
-            raise busy(f"{MAX_WAITING} generations are waiting already: try again later.")
+            raise BusyError(f"{MAX_WAITING} generations are waiting already: try again later.")
 
 
 class Choices:

@@ -1,0 +1,115 @@
+"""The extension's functions and classes (`module.cpp`). Arrays are C-contiguous and on the CPU, and are not converted.
+
+(T, N) and the like are shapes; where an array is named `out`, `masked` or `inv_c` it is written to. `isa` holds a
+function to one instruction set, one of `isas()`; "" is the best. Whatever does not fit raises TypeError or ValueError.
+"""
+
+from collections.abc import Sequence
+from typing import TypeAlias, TypeVar
+
+import numpy as np
+
+_T = TypeVar("_T", bound=np.generic)
+Vector: TypeAlias = np.ndarray[tuple[int], np.dtype[_T]]
+Matrix: TypeAlias = np.ndarray[tuple[int, int], np.dtype[_T]]
+Cube: TypeAlias = np.ndarray[tuple[int, int, int], np.dtype[_T]]
+
+Blinding: TypeAlias = tuple[Matrix[np.int32], Cube[np.float32], Vector[np.float32]]
+"""Permutations (4, N), turns (4, 2, N / 2), diagonal (N,)."""
+
+def isas() -> list[str]:
+    """The instruction sets that this machine can run, best first."""
+
+def threads() -> int:
+    """The cores that this process may run on."""
+
+class PackedMatrix:
+    """An integer matrix (M, K), repacked in memory of its own."""
+
+    def __init__(self, q: Matrix[np.int8], isa: str = "") -> None: ...
+    def product(self, x: Matrix[np.uint32], out: Matrix[np.uint32], threads: int = 0) -> None:
+        """out (T, M) = q x_t mod p for x (T, K), any 32-bit values. `threads` = 0 uses every core."""
+    @property
+    def nbytes(self) -> int: ...
+
+def is_canonical(x: Vector[np.uint32]) -> bool:
+    """Whether every element of `x` (N,) is below p."""
+
+def project(u: Matrix[np.uint32], q: Matrix[np.int8], out: Matrix[np.uint32], isa: str = "") -> None:
+    """out (C, K) = u (C, M) q (M, K) mod p."""
+
+def encode(
+    x: Matrix[np.float32],
+    r: Matrix[np.uint32],
+    length: float,
+    blinding: Blinding | None,
+    masked: Matrix[np.uint32],
+    inv_c: Vector[np.float64],
+    isa: str = "",
+) -> bool:
+    """masked (T, K) = round(c v) + r mod p and inv_c (T,) = 1 / c, v being x (T, K) blinded and c |v| = `length`.
+
+    False, and no meaningful result, if x is not finite.
+    """
+
+def verify(
+    u: Matrix[np.uint32],
+    uq: Matrix[np.uint32],
+    masked: Matrix[np.uint32],
+    answer: Matrix[np.uint32],
+    isa: str = "",
+) -> bool:
+    """Whether `answer` (T, M) is canonical and u (C, M) answer_t = uq (C, K) masked_t mod p for every t."""
+
+def decode(
+    answer: Matrix[np.uint32],
+    image: Matrix[np.uint32],
+    scales: Matrix[np.float32],
+    inv_c: Vector[np.float64],
+    blinding: Blinding | None,
+    out: Matrix[np.float32],
+    isa: str = "",
+) -> None:
+    """Add (answer - image) (T, planes * N), scaled by `scales` (planes, N) and inv_c (T,), unblinded, to out (T, N)."""
+
+class LowRank32:
+    """A group's A (B x) + b for one token. Refers to the arrays that it is given.
+
+    bt (K, W): the members' B, transposed, side by side, then zeros up to a multiple of 16; at: each member's A,
+    transposed; bias: each member's, or None.
+    """
+
+    def __init__(
+        self, bt: Matrix[np.float32], at: Sequence[Matrix[np.float32]], bias: Sequence[Vector[np.float32] | None]
+    ) -> None: ...
+    def apply(self, x: Vector[np.float32], out: Vector[np.float32], isa: str = "") -> None:
+        """The members' outputs one after the other, in `out`, for x (K,)."""
+
+class LowRank16:
+    """`LowRank32` with `bt` and `at` as the bits of bfloat16."""
+
+    def __init__(
+        self, bt: Matrix[np.uint16], at: Sequence[Matrix[np.uint16]], bias: Sequence[Vector[np.float32] | None]
+    ) -> None: ...
+    def apply(self, x: Vector[np.float32], out: Vector[np.float32], isa: str = "") -> None: ...
+
+def rms_norm(
+    x: Matrix[np.float32], weight: Vector[np.float32], eps: float, out: Matrix[np.float32], isa: str = ""
+) -> None:
+    """out (T, N) = x (T, N) / rms(x) * weight (N,)."""
+
+def rotate(heads: Matrix[np.float32], cos: Vector[np.float32], sin: Vector[np.float32], isa: str = "") -> None:
+    """Rotary embedding of heads (H, D) by cos and sin (D,), in place."""
+
+def attend(
+    queries: Matrix[np.float32],
+    keys: Cube[np.float32],
+    values: Cube[np.float32],
+    scale: float,
+    out: Matrix[np.float32],
+    isa: str = "",
+) -> None:
+    """out (H, D) = softmax(scale q K^T) V for queries (H, D), keys and values (G, S, D), H / G heads to each of G."""
+
+def wait_readable(fd: int, microseconds: float) -> bool:
+    """Whether the socket has something to read, or an end, or an error, within that time. Does not sleep."""

@@ -1,0 +1,128 @@
+// A decoder layer's own operations for one token (sliplm/trusted/decoder.py).
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <cstring>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "arrays.h"
+#include "core.h"
+#include "isas.h"
+#include "pool.h"
+
+namespace slip {
+namespace {
+
+void shrink(const Isa& isa, const float* x, size_t n, const float* bt, size_t width, float* low) {
+    isa.shrink32(x, n, bt, width, low);
+}
+void shrink(const Isa& isa, const float* x, size_t n, const uint16_t* bt, size_t width, float* low) {
+    isa.shrink16(x, n, bt, width, low);
+}
+void expand(const Isa& isa, const float* low, size_t rank, const float* at, size_t n, float* out) {
+    isa.expand32(low, rank, at, n, out);
+}
+void expand(const Isa& isa, const float* low, size_t rank, const uint16_t* at, size_t n, float* out) {
+    isa.expand16(low, rank, at, n, out);
+}
+
+// The trusted part of a group, A (B x) + b for one token: bt (K, width), its columns the members' B one after the
+// other and then zeros up to a multiple of 16; each member's At (rank, rows), in float32 or as the bits of bfloat16;
+// biases. It refers to the arrays that it is given.
+template <class W>
+class LowRank {
+public:
+    LowRank(Matrix<const W> bt, std::vector<Matrix<const W>> at, std::vector<std::optional<Vector<const float>>> bias)
+        : bt_(std::move(bt)), at_(std::move(at)), bias_(std::move(bias)) {
+        require(at_.size() == bias_.size(), "as many biases as members are needed");
+        size_t ranks = 0;
+        for (size_t i = 0; i < at_.size(); i++) {
+            require(!bias_[i] || bias_[i]->shape(0) == at_[i].shape(1), "a bias has the wrong size");
+            ranks += at_[i].shape(0);
+            rows_ += at_[i].shape(1);
+        }
+        require(ranks <= bt_.shape(1) && bt_.shape(1) % 16 == 0, "the ranks do not fit the width");
+    }
+
+    void apply(Vector<const float> x, Vector<float> out, const std::string& isa) const {
+        require(x.shape(0) == bt_.shape(0) && out.shape(0) == rows_, "shapes do not match");
+        const Isa& use = named(isa);
+        nb::gil_scoped_release release;
+        std::vector<float> low(bt_.shape(1));
+        shrink(use, x.data(), x.shape(0), bt_.data(), bt_.shape(1), low.data());
+        float* y = out.data();
+        const float* l = low.data();
+        for (size_t i = 0; i < at_.size(); i++) {
+            const size_t rank = at_[i].shape(0), rows = at_[i].shape(1);
+            if (bias_[i])
+                std::memcpy(y, bias_[i]->data(), rows * sizeof *y);
+            else
+                std::memset(y, 0, rows * sizeof *y);
+            expand(use, l, rank, at_[i].data(), rows, y);
+            y += rows;
+            l += rank;
+        }
+    }
+
+    static void bind(nb::module_& m, const char* name) {
+        nb::class_<LowRank>(m, name)
+            .def(nb::init<Matrix<const W>, std::vector<Matrix<const W>>,
+                          std::vector<std::optional<Vector<const float>>>>(),
+                 "bt"_a, "at"_a, "bias"_a)
+            .def("apply", &LowRank::apply, "x"_a.noconvert(), "out"_a.noconvert(), "isa"_a = "");
+    }
+
+private:
+    Matrix<const W> bt_;
+    std::vector<Matrix<const W>> at_;
+    std::vector<std::optional<Vector<const float>>> bias_;
+    size_t rows_ = 0;
+};
+
+void rms_norm(Matrix<const float> x, Vector<const float> weight, double eps, Matrix<float> out,
+              const std::string& isa) {
+    const size_t n = x.shape(1);
+    require(weight.shape(0) == n && out.shape(0) == x.shape(0) && out.shape(1) == n, "shapes do not match");
+    for (size_t t = 0; t < x.shape(0); t++)
+        named(isa).rms_norm(x.data() + t * n, weight.data(), n, eps, out.data() + t * n);
+}
+
+void rotate(Matrix<float> heads, Vector<const float> cos, Vector<const float> sin, const std::string& isa) {
+    const size_t size = heads.shape(1);
+    require(cos.shape(0) == size && sin.shape(0) == size && size % 2 == 0, "shapes do not match");
+    named(isa).rotate(heads.data(), heads.shape(0), size, cos.data(), sin.data());
+}
+
+// queries (H, D) against keys and values (G, S, D), H / G query heads to each of the G: out (H, D).
+void attend(Matrix<const float> queries, Cube<const float> keys, Cube<const float> values, float scale,
+            Matrix<float> out, const std::string& isa) {
+    const size_t heads = queries.shape(0), size = queries.shape(1), groups = keys.shape(0), count = keys.shape(1);
+    require(groups && heads % groups == 0 && count && keys.shape(2) == size && values.shape(0) == groups &&
+                values.shape(1) == count && values.shape(2) == size && out.shape(0) == heads && out.shape(1) == size,
+            "shapes do not match");
+    const Isa& use = named(isa);
+    nb::gil_scoped_release release;
+    parallel(heads, threads_for(heads * count * size, 1 << 19), [&](size_t h) {
+        const size_t from = h / (heads / groups) * count * size;
+        std::unique_ptr<float[]> scores(new float[count]);
+        use.attend(queries.data() + h * size, keys.data() + from, values.data() + from, count, size, scale,
+                   scores.get(), out.data() + h * size);
+    });
+}
+
+}  // namespace
+
+void bind_decoder(nb::module_& m) {
+    LowRank<float>::bind(m, "LowRank32");
+    LowRank<uint16_t>::bind(m, "LowRank16");
+    m.def("rms_norm", &rms_norm, "x"_a.noconvert(), "weight"_a.noconvert(), "eps"_a, "out"_a.noconvert(), "isa"_a = "");
+    m.def("rotate", &rotate, "heads"_a.noconvert(), "cos"_a.noconvert(), "sin"_a.noconvert(), "isa"_a = "");
+    m.def("attend", &attend, "queries"_a.noconvert(), "keys"_a.noconvert(), "values"_a.noconvert(), "scale"_a,
+          "out"_a.noconvert(), "isa"_a = "");
+}
+
+}  // namespace slip

@@ -1,0 +1,44 @@
+// The loops that need no intrinsics, and the table of them. Included once per instruction set, after `Ops`, so that the
+// compiler vectorises them for it. Everything is in an anonymous namespace and free of standard templates: code compiled
+// for one instruction set must never be linked into another's callers.
+//
+// Ops provides: kDigits, kShift, kRowTile, kTokenTile, and
+//   template <int R, int T> tile(w, stride, d, token_bytes, quads, acc, token_stride, digit_stride)
+#pragma once
+#include "core.h"
+#include "loops_decoder.h"
+#include "loops_exchange.h"
+#include "loops_product.h"
+
+namespace slip {
+namespace {
+
+// By name: a function under another's name does not compile, nor does a table that lacks one.
+constexpr Isa make(const char* name, bool (*supported)()) {
+    return {
+        .name = name,
+        .supported = *supported,
+        .digits = Ops::kDigits,
+
+        .split = split,
+        .multiply = multiply,
+        .combine = combine,
+
+        .canonical = canonical,
+        .dot = dot,
+        .project = project,
+        .encode = encode,
+        .decode = decode,
+
+        .shrink32 = shrink<float>,
+        .shrink16 = shrink<uint16_t>,
+        .expand32 = expand<float>,
+        .expand16 = expand<uint16_t>,
+        .rms_norm = rms_norm,
+        .rotate = rotate,
+        .attend = attend,
+    };
+}
+
+}  // namespace
+}  // namespace slip

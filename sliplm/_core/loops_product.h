@@ -1,0 +1,62 @@
+// Products with packed weights: digits, the walk over tiles, recombination modulo p.
+#pragma once
+#include "core.h"
+
+namespace slip {
+namespace {
+
+constexpr size_t kD = Ops::kDigits;
+
+inline void split(const uint32_t* x, size_t n, uint8_t* out) {
+    constexpr uint32_t mask = (1u << Ops::kShift) - 1;
+    const size_t whole = n / kQuad;
+    for (size_t q = 0; q < whole; q++)
+        for (size_t j = 0; j < kD; j++)
+            for (size_t k = 0; k < kQuad; k++)
+                out[(q * kD + j) * kQuad + k] = uint8_t(x[q * kQuad + k] >> (Ops::kShift * j) & mask);
+    for (size_t k = 0; n % kQuad && k < kQuad; k++) {
+        const uint32_t value = whole * kQuad + k < n ? x[whole * kQuad + k] : 0;
+        for (size_t j = 0; j < kD; j++) out[(whole * kD + j) * kQuad + k] = uint8_t(value >> (Ops::kShift * j) & mask);
+    }
+}
+
+template <int R, int T>
+inline void tile(const int8_t* w, size_t blocks, const uint8_t* d, size_t token_bytes, size_t quads, int32_t* acc) {
+    Ops::template tile<R, T>(w, blocks * kRows * kQuad, d, token_bytes, quads, acc, kD * blocks * kRows,
+                             blocks * kRows);
+}
+
+template <int T>
+inline void rows(const int8_t* w, size_t blocks, const uint8_t* d, size_t token_bytes, size_t quads, int32_t* acc) {
+    constexpr int R = Ops::kRowTile(T);
+    size_t b = 0;
+    for (; b + R <= blocks; b += R) tile<R, T>(w + b * kRows * kQuad, blocks, d, token_bytes, quads, acc + b * kRows);
+    for (; b < blocks; b++) tile<1, T>(w + b * kRows * kQuad, blocks, d, token_bytes, quads, acc + b * kRows);
+}
+
+void multiply(const int8_t* w, size_t blocks, const uint8_t* d, size_t token_bytes, size_t tokens, size_t quads,
+              int32_t* acc) {
+    constexpr size_t T = Ops::kTokenTile;
+    const size_t step = kD * blocks * kRows;
+    size_t t = 0;
+    if constexpr (T > 1) {
+        for (; t + T <= tokens && tokens - t != T + 1; t += T)  // two pairs rather than T and a straggler
+            rows<T>(w, blocks, d + t * token_bytes, token_bytes, quads, acc + t * step);
+        for (; t + 2 <= tokens; t += 2) rows<2>(w, blocks, d + t * token_bytes, token_bytes, quads, acc + t * step);
+    }
+    for (; t < tokens; t++) rows<1>(w, blocks, d + t * token_bytes, token_bytes, quads, acc + t * step);
+}
+
+void combine(const int32_t* acc, size_t stride, size_t rows, uint32_t* out) {
+    for (size_t i = 0; i < rows; i++) {
+        int64_t sum = int64_t(P) << 30;  // a multiple of p that makes the sum, above -2^60, positive
+        for (size_t j = 0; j < kD; j++) sum += int64_t(acc[j * stride + i]) * (int64_t(1) << (Ops::kShift * j));
+        uint64_t z = uint64_t(sum);
+        z = (z & P) + (z >> 31);
+        z = (z & P) + (z >> 31);
+        out[i] = uint32_t(z >= P ? z - P : z);
+    }
+}
+
+}  // namespace
+}  // namespace slip
