@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -64,6 +65,32 @@ def smollm2_split(smollm2: str, once: Any) -> Path:
     return once("smollm2", lambda out: split_model(smollm2, out))
 
 
+QUICK = "not slow"
+"""What `make quick` asks for with -m."""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """In `make quick`, a test that starts a process fails."""
+    global _quick
+    _quick = item.config.option.markexpr == QUICK
+    try:
+        return (yield)
+    finally:
+        _quick = False
+
+
+_quick = False
+
+
+def _refuse_processes(event: str, _: object) -> None:
+    if _quick and event in ("subprocess.Popen", "os.posix_spawn", "os.fork"):
+        raise RuntimeError("a test that starts a process is marked slow")
+
+
+sys.addaudithook(_refuse_processes)
+
+
 def _skipped(reporter: Any) -> Counter[str]:
     """Reasons, which say what to install, and how many tests were skipped for each."""
     return Counter(report.longrepr[2].removeprefix("Skipped: ") for report in reporter.stats.get("skipped", ()))
@@ -87,7 +114,7 @@ def pytest_testnodedown(node: Any) -> None:
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     left = config.stash.get(LEFT_OUT, None)
-    if left and config.option.markexpr == "not slow":
+    if left and config.option.markexpr == QUICK:
         terminalreporter.section("left out")
         terminalreporter.line(", ".join(f"{count} of {folder}" for folder, count in sorted(left.items())))
         terminalreporter.line(f"{left.total()} tests: processes, the real model, whatever takes seconds (`make test`)")

@@ -14,6 +14,8 @@ from processes import Process, ask, start_edge, start_trusted
 from sliplm.cli import app
 from sliplm.extras import EXTRAS, advice
 
+pytestmark = pytest.mark.slow
+
 NOWHERE = "127.0.0.1:1"
 LIGHT = {  # a line that fails, but not for want of a package
     "edge": ["nothing", "--trusted", NOWHERE, "--identity", "nothing"],

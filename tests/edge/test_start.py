@@ -50,6 +50,7 @@ def test_a_bundle_that_could_not_be_checked_is_not_taken_for_a_good_one(
         Multiplier.from_bundle(bundle.EdgeBundle.opening(tiny_split / "edge"))
 
 
+@pytest.mark.slow
 def test_an_edge_with_a_damaged_bundle_never_connects(run: Any, damaged: Path, identity: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         edge = start_edge(run, damaged, "{}:{}".format(*listener.getsockname()), identity)

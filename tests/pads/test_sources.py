@@ -76,6 +76,7 @@ def test_the_trusted_bundle_has_no_q_and_fresh_secrets_of_the_check(tiny_split: 
     assert edge[-200:] not in held and b"check" not in edge
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("pads", "said"),
     [
