@@ -20,7 +20,7 @@ from zoo import EXPERTS, FAMILIES, RANK, Family, bfloat16_error, halves, inputs_
 
 import sliplm
 from sliplm.errors import BundleError, UnsupportedModelError
-from sliplm.evaluate import thief
+from sliplm.evaluate.report import edge_only
 from sliplm.split import source
 from sliplm.split.groups import find_groups
 from sliplm.split.model import Options, split_model
@@ -68,7 +68,7 @@ def test_results_are_the_originals(name: str, halved: Halved) -> None:
 @torch.no_grad()
 def test_the_edge_part_alone_lacks_what_the_trusted_side_has(name: str, halved: Halved) -> None:
     model, protected, where = halved(name)
-    edge = thief.edge_only(where / "out")
+    edge = edge_only(where / "out")
     assert type(edge) is type(model)
     names = [n for n, p in edge.named_parameters() if n in dict(model.named_parameters())]
     changed = [n for n in names if not torch.equal(edge.get_parameter(n), model.get_parameter(n))]

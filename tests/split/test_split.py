@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tiny import save_tiny
 
 from sliplm.errors import BundleError, SlipError, UnsupportedModelError
-from sliplm.evaluate import thief
+from sliplm.evaluate.report import edge_only
 from sliplm.split import camouflage, factors, planes, source
 from sliplm.split.groups import find_groups
 from sliplm.split.matrices import row_norm
@@ -122,7 +122,7 @@ def test_a_module_with_other_weights_is_refused_by_name() -> None:
 
 def test_split_parts_add_up_to_the_original(tiny: Path, tiny_split: Path) -> None:
     original = load_file(tiny / "model.safetensors")
-    edge = dict(thief.edge_only(tiny_split).named_parameters())
+    edge = dict(edge_only(tiny_split).named_parameters())
     with safe_open(tiny_split / "trusted" / "model.safetensors", "pt") as kept:
         for name, weight in original.items():
             if name.endswith("_proj.weight") or name.startswith("lm_head"):
