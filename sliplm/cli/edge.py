@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from sliplm.cli.common import Format, Json, LogFormat, emit, set_up_logging
+from sliplm.errors import SlipError
 
 
 def edge(
@@ -59,10 +60,14 @@ def edge(
             failure.append(error)
         stop.set()
 
+    def api_failed() -> None:
+        failure.append(SlipError("the API stopped; the log says why."))
+        stop.set()
+
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     thread = threading.Thread(target=work, name="worker", daemon=True)
-    server = ApiServer(worker, *address, key, names, origins) if address else None
+    server = ApiServer(worker, *address, key, names, origins, api_failed) if address else None
     try:
         thread.start()
         while not stop.is_set() and not worker.connected.wait(0.1):

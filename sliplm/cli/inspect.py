@@ -25,6 +25,7 @@ def inspect(
 
 
 def _show(found: dict[str, Any]) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
     from sliplm.split.inspect import summarise, summarise_kept
@@ -44,7 +45,7 @@ def _show(found: dict[str, Any]) -> None:
         shape = " x ".join(map(str, row["shape"])) if row["shape"] else "?"
         plan = [str(row[key] or "?") for key in ("kind", "rank", "planes", "place")]
         sizes = [f"{row[side] / 1e6:.1f}" if row[side] else "?" for side in ("edge", "trusted")]
-        table.add_row(str(row["count"]), row["members"], *plan, shape, *sizes)
+        table.add_row(str(row["count"]), escape(row["members"]), *plan, shape, *sizes)
     out().print(table)
     for name, count, size in summarise_kept(found.get("kept", {})):
         out().print(f"on the trusted side, whole: {name} ({count}), {size / 1e6:.1f} MB", markup=False)

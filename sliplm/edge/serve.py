@@ -6,7 +6,7 @@ import ipaddress
 import logging
 import socket
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from sliplm.edge.worker import EdgeWorker
@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 class ApiServer:
     """The API of `worker` on `host`:`port` (0: any free port, see `address`), from now until `close`, for clients
     that send `api_key` if there is one; `names`: others by which they reach it, `origins`: of web pages that may ask,
-    see `guard`.
+    see `guard`; `failed` is called if it cannot go on.
 
     Raises LinkError if the address cannot be used.
     """
@@ -38,6 +38,7 @@ class ApiServer:
         api_key: str | None = None,
         names: Sequence[str] = (),
         origins: Sequence[str] = (),
+        failed: Callable[[], None] = lambda: None,
     ) -> None:
         try:
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -49,7 +50,7 @@ class ApiServer:
             _log.warning("the API has no key, and other machines can reach it: see --api-key")
         self._worker, self._options = worker, (host, api_key, worker.counters, names, origins)
         self._server: uvicorn.Server | None = None
-        self._closing = False
+        self._closing, self._failed = False, failed
         self._thread = threading.Thread(target=self._run, name="api", daemon=True)
         self._thread.start()
 
@@ -61,6 +62,8 @@ class ApiServer:
                 self._server.run(sockets=[self._socket])
         except BaseException:
             _log.exception("the API stopped")
+            self._socket.close()  # its clients would wait for ever
+            self._failed()
 
     def _make(self) -> uvicorn.Server:
         import uvicorn

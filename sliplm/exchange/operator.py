@@ -10,8 +10,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from sliplm.errors import BundleError
 from sliplm.exchange.check import CHECKS
 from sliplm.exchange.masking import amplitude
+from sliplm.field import is_canonical
 from sliplm.split.blinding import SIDES, Blinding, stored
 
 ROWS, BYTES = 512, 32 << 20
@@ -45,6 +47,9 @@ class Operator:
     def __repr__(self) -> str:
         return f"Operator({self.number}, shape={self.shape})"
 
+    def __reduce__(self) -> str:
+        raise TypeError("an operator holds secrets and cannot be copied")
+
     @cached_property
     def length(self) -> float:
         """Of encoded inputs, see `masking.amplitude`."""
@@ -75,9 +80,12 @@ class Operator:
 
     @classmethod
     def load(cls, number: int, tensors: dict[str, torch.Tensor]) -> Operator:
-        """From tensors by the names of `layout`, which are not copied."""
+        """From tensors by the names of `layout`, which are not copied. Raises BundleError if they cannot be."""
         inner, outer = stored(tensors.__getitem__) if "in_perm" in tensors else (None, None)
         u, uq = (tensors[name].numpy().view(np.uint32) for name in ("check_u", "check_uq"))
+        # With a row of zeros, of which a loader that fails may leave behind, a check would accept anything.
+        if not (is_canonical(u) and is_canonical(uq) and u.any(axis=1).all()):
+            raise BundleError("the secrets of the check are damaged: nothing would be verified with them.")
         shape = u.shape[1], uq.shape[1]
         return cls(number, shape, float(tensors["row_norm"]), tensors["scales"].numpy(), inner, outer, u, uq)
 

@@ -150,7 +150,7 @@ class Pool:
                 parts.append((mask, image))
                 missing -= len(mask)
             self._levels[group] -= tokens - missing
-            if self._levels[group] <= self._depth - self._batch:  # wake the filler for whole batches only
+            if self._levels[group] <= max(0, self._depth - self._batch):  # wake the filler for whole batches only
                 self._state.notify_all()
         if missing:
             parts.append(self._make(group, missing))

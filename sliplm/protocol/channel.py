@@ -126,6 +126,7 @@ class Channel:
     def receive(self, spin: bool = False) -> Header:
         """The next frame's header, valid and within the limits. Its payload must be read next. With `spin`, wait
         without sleeping at first, see `await_input`."""
+        deadline = time.monotonic() + self.timeout
         if self._end == self._start:
             try:
                 session = self._sock._sslobj  # type: ignore[attr-defined]
@@ -135,7 +136,7 @@ class Channel:
             except (OSError, ValueError, AttributeError) as error:
                 self._fail(error)
         if self._end - self._start < HEADER.size:
-            self._fetch_header()
+            self._fetch_header(deadline)
         start = self._start
         self._start = start + HEADER.size
         return frames.parse_header(self._in[start : self._start], self.version)
@@ -143,7 +144,7 @@ class Channel:
     def comes(self, header: tuple[int, ...]) -> bool:
         """Whether the next frame has exactly this header; it is then done with. Otherwise, `receive` it."""
         if self._end - self._start < HEADER.size:
-            self._fetch_header()
+            self._fetch_header(time.monotonic() + self.timeout)
         if HEADER.unpack_from(self._in, self._start) != header:
             return False
         self._start += HEADER.size
@@ -159,11 +160,10 @@ class Channel:
         except (OSError, ValueError, AttributeError) as error:
             self._fail(error)
 
-    def _fetch_header(self) -> None:
+    def _fetch_header(self, deadline: float) -> None:
         left = self._end - self._start
         self._in[:left] = self._in[self._start : self._end]
         self._start, self._end = 0, left
-        deadline = time.monotonic() + self.timeout
         while self._end < HEADER.size:
             self._end += self._receive_some(self._in[self._end :])
             if self._end < HEADER.size and time.monotonic() > deadline:

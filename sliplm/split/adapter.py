@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from sliplm.errors import UnsupportedModelError
 from sliplm.split.camouflage import trusted_rank
 from sliplm.split.files import ADAPTER_CONFIG, adapter_config, refuse_pointer
 from sliplm.split.layers import Member
+from sliplm.split.plan import GroupPlan
 from sliplm.split.source import Source
 from sliplm.split.tensors import token_table
 
@@ -164,18 +165,20 @@ class Adapted(Source):
             setattr(model.get_submodule(parent), leaf, nn.Parameter(self.read(name), requires_grad=False))
         return model
 
-    def exceeding(self, groups: Iterable[Iterable[Member]], rank: int, camouflage: bool) -> list[str]:
-        """A sentence if the trusted side, split at `rank` with a base, cannot take all that the adapter adds."""
-        found = []
-        for m in (m for group in groups for m in group if m.weight in self._lora.low):
-            room = trusted_rank(rank, m.rows, m.columns, camouflage)
-            if self._lora.low[m.weight]["A"].shape[0] > room:
-                found.append(m.weight)
+    def exceeding(self, groups: Sequence[Iterable[Member]], plan: Sequence[GroupPlan], camouflage: bool) -> list[str]:
+        """A sentence if the trusted side, split by `plan` with a base, cannot take all that the adapter adds."""
+        found, ranks = [], set()
+        for group, of in zip(groups, plan, strict=True):
+            for m in (m for m in group if m.weight in self._lora.low):
+                if self._lora.low[m.weight]["A"].shape[0] > trusted_rank(of.rank, m.rows, m.columns, camouflage):
+                    found.append(m.weight)
+                    ranks.add(of.rank)
         if not found:
             return []
+        split_at = ", ".join(map(str, sorted(ranks)))
         return [
-            f"the adapter has rank {self._lora.rank}, and at --rank {rank} the trusted side takes less: the edge gets "
-            f"a part of what it adds to {len(found)} matrices; split with a higher --rank to keep all of it."
+            f"the adapter has rank {self._lora.rank}, and at --rank {split_at} the trusted side takes less: the edge "
+            f"gets a part of what it adds to {len(found)} matrices; split with a higher --rank to keep all of it."
         ]
 
     def _changed(self, name: str) -> bool:

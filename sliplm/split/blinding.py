@@ -22,6 +22,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from sliplm.errors import BundleError
+
 MAX_BLOCK = 512
 ROUNDS = 4
 SPREAD = 1.25  # the diagonal's entries are log-uniform between 1/SPREAD and SPREAD
@@ -68,8 +70,14 @@ class Blinding:
 
     @classmethod
     def read(cls, tensor: Callable[[str], torch.Tensor]) -> "Blinding":
-        """From tensors by the names of `layout`."""
-        return cls(*(tensor(name).numpy() for name in cls.layout(0)))
+        """From tensors by the names of `layout`. Raises BundleError if they make no blinding: the native core reads and
+        writes where the permutations say."""
+        found = cls(*(tensor(name).numpy() for name in cls.layout(0)))
+        if not (np.sort(found.perm, axis=1) == np.arange(len(found))).all():
+            raise BundleError("a blinding's permutations are damaged.")
+        if not (np.isfinite(found.angle).all() and np.isfinite(found.diagonal).all() and (found.diagonal > 0).all()):
+            raise BundleError("a blinding's angles or its diagonal are damaged.")
+        return found
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """By the names of `layout`."""

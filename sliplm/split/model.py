@@ -119,6 +119,12 @@ def split_model(
             "%s does not continue text: `slip trusted` will not serve it, Python will (docs/models.md)",
             type(skeleton).__name__,
         )
+    plan = make_plan(groups, options)
+    if adjust is not None:
+        plan, found = adjust(plan), [(of.members, of.kind) for of in plan]
+        check_plan(plan)
+        if [(of.members, of.kind) for of in plan] != found:
+            raise BundleError("the plan has other groups than the model.")
     plain, stored = resolve(skeleton, groups, tied, source)
     # That all names are there does not say that each is what Transformers loads under it.
     if source.renamed(skeleton) or set(stored.values()) - source.names():
@@ -130,7 +136,7 @@ def split_model(
     if lora is not None:
         source = adapted = Adapted(source, lora, skeleton, tied)
         if options.base is not None:
-            for sentence in adapted.exceeding(groups, options.rank, options.camouflage):
+            for sentence in adapted.exceeding(groups, plan, options.camouflage):
                 logger.warning(sentence)
     elif options.base is None and (said := said_base(Path(source.origin[0]))):
         logger.warning("%s", advice(said))
@@ -139,10 +145,6 @@ def split_model(
     if options.base is not None:
         weights = {stored[m.weight] for group in groups for m in group}
         source = FineTuned(source, options.base, weights, set(stored.values()) - weights)
-    plan = make_plan(groups, options) if adjust is None else adjust(make_plan(groups, options))
-    check_plan(plan)
-    if [group.members for group in plan] != [tuple(m.name for m in group) for group in groups]:
-        raise BundleError("the plan has other groups than the model.")
     first = None
     if options.again is not None:
         first = FirstSplit(options.again, plan, options.camouflage, options.base is not None)

@@ -88,6 +88,8 @@ def read_plan(settings: Any) -> list[GroupPlan]:
 
 def check_plan(plan: Sequence[GroupPlan]) -> None:
     """Raises BundleError if a rank or a number of planes cannot be, or a matrix is in two groups."""
+    if not plan:
+        raise BundleError("the plan has no groups: nothing would be protected.")
     names = [name for group in plan for name in group.members]
     if len(set(names)) < len(names) or not all(group.members for group in plan):
         raise BundleError("the plan names a matrix twice, or a group without any.")

@@ -68,7 +68,8 @@ def protect(
                 tensors[name] = tensor
     install(model, groups, tensors)
     bind(model, groups, digest.digest()).attach(SelfSource(matrices))
-    return model
+    protected: Module = model
+    return protected
 
 
 class _ModuleSource:

@@ -12,13 +12,15 @@ from time import perf_counter_ns
 import numpy as np
 
 from sliplm.edge.multiplier import Multiplier
-from sliplm.errors import LinkError
+from sliplm.errors import BundleError, LinkError
+from sliplm.exchange.check import check
 from sliplm.exchange.link import InProcessLink, Link
 from sliplm.exchange.measured import Measured
 from sliplm.exchange.operator import Operator
 from sliplm.exchange.step import Pads, Rows, exchange
 from sliplm.pads.pool import Pool
-from sliplm.pads.sources import SelfSource
+from sliplm.pads.prg import Stream
+from sliplm.pads.sources import SelfSource, Source
 
 
 @dataclass(slots=True)
@@ -41,7 +43,7 @@ class Runtime:
         digest: names the split (32 bytes); an edge must hold the same.
 
     Attributes:
-        pool: the one-time pads; there are none until its `source` is set, by `attach` or otherwise.
+        pool: the one-time pads; there are none until `make_pads` or `attach` says who makes them.
         default_link: where exchanges go without `using`: nowhere, until `attach` sets it. A server sets none, so that
             an exchange that has lost its context fails.
     """
@@ -63,8 +65,17 @@ class Runtime:
         """Make pads from the edge bundle DIR/edge and let this process be the edge, too: for notebooks, tests and
         `slip evaluate`. Raises BundleError if it is damaged or of another split."""
         source = edge if isinstance(edge, SelfSource) else SelfSource.open(edge, self.digest)
-        self.pool.source = source
+        self.make_pads(source)
         self.default_link = InProcessLink(Multiplier(source.matrices, self.digest))
+
+    def make_pads(self, source: Source) -> None:
+        """Take pads from `source` from now on. Its images go into every result and no exchange checks them, so the
+        first one of each group has to be right. Raises BundleError."""
+        for op in self.operators:
+            r = Stream().elements(1, op.shape[1])
+            if not check(op, r, source.image(op.number, r, 0)):
+                raise BundleError(f"group {op.number} of the edge bundle is not what the trusted one was split with.")
+        self.pool.source = source
 
     @contextmanager
     def using(self, link: Link) -> Iterator[None]:

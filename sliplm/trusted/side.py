@@ -54,7 +54,7 @@ class Trusted:
         host, port = parse_address(listen)
         engine = self.engine = BuiltinEngine(bundle, stock, allow_logprobs, name)
         self.model: Any = engine.model
-        self.model.slip.pool.source = find_source(pads, bundle, engine.digest)
+        self.model.slip.make_pads(find_source(pads, bundle, engine.digest))
         self.tokenizer: Any = engine.tokenizer
         if isinstance(rules, SystemPrompt):
             engine.rehearse(rules.text)

@@ -57,7 +57,7 @@ class SlipQuantizer(HfQuantizer):  # type: ignore[misc]
     """Replaces the protected layers before the weights load, and binds them to a runtime after.
 
     The loaded model carries the runtime as `model.slip`. It has no pads and no edge: `model.slip.attach(DIR/edge)`
-    makes this process both, `model.slip.pool.source` and `model.slip.using(link)` are for servers.
+    makes this process both, `model.slip.make_pads` and `model.slip.using(link)` are for servers.
     """
 
     quantization_config: SlipConfig

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from loading import pool_of
 
 from sliplm import kernels
-from sliplm.errors import LinkError, VerificationError
+from sliplm.errors import BundleError, LinkError, VerificationError
 from sliplm.exchange import check
 from sliplm.exchange.link import InProcessLink, Link
 from sliplm.exchange.measured import Measured
@@ -50,6 +51,7 @@ class Layer:
         weight = torch.randn(ROWS, COLUMNS, generator=generator)
         inner, outer = Blinding.random(COLUMNS), Blinding.random(ROWS)
         q, scales = quantise(blind(weight, inner, outer), planes)
+        self.q = q.numpy()
         self.weight = unblind(dequantise(q, scales), inner, outer).double().numpy()
         self.op = Operator(0, (len(q), COLUMNS), row_norm(q), scales.numpy(), inner, outer, *check.secrets(q.numpy()))
         self.matrices = [kernels.prepare(q.numpy())]
@@ -159,7 +161,7 @@ def test_no_exchange_is_larger_than_a_frame(columns: int, rows: int) -> None:
 def test_a_lost_context_is_an_error_and_no_local_computation() -> None:
     """A server gives its model pads and no default link: what has lost its request's link must fail."""
     runs = Runs()
-    runs.runtime.pool.source = SelfSource(runs.layer.matrices)
+    runs.runtime.make_pads(SelfSource(runs.layer.matrices))
     with pytest.raises(LinkError, match="no edge is connected"):
         runs.product(1)
     link: Link = Edge(runs.layer.matrices)
@@ -176,3 +178,48 @@ def test_without_pads_nothing_is_sent() -> None:
     with runs.runtime.using(link), pytest.raises(LinkError, match="nobody makes one-time pads"):
         runs.product(1)
     assert not link.seen and not runs.asked
+
+
+def test_whoever_makes_pads_gets_every_group_right_first() -> None:
+    """Images go into results, and no exchange checks them."""
+    runs = Runs()
+    wrong = np.array(runs.layer.q)
+    wrong[3, 4] += 1 if wrong[3, 4] < 127 else -1
+    with pytest.raises(BundleError, match="is not what the trusted one was split with"):
+        runs.runtime.make_pads(SelfSource([kernels.prepare(wrong)]))
+    assert runs.runtime.pool.source is None
+    runs.runtime.make_pads(SelfSource(runs.layer.matrices))
+
+
+def damaged(name: str, change: Any) -> dict[str, Any]:
+    tensors = Layer().op.tensors()
+    values = tensors[name].numpy().copy()
+    change(values)
+    return tensors | {name: torch.from_numpy(values)}
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("check_u", lambda u: u.fill(0)),
+        ("check_u", lambda u: u[1].fill(0)),
+        ("check_u", lambda u: u.__setitem__((0, 0), -1)),
+        ("check_uq", lambda uq: uq.__setitem__((1, 2), -5)),
+        ("in_perm", lambda perm: perm.__setitem__((2, 0), 1 << 20)),
+        ("in_perm", lambda perm: perm.__setitem__((0, 0), perm[0, 1])),
+        ("out_perm", lambda perm: perm.__setitem__((3, 5), -1)),
+        ("in_diagonal", lambda diagonal: diagonal.__setitem__(0, 0)),
+        ("out_diagonal", lambda diagonal: diagonal.__setitem__(7, np.nan)),
+        ("out_angle", lambda angle: angle.__setitem__((0, 0), np.inf)),
+    ],
+)
+def test_damaged_secrets_are_refused(name: str, change: Any) -> None:
+    """A check with zeros accepts anything, and the native core goes where a permutation says."""
+    Operator.load(0, Layer().op.tensors())
+    with pytest.raises(BundleError, match="damaged"):
+        Operator.load(0, damaged(name, change))
+
+
+def test_an_operator_is_not_copied() -> None:
+    with pytest.raises(TypeError, match="secrets"):
+        copy.deepcopy(Layer().op)

@@ -8,6 +8,8 @@ import pickle
 import subprocess
 import sys
 import threading
+import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -149,3 +151,25 @@ def test_a_forked_child_gets_no_pad() -> None:
                 refused += 1
         os._exit(0 if refused == 2 else 1)
     assert os.waitpid(child, 0)[1] == 0
+
+
+def test_a_small_stock_is_filled_again() -> None:
+    """Smaller than a batch, too."""
+    pool = pool_of(matrices((3, 6)), depth=5)
+    pool.start()
+    for _ in range(3):
+        assert pool.wait(5, 10)
+        for _ in range(5):
+            pool.take(0, 1)
+        assert wait_for(lambda: pool.level == 5)
+    pool.close()
+
+
+def wait_for(true: Any) -> bool:
+    """Whether it comes true, which nobody asks the pool for."""
+    end = time.monotonic() + 20
+    while time.monotonic() < end:
+        if true():
+            return True
+        time.sleep(0.01)
+    return False

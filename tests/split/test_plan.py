@@ -102,6 +102,8 @@ def test_a_second_split_follows_the_firsts_plan(mixed_split: Path, tiny: Path, t
     ("adjust", "said"),
     [
         (lambda plan: plan[1:], "other groups"),
+        (lambda plan: [], "no groups"),
+        (lambda plan: [msgspec.structs.replace(plan[0], kind="sum"), *plan[1:]], "other groups"),
         (lambda plan: [msgspec.structs.replace(plan[0], rank=0), *plan[1:]], "rank 0"),
         (lambda plan: [msgspec.structs.replace(plan[0], planes=4), *plan[1:]], "4 planes"),
     ],
