@@ -60,10 +60,11 @@ class Proxy:
                     near.close()
                     continue
                 far.settimeout(None)
+                for sock in (near, far):
+                    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 fault = self.make_fault() if self.make_fault else None
-                self._socks += [near, far]
+                self._socks += [near, far]  # from now on, `cut` may close them at any time
                 for a, b in ((near, far), (far, near)):
-                    a.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                     threading.Thread(target=self._forward, args=(a, b, fault), daemon=True).start()
 
     @staticmethod
