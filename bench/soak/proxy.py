@@ -63,7 +63,7 @@ class Proxy:
                 for sock in (near, far):
                     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 fault = self.make_fault() if self.make_fault else None
-                self._socks += [near, far]  # from here on `cut` may close them: an error would end this loop for good
+                self._socks += [near, far]  # from now on, `cut` may close them at any time
                 for a, b in ((near, far), (far, near)):
                     threading.Thread(target=self._forward, args=(a, b, fault), daemon=True).start()
 

@@ -325,6 +325,9 @@ def connect(
     except ssl.SSLError as error:
         sock.close()
         raise tls.explain(error, peer) from None
+    except TimeoutError:
+        sock.close()
+        raise LinkError(f"{peer} at {where} did not answer within {CONNECT_SECONDS:g} s") from None
     except OSError:
         sock.close()
         raise LinkError(f"{peer} at {where} broke off the handshake") from None
