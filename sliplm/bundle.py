@@ -15,7 +15,6 @@ import hashlib
 import json
 import mmap
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +46,7 @@ class TrustedManifest(msgspec.Struct, forbid_unknown_fields=True):
     files: dict[str, str]
 
 
-def sha256_file(path: Path, advance: Callable[[int], None] | None = None) -> str:
+def sha256_file(path: Path) -> str:
     digest = hashlib.sha256()
     # One block for all, so that no allocator keeps more; a large one, because between two the thread waits for its turn
     # while others import.
@@ -55,8 +54,6 @@ def sha256_file(path: Path, advance: Callable[[int], None] | None = None) -> str
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(block):
             digest.update(block[:count])
-            if advance:
-                advance(count)
     return digest.hexdigest()
 
 

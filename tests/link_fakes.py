@@ -28,7 +28,7 @@ from sliplm.protocol.channel import Channel, connect
 from sliplm.protocol.frames import Kind, Role, Welcome
 from sliplm.protocol.messages import Chunk, GenerateRequest
 from sliplm.protocol.remote import RemoteLink
-from sliplm.registry import authority
+from sliplm.registry import Device, authority
 from sliplm.serve.server import TrustedServer
 
 DIGEST = bytes(range(32))
@@ -154,6 +154,17 @@ def wait_until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, "did not happen in time"
         time.sleep(0.01)
+
+
+def list_devices(home: Path) -> list[Device]:
+    """All that this authority ever enrolled, oldest first."""
+    with authority.open_registry(home) as registry:
+        return registry.devices.all()
+
+
+def revoke_device(home: Path, name: str) -> Device:
+    with authority.open_registry(home) as registry:
+        return registry.devices.revoke(name)
 
 
 def enrol(directory: Path, name: str = "laptop") -> Path:

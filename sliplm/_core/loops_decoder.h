@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "core.h"
+#include "loops_sums.h"
 
 namespace slip {
 namespace {
@@ -59,14 +60,7 @@ void expand(const float* low, size_t rank, const W* at, size_t n, float* out) {
 }
 
 void rms_norm(const float* x, const float* weight, size_t n, double eps, float* out) {
-    double part[8] = {};
-    const size_t even = n & ~size_t(7);
-    for (size_t i = 0; i < even; i += 8)
-        for (int k = 0; k < 8; k++) part[k] += double(x[i + k]) * x[i + k];
-    for (size_t i = even; i < n; i++) part[0] += double(x[i]) * x[i];
-    double square = 0;
-    for (double s : part) square += s;
-    const float scale = float(1 / std::sqrt(square / n + eps));
+    const float scale = float(1 / std::sqrt(squared_length(x, n) / n + eps));
     for (size_t i = 0; i < n; i++) out[i] = weight[i] * (x[i] * scale);
 }
 

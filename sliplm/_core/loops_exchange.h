@@ -4,6 +4,7 @@
 
 #include "core.h"
 #include "loops_blinding.h"
+#include "loops_sums.h"
 
 namespace slip {
 namespace {
@@ -51,13 +52,7 @@ bool encode(const float* x, const uint32_t* r, size_t n, double length, const Bl
         forward_round(v, blinding.perm + 2 * n, blinding.turns + 2 * step, n, w);
         forward_round(w, blinding.perm + 3 * n, blinding.turns + 3 * step, n, v);
     }
-    double part[8] = {};  // several sums, or the loop waits for one addition after the other
-    const size_t even = n & ~size_t(7);
-    for (size_t i = 0; i < even; i += 8)
-        for (int k = 0; k < 8; k++) part[k] += double(v[i + k]) * v[i + k];
-    for (size_t i = even; i < n; i++) part[0] += double(v[i]) * v[i];
-    double square = 0;
-    for (double s : part) square += s;
+    const double square = squared_length(v, n);
     const double c = square > 0 ? length / std::sqrt(square) : 1;
     *inv_c = 1 / (c * size);
     for (size_t i = 0; i < n; i++) {

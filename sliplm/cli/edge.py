@@ -38,18 +38,16 @@ def edge(
 
     opening = EdgeBundle.opening(bundle)  # its digest is computed while the rest is imported
     from sliplm import kernels
-    from sliplm.edge.multiplier import Multiplier
     from sliplm.edge.options import read_key, read_name, read_origin
     from sliplm.edge.serve import ApiServer
-    from sliplm.edge.worker import EdgeWorker
+    from sliplm.edge.side import Edge
     from sliplm.protocol.channel import parse_address
 
     address = parse_address(api) if api else None
     key = read_key(api_key) if api_key else None
     names = [read_name(text) for text in api_name or ()]
     origins = [read_origin(text) for text in api_origin or ()]
-    engine = Multiplier.from_bundle(opening)
-    worker = EdgeWorker(engine, trusted, identity)
+    worker = Edge(opening, trusted, identity)
     stop = threading.Event()
     failure: list[BaseException] = []
 

@@ -13,7 +13,7 @@ class Edge(EdgeWorker):
     """An edge bundle and a connection to its trusted side: `run` serves until `stop`, `generate` asks for text.
 
     Args:
-        bundle: DIR/edge.
+        bundle: DIR/edge; or the bundle itself, whose digest may still be under way (`EdgeBundle.opening`).
         trusted: HOST:PORT of the trusted side, or the pair.
         identity: the file that `slip device add` wrote.
 
@@ -21,5 +21,6 @@ class Edge(EdgeWorker):
         BundleError, IdentityError, LinkError: one of them is no good.
     """
 
-    def __init__(self, bundle: Path | str, trusted: str | tuple[str, int], identity: Path | str) -> None:
-        super().__init__(Multiplier.from_bundle(EdgeBundle.opening(bundle)), trusted, identity)
+    def __init__(self, bundle: Path | str | EdgeBundle, trusted: str | tuple[str, int], identity: Path | str) -> None:
+        opening = bundle if isinstance(bundle, EdgeBundle) else EdgeBundle.opening(bundle)
+        super().__init__(Multiplier.from_bundle(opening), trusted, identity)

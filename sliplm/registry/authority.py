@@ -94,19 +94,6 @@ def add_device(
             raise
 
 
-def list_devices(directory: Path | str) -> list[Device]:
-    """Every certificate ever handed out, oldest first, in the registry beside the authority."""
-    with open_registry(directory) as registry:
-        return registry.devices.all()
-
-
-def revoke_device(directory: Path | str, name: str) -> Device:
-    """Revoke the device `name` in the registry beside the authority; a running server cuts it off within a second.
-    Raises IdentityError if there is none."""
-    with open_registry(directory) as registry:
-        return registry.devices.revoke(name)
-
-
 def fingerprint(der: bytes) -> str:
     """SHA-256 of a certificate in DER form, in hex."""
     digest = hashes.Hash(hashes.SHA256())

@@ -125,6 +125,9 @@ def split_model(
         check_plan(plan)
         if [(of.members, of.kind) for of in plan] != found:
             raise BundleError("the plan has other groups than the model.")
+        for m, of in ((m, of) for group, of in zip(groups, plan, strict=True) for m in group):
+            if min(m.rows, m.columns) <= of.rank:
+                raise BundleError(f"the plan keeps rank {of.rank} of {m.name}: nothing would be left for the edge.")
     plain, stored = resolve(skeleton, groups, tied, source)
     # That all names are there does not say that each is what Transformers loads under it.
     if source.renamed(skeleton) or set(stored.values()) - source.names():

@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from link_fakes import revoke_device
 from processes import WAIT, Process, ask, eventually, start_edge, start_trusted
 
 from sliplm.edge.client import stream
@@ -128,7 +129,7 @@ def test_a_device_of_another_authority_is_refused(run: Any, standing: Standing, 
 
 def test_a_revoked_device_is_refused(run: Any, standing: Standing, tmp_path: Path) -> None:
     identity = standing.enrol(tmp_path / "one.identity")
-    authority.revoke_device(standing.bundle / "trusted" / "authority", tmp_path.name)
+    revoke_device(standing.bundle / "trusted" / "authority", tmp_path.name)
     assert "slip: " in start_edge(run, standing.bundle, standing.address, identity).fails()
 
 

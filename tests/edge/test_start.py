@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import socket
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -75,3 +76,15 @@ def test_an_api_that_is_closed_before_it_has_begun_ends(identity: Path) -> None:
     assert not server._thread.is_alive()
     with pytest.raises(OSError), socket.create_connection(server.address, 5):
         pass
+
+
+def test_an_api_that_cannot_be_made_is_no_open_port(identity: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever connects to it would wait for ever, beside an edge that says it is there."""
+    failed = threading.Event()
+    monkeypatch.setattr(ApiServer, "_make", lambda _: 1 / 0)
+    worker = EdgeWorker(make_engine(), ("127.0.0.1", 1), identity)
+    server = ApiServer(worker, "127.0.0.1", 0, failed=failed.set)
+    assert failed.wait(30)
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(server.address, 5).close()
+    server.close()

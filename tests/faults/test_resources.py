@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from link_fakes import list_devices
 
 from bench.soak.processes import Site, ask, eventually, site, text
 from sliplm.errors import SlipError
@@ -59,7 +60,7 @@ def test_no_device_is_half_enrolled_on_a_full_disk(here: Site) -> None:
     assert command.wait(60) == 1
     sentence(command.log)
     assert not out.exists()
-    assert [d.name for d in authority.list_devices(here.bundle / "trusted" / "authority")] == []
+    assert [d.name for d in list_devices(here.bundle / "trusted" / "authority")] == []
     assert here.enrol("laptop").exists()
 
 

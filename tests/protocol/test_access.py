@@ -15,6 +15,7 @@ from link_fakes import (
     issue,
     make_engine,
     refused,
+    revoke_device,
     running,
     scripted,
     serving,
@@ -175,7 +176,7 @@ def test_older_tls_is_refused(home, identity):
 
 
 def test_a_revoked_edge_is_refused_and_its_worker_stops(home, identity):
-    authority.revoke_device(home, "laptop")
+    revoke_device(home, "laptop")
     with serving(home) as server:
         refused(server, identity, IdentityError, "was revoked")
         with pytest.raises(IdentityError, match="was revoked"):
@@ -187,7 +188,7 @@ def test_revoking_cuts_a_connected_edge_off(home, identity):
         worker = EdgeWorker(make_engine(), server.address, identity)
         with running(worker.run, worker.stop) as raised:
             assert worker.connected.wait(10)
-            authority.revoke_device(home, "laptop")
+            revoke_device(home, "laptop")
             wait_until(lambda: bool(raised))
     assert isinstance(raised[0], IdentityError)
 

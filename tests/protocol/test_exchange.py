@@ -299,3 +299,18 @@ def test_an_edge_killed_in_the_middle_is_noticed_at_once(home, identity):
             process.kill()
             process.wait(10)
         wait_until(lambda: not server.links())
+
+
+def test_a_header_that_trickles_in_is_given_up(home, identity):
+    """Its time begins with the wait for it, not with its first byte."""
+    with Pair(home, identity, timeout=0.5) as pair:
+        header = HEADER.pack(Kind.PING, VERSION, 0, 0, 1, 0)
+
+        def trickle():
+            for piece in (header[:1], header[1:2], header[2:]):
+                time.sleep(0.4)
+                with contextlib.suppress(OSError):
+                    pair.trusted._sock.sendall(piece)
+
+        with running(trickle, lambda: None), pytest.raises(LinkError, match="did not answer"):
+            pair.edge.receive()

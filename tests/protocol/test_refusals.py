@@ -9,13 +9,12 @@ from pathlib import Path
 
 import httpx
 import pytest
-from link_fakes import enrol, make_engine, serving, working
+from link_fakes import enrol, make_engine, revoke_device, serving, working
 
 from sliplm.edge.serve import ApiServer
 from sliplm.edge.worker import EdgeWorker
 from sliplm.protocol import frames
 from sliplm.protocol.frames import Hello
-from sliplm.registry import authority
 
 
 @contextlib.contextmanager
@@ -58,7 +57,7 @@ def test_an_edge_that_is_not_served(home, identity, tmp_path, monkeypatch, what,
         identity = tmp_path / "mixed.identity"
         identity.write_text(mixed)
     elif what == "revoked":
-        authority.revoke_device(home, "laptop")
+        revoke_device(home, "laptop")
     elif what == "of an older version":
         pack = frames.pack_hello
         monkeypatch.setattr(frames, "pack_hello", lambda hello: pack(Hello(1, 1, hello.role, hello.digest)))

@@ -15,6 +15,7 @@ from link_fakes import (
     ask,
     break_registry,
     enrol,
+    revoke_device,
     running,
     serving,
     text,
@@ -123,7 +124,7 @@ def test_a_device_that_does_not_read_is_cut_all_the_same(home: Path) -> None:
             silent.send(Kind.GENERATE, b'{"prompt": "hi"}')
             wait_until(lambda: server.service.queue.running == 1)
             time.sleep(0.3)  # the socket fills
-            authority.revoke_device(home, "laptop")
+            revoke_device(home, "laptop")
             wait_until(lambda: not server._connections, 10)
             silent.close()
 

@@ -103,6 +103,7 @@ def test_a_second_split_follows_the_firsts_plan(mixed_split: Path, tiny: Path, t
     [
         (lambda plan: plan[1:], "other groups"),
         (lambda plan: [], "no groups"),
+        (lambda plan: [msgspec.structs.replace(plan[0], rank=20), *plan[1:]], "nothing would be left for the edge"),
         (lambda plan: [msgspec.structs.replace(plan[0], kind="sum"), *plan[1:]], "other groups"),
         (lambda plan: [msgspec.structs.replace(plan[0], rank=0), *plan[1:]], "rank 0"),
         (lambda plan: [msgspec.structs.replace(plan[0], planes=4), *plan[1:]], "4 planes"),
