@@ -20,5 +20,5 @@ def attached(loaded: Any) -> Any:
 def pool_of(matrices: list[IntMatrix], depth: int = 64, batch: int = 16) -> Pool:
     """A pool of pads for `matrices`, which makes their images itself."""
     pool = Pool([(m.rows, m.cols) for m in matrices], depth, batch)
-    pool.source = SelfSource(matrices)
+    pool.own = SelfSource(matrices)
     return pool

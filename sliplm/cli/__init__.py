@@ -12,7 +12,7 @@ import typer
 
 os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' progress bars; read when tqdm is first imported
 
-from sliplm.cli import ask, bench, chat, demo, device, edge, evaluate, inspect, split, top, trusted
+from sliplm.cli import ask, bench, chat, demo, device, edge, evaluate, helper, inspect, split, top, trusted
 from sliplm.cli.common import fail
 from sliplm.errors import SlipError
 from sliplm.extras import advice
@@ -28,6 +28,7 @@ for command in (
     inspect.inspect,
     trusted.trusted,
     edge.edge,
+    helper.helper,
     ask.generate,
     chat.chat,
     top.top,

@@ -23,7 +23,10 @@ def trusted(
     ] = None,
     pads: Annotated[
         str | None,
-        typer.Option(help="Who makes one-time pads: self:DIR/edge, this process, from an edge bundle (the default)."),
+        typer.Option(
+            help="Who makes one-time pads: self:DIR/edge, this process, from an edge bundle (the default); helpers, "
+            "machines that connect for it; helpers:2, two of them for each pad."
+        ),
     ] = None,
     stock: Annotated[int, typer.Option(min=0, help="Tokens for which to keep one-time pads ready.")] = 64,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads for the model; 0 takes all.")] = 0,

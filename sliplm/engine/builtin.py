@@ -288,6 +288,7 @@ class _Cancellable(Link):
 
     def __init__(self, link: Link, cancelled: threading.Event) -> None:
         self._link, self._cancelled = link, cancelled
+        self.party = link.party
 
     def exchange(self, group: int, x: Field, own: Callable[[], Own]) -> tuple[Field, Own]:
         if self._cancelled.is_set():

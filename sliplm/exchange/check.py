@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from sliplm import field
 from sliplm._core import native
-from sliplm.pads.prg import Stream
+from sliplm.prg import uniform
 
 if TYPE_CHECKING:
     from sliplm.exchange.operator import Operator
@@ -23,7 +23,7 @@ def secrets(q: NDArray[np.int8]) -> tuple[NDArray[np.uint32], NDArray[np.uint32]
     They are made once, at the split, where Q still is. That an edge is answered by them for as long as its bundle lives
     costs nothing: what it learns is whether an answer passed, which it knew beforehand but with probability p^-CHECKS.
     """
-    u = Stream().elements(CHECKS, len(q))
+    u = uniform(CHECKS, len(q))
     return u, field.project(u, q)
 
 

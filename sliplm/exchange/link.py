@@ -28,7 +28,12 @@ class Products(Protocol):
 
 
 class Link(abc.ABC):
-    """The trusted side's way to one edge. Safe to call from several threads."""
+    """The trusted side's way to one edge. Safe to call from several threads.
+
+    `party` is who controls that edge and may know what it sees; None for one inside this process.
+    """
+
+    party: str | None = None
 
     @abc.abstractmethod
     def exchange(self, group: int, x: Field, own: Callable[[], Own]) -> tuple[Field, Own]:

@@ -58,7 +58,7 @@ def encode(
         masked, inv_c, finite = _encode(op, x, r)
     if not finite:
         raise NumericsError("an activation is not a finite number")
-    return masked, inv_c
+    return masked, inv_c, field.dot(op.uq, field.sub(masked, r))
 
 
 def decode(
@@ -66,17 +66,23 @@ def decode(
     answer: NDArray[np.uint32],
     image: NDArray[np.uint32],
     inv_c: NDArray[np.float64],
+    expected: NDArray[np.uint32],
     out: NDArray[np.float32],
-) -> None:
+) -> bool:
     """Unmask and scale: answer (T, M) and the pads' image Q r (T, M) give the edge's part of y, added to `out` (T, N).
 
     `inv_c` (T,) is from `encode`; the basis of the outputs is undone. Computed in float64, rounded once to float32.
     """
+    if answer.dtype != np.uint32 or answer.shape != (len(out), op.shape[0]):
+        return False
+    ok = field.is_canonical(answer) and field.is_canonical(image)
+    ok = ok and bool((field.dot(op.u, field.sub(answer, image)) == expected).all())
     if native is not None:
         answer, image = np.ascontiguousarray(answer), np.ascontiguousarray(image)
         native.decode(answer, image, op.scales, inv_c, op.maps[1], out)
     else:
         out += _decode(op, answer, image, inv_c)
+    return ok
 
 
 def _encode(

@@ -9,15 +9,15 @@ from typing import Any
 from sliplm.exchange.link import Field, Link, Own
 from sliplm.exchange.operator import Operator
 from sliplm.exchange.step import STEPS, Pads, Rows, Steps, exchange
-from sliplm.pads.pool import Pad
+from sliplm.pads.pad import Pad
 
 
 class Measured:
     """`exchange`, counting nanoseconds in `spent`: of taking pads, encoding, the link and, within it, the trusted
-    side's `own` part, the check, decoding. Threads may lose a count to each other now and then."""
+    side's `own` part, decoding with its check. Threads may lose a count to each other now and then."""
 
     def __init__(self) -> None:
-        self.spent = dict.fromkeys(("pads", "encode", "link", "own", "check", "decode"), 0)
+        self.spent = dict.fromkeys(("pads", "encode", "link", "own", "decode"), 0)
         self._steps = Steps(*(self._timed(name, step) for name, step in STEPS._asdict().items()))
 
     def exchange(self, op: Operator, x: Rows, pads: Pads, link: Link, own: Callable[[Rows], Rows]) -> Rows:
@@ -37,13 +37,14 @@ class Measured:
 
 
 class _TimedPads:
-    def __init__(self, take: Callable[[int, int], Pad]) -> None:
+    def __init__(self, take: Callable[[int, int, str | None], Pad]) -> None:
         self.take = take
 
 
 class _TimedLink(Link):
     def __init__(self, link: Link, measured: Measured) -> None:
         self.close = link.close  # type: ignore[method-assign]
+        self.party = link.party
         self._exchange = measured._timed("link", link.exchange)
 
     def exchange(self, group: int, x: Field, own: Callable[[], Own]) -> tuple[Field, Own]:

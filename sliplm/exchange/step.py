@@ -1,5 +1,5 @@
 """One exchange, as in the paper (arXiv 2407.10886, section 4; docs/security.md, "The theorem for one exchange"):
-encode, mask, let the edge multiply, check, unmask, decode."""
+encode, mask, let the edge multiply, unmask, check, decode."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sliplm.errors import VerificationError
-from sliplm.exchange import check, masking
+from sliplm.exchange import masking
+from sliplm.exchange.check import check
 from sliplm.exchange.link import Link
 from sliplm.exchange.operator import Operator
-from sliplm.pads.pool import Pad
+from sliplm.pads.pad import Pad
 
 Rows = NDArray[np.float32]
 
@@ -22,15 +23,14 @@ Rows = NDArray[np.float32]
 class Pads(Protocol):
     """Where one-time pads come from: a pool."""
 
-    def take(self, group: int, tokens: int) -> Pad: ...
+    def take(self, group: int, tokens: int, edge: str | None) -> Pad: ...
 
 
 class Steps(NamedTuple):
     """The arithmetic of the trusted side, for whoever wants to wrap it: to measure, above all."""
 
-    encode: Callable[..., tuple[NDArray[np.uint32], NDArray[np.float64]]] = masking.encode
-    check: Callable[..., bool] = check.check
-    decode: Callable[..., None] = masking.decode
+    encode: Callable[..., tuple[NDArray[np.uint32], NDArray[np.float64], NDArray[np.uint32]]] = masking.encode
+    decode: Callable[..., bool] = masking.decode
 
 
 STEPS = Steps()
@@ -40,16 +40,22 @@ def exchange(op: Operator, x: Rows, pads: Pads, link: Link, own: Callable[[Rows]
     """A group's output for x (T, K), float32, T at most `op.rows`: W_edge x by the edge, plus `own(x)` (T, N), the
     trusted part, which is computed while the edge is busy.
 
+    Decoding also checks the unmasked product. If that is wrong, somebody lied: the edge, whose answer then is not Q
+    times its question, or else who made the pad. An edge's lie ends the exchange; after a maker's, who is not asked any
+    more, it is done again with a fresh pad.
+
     Raises:
         LinkError: the edge went away, or there are no pads. VerificationError: its answer is wrong; nothing that was
         computed from it is returned, and the link is closed.
         NumericsError: x is not finite.
     """
-    pad = pads.take(op.number, len(x))
-    masked, inv_c = steps.encode(op, x, pad.mask())
-    answer, y = link.exchange(op.number, masked, partial(own, x))
-    if not steps.check(op, masked, answer):
-        link.close()
-        raise VerificationError("the edge gave a wrong answer; it was caught and discarded.")
-    steps.decode(op, answer, pad.image, inv_c, y)
-    return y
+    while True:
+        pad = pads.take(op.number, len(x), link.party)
+        masked, inv_c, expected = steps.encode(op, x, pad.mask())
+        answer, y = link.exchange(op.number, masked, partial(own, x))
+        if steps.decode(op, answer, pad.image, inv_c, expected, y):
+            return y
+        if not check(op, masked, answer):
+            link.close()
+            raise VerificationError("the edge gave a wrong answer; it was caught and discarded.")
+        pad.blame(partial(check, op))

@@ -1,10 +1,9 @@
-"""Who makes the pads' images Q r: today the trusted side itself, from an edge bundle."""
+"""The trusted side as its own maker of pads, and what an owner may say about who makes them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,13 +11,7 @@ from numpy.typing import NDArray
 from sliplm import kernels
 from sliplm.bundle import EdgeBundle
 from sliplm.errors import BundleError
-
-
-class Source(Protocol):
-    """Makes images of pads."""
-
-    def image(self, group: int, r: NDArray[np.uint32], threads: int) -> NDArray[np.uint32]:
-        """Q r mod p for every row of r (T, K): (T, M). `threads` = 0 uses every core."""
+from sliplm.prg import expand
 
 
 class SelfSource:
@@ -27,6 +20,9 @@ class SelfSource:
     Args:
         matrices: Q of every group.
     """
+
+    name = "self"
+    parties: frozenset[str] = frozenset()
 
     def __init__(self, matrices: Sequence[kernels.IntMatrix]) -> None:
         self.matrices = list(matrices)
@@ -43,22 +39,32 @@ class SelfSource:
             edge.forget(group)
         return cls(matrices)
 
-    def image(self, group: int, r: NDArray[np.uint32], threads: int = 0) -> NDArray[np.uint32]:
-        """See Source."""
-        return self.matrices[group].product(r, threads=threads)
+    def image(self, group: int, key: bytes, count: int, threads: int) -> NDArray[np.uint32]:
+        """Q r mod p for the first `count` rows r of `key`: (count, M). `threads` = 0 uses every core."""
+        matrix = self.matrices[group]
+        return matrix.product(expand(key, 0, count, matrix.cols), threads=threads)
+
+    def reject(self) -> None:
+        """Raises BundleError: with a wrong image of our own nothing can be computed."""
+        raise BundleError("one-time pads that this process made are wrong: its edge bundle or its memory is damaged.")
 
 
-def find_source(said: str | None, trusted: Path | str, digest: bytes) -> SelfSource:
-    """What an owner `said` about who makes pads, "self:DIR/edge"; by default the edge bundle beside DIR/trusted.
+def find_source(said: str | None, trusted: Path | str, digest: bytes) -> SelfSource | int:
+    """What an owner `said` about who makes pads: "self:DIR/edge"; or "helpers" or "helpers:2", of which this is how
+    many for each pad. By default the edge bundle beside DIR/trusted.
 
     Raises BundleError: it is none, or of another split than `digest`; or nothing was said and there is none.
     """
     if said is None:
         beside = Path(trusted).resolve().parent / "edge"
         if not beside.is_dir():
-            raise BundleError(f"nobody makes one-time pads: {beside} is not there; say --pads self:DIR/edge.")
+            raise BundleError(
+                f"nobody makes one-time pads: {beside} is not there; say --pads self:DIR/edge or helpers."
+            )
         return SelfSource.open(beside, digest)
+    if said in ("helpers", "helpers:1", "helpers:2"):
+        return 2 if said.endswith("2") else 1
     kind, _, directory = said.partition(":")
     if kind != "self" or not directory:
-        raise BundleError(f"{said!a} does not say who makes one-time pads: self:DIR/edge does.")
+        raise BundleError(f"{said!a} does not say who makes one-time pads: self:DIR/edge, helpers or helpers:2 does.")
     return SelfSource.open(directory, digest)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hmac
+import select
 import socket
 import ssl
 import time
@@ -158,6 +159,15 @@ class Channel:
             if not self._sock._sslobj.pending():  # type: ignore[attr-defined]
                 native.wait_readable(self._sock.fileno(), SPIN_SECONDS * 1e6)
         except (OSError, ValueError, AttributeError) as error:
+            self._fail(error)
+
+    def has_input(self) -> bool:
+        """Whether something is there to receive. Does not wait."""
+        if self._end > self._start:
+            return True
+        try:
+            return self._sock.pending() > 0 or bool(select.select([self._sock], [], [], 0)[0])
+        except (OSError, ValueError) as error:
             self._fail(error)
 
     def _fetch_header(self, deadline: float) -> None:

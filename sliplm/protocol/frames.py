@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from sliplm.errors import ProtocolError, VersionError
 
-VERSIONS = (2, 2)
+VERSIONS = (2, 3)
 """The oldest and the newest protocol version that this code speaks. A field of a message or a code that is new needs a
 new one: the other side refuses what it does not know."""
 
@@ -31,6 +31,7 @@ NAMELESS = "model"
 
 _HELLO = struct.Struct("<4sBBBx32s")
 _WELCOME = struct.Struct("<Bxxx32s")
+_PADS = struct.Struct("<32sII")
 
 
 class Kind(enum.IntEnum):
@@ -46,6 +47,8 @@ class Kind(enum.IntEnum):
     GENERATE = 8  # edge, REQUEST: a GenerateRequest as JSON
     TEXT = 9  # trusted, REQUEST: a Chunk as JSON
     DONE = 10  # trusted, REQUEST: the last Chunk
+    PADS = 11  # trusted, HELP: a key, and which of its rows to multiply
+    IMAGES = 12  # helper, HELP: the products
 
 
 class Role(enum.IntEnum):
@@ -53,6 +56,7 @@ class Role(enum.IntEnum):
 
     WORK = 1
     REQUEST = 2
+    HELP = 3  # from version 3 on
 
 
 class Header(NamedTuple):
@@ -69,6 +73,17 @@ class Hello(NamedTuple):
     newest: int
     role: Role
     digest: bytes
+
+
+class PadsWanted(NamedTuple):
+    """What PADS asks for: the products of the rows `first` to `first + rows - 1` of `key` (docs/protocol.md)."""
+
+    key: bytes
+    first: int
+    rows: int
+
+    def __repr__(self) -> str:
+        return f"PadsWanted(<secret>, {self.first}, {self.rows})"
 
 
 class Welcome(NamedTuple):
@@ -89,6 +104,8 @@ _RULES: dict[int, tuple[int, int, bool, bool]] = {
     Kind.GENERATE: (2, MAX_JSON_BYTES, False, False),
     Kind.TEXT: (2, MAX_JSON_BYTES, False, False),
     Kind.DONE: (2, MAX_JSON_BYTES, False, False),
+    Kind.PADS: (_PADS.size, _PADS.size, False, True),
+    Kind.IMAGES: (4, MAX_ARRAY_BYTES, True, True),
 }
 
 
@@ -167,6 +184,19 @@ def parse_welcome(payload: bytes) -> Welcome:
         raise ProtocolError(f"the trusted side chose protocol version {version}, which was not offered")
     name = payload[_WELCOME.size :].decode("utf-8", "replace")
     return Welcome(version, digest, clean(name, MAX_NAME_BYTES) or NAMELESS)
+
+
+def pack_pads(wanted: PadsWanted) -> bytes:
+    """The 40-byte payload of PADS."""
+    return _PADS.pack(*wanted)
+
+
+def parse_pads(payload: bytes) -> PadsWanted:
+    """Raises ProtocolError unless `payload` asks for 1 to MAX_ROWS rows, the last of which has a number of 32 bits."""
+    wanted = PadsWanted(*_PADS.unpack(payload))
+    if not 1 <= wanted.rows <= MAX_ROWS or wanted.first + wanted.rows > 1 << 32:
+        raise ProtocolError(f"the other side asked for {wanted.rows} pads from row {wanted.first} on")
+    return wanted
 
 
 def clean(text: str, limit: int = MAX_ERROR_BYTES) -> str:

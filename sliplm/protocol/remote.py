@@ -21,12 +21,13 @@ class RemoteLink(Link):
     """The trusted end of a WORK connection. The first failure, of whatever kind, closes it for good: an
     answer that comes too late can then never be taken for the answer to a later question.
 
-    `shapes` gives (M, K) of every group, `timeout` the seconds that one frame and its answer may take. `sending`,
-    `waiting` and `receiving` are the nanoseconds spent so far on writing questions, on doing nothing until an answer
-    began to arrive, and on reading answers.
+    `shapes` gives (M, K) of every group, `party` is the edge's, `timeout` the seconds that one frame and its answer may
+    take. `sending`, `waiting` and `receiving` are the nanoseconds spent so far on writing questions, on doing nothing
+    until an answer began to arrive, and on reading answers.
     """
 
-    def __init__(self, channel: Channel, shapes: Sequence[Shape], timeout: float = 30.0) -> None:
+    def __init__(self, channel: Channel, shapes: Sequence[Shape], party: str, timeout: float = 30.0) -> None:
+        self.party = party
         self.last_used = time.monotonic()
         self._channel = channel
         self._shapes = list(shapes)

@@ -65,7 +65,7 @@ class Connections:
         me = threading.current_thread()
         with self._lock:
             mine = [c.role for c in self._known.values() if c.fingerprint == fingerprint]
-            if role == Role.WORK and mine.count(Role.WORK) >= self._max_workers:
+            if role in (Role.WORK, Role.HELP) and mine.count(role) >= self._max_workers:
                 raise BusyError(f"this device has {self._max_workers} workers connected already: try again later")
             if role == Role.REQUEST and mine.count(Role.REQUEST) >= self._max_requests:
                 raise BusyError(f"this device has {self._max_requests} requests running or waiting: try again later")

@@ -38,7 +38,7 @@ class Links:
 
     def serve(self, channel: Channel, device: Device) -> None:
         """Keep a link alive until it ends. The exchanges come from other threads."""
-        link = RemoteLink(channel, self._shapes, self._timeout)
+        link = RemoteLink(channel, self._shapes, device.party, self._timeout)
         with self._changed:
             self._links.setdefault(device.fingerprint, []).append(link)
             self._changed.notify_all()

@@ -21,9 +21,10 @@ from sliplm.protocol import frames, tls
 from sliplm.protocol.channel import Address, Channel, tune
 from sliplm.protocol.frames import Role
 from sliplm.protocol.remote import RemoteLink
-from sliplm.registry import Limits, authority
-from sliplm.serve.connections import Connections, cut
+from sliplm.registry import Device, Limits, authority
+from sliplm.serve.connections import Connections, Known, cut
 from sliplm.serve.greeting import greet, shake_hands
+from sliplm.serve.helpers import Helpers, Work
 from sliplm.serve.limits import DEFAULTS
 from sliplm.serve.links import Links
 from sliplm.serve.requests import LOG_BYTES, SHUTTING_DOWN, Requests
@@ -47,8 +48,8 @@ class TrustedServer:
     `digest` and `shapes` ((M, K) per group) are those of the bundle. Strangers, who have not shown an enrolled
     certificate yet, are counted apart from devices: they cannot lock them out. Binds at once; `serve_forever` does
     the rest. `registry` is a URL as in `authority.open_registry`; `limits` hold for devices without their own; `rules`
-    are the owner's. Raises LinkError if the address cannot be used, IdentityError if the authority is damaged, and
-    RegistryError if the registry cannot be used.
+    are the owner's; `pads` is what helpers work for, none if the trusted side makes its own. Raises LinkError if the
+    address cannot be used, IdentityError if the authority is damaged, and RegistryError if the registry cannot be used.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class TrustedServer:
         registry: str | None = None,
         limits: Limits = DEFAULTS,
         rules: Rules | None = None,
+        pads: Work | None = None,
         keepalive: float = KEEPALIVE_SECONDS,
         exchange_timeout: float = EXCHANGE_SECONDS,
         worker_wait: float = WORKER_SECONDS,
@@ -89,11 +91,12 @@ class TrustedServer:
             self._listener.close()
             raise
         self.service = Service(engine, self._registry, limits, rules)
-        self._watch = Watch(self._registry.devices, self._connections.fingerprints, self._expel)
+        self._watch = Watch(self._registry.devices, self._present, self._expel)
         self._links = Links(shapes, keepalive, exchange_timeout, worker_wait, self._stopping)
         self._requests = Requests(
             self.service, self._links, self._watch.suspend, lambda: self.draining, self._stopping, exchange_timeout
         )
+        self.helpers = Helpers(list(shapes), pads, self._watch.suspend, keepalive, self._stopping) if pads else None
         bound = self._listener.getsockname()
         self.address: Address = (bound[0], bound[1])
 
@@ -170,6 +173,8 @@ class TrustedServer:
         self.service.queue.refuse(BusyError(SHUTTING_DOWN))
         connections = self._connections.all()
         self._links.close()
+        if self.helpers:
+            self.helpers.close()
         deadline = time.monotonic() + 2
         for thread in connections:
             thread.join(max(0.0, deadline - time.monotonic()))
@@ -222,11 +227,13 @@ class TrustedServer:
                 self._digest,
                 self._engine.model_name,
                 self._watch.admit,
-                lambda device, role: self._connections.identify(sock, device.fingerprint, role),
+                lambda device, role: self._identify(sock, device, role),
             )
             _log.info("%s: device %s connected (%s)", where, device.name, known.role.name)
             if known.role == Role.WORK:
                 self._links.serve(channel, device)
+            elif known.role == Role.HELP and self.helpers is not None:
+                self.helpers.serve(channel, device)
             else:
                 self._requests.serve(channel, device, known)
             _log.info("%s: device %s done (%s)", where, device.name, known.role.name)
@@ -240,10 +247,24 @@ class TrustedServer:
             sock.close()
             self._connections.leave(threading.current_thread())
 
+    def _identify(self, sock: ssl.SSLSocket, device: Device, role: Role) -> Known:
+        if role != Role.HELP:
+            device.require_edge()
+        elif self.helpers is None:
+            raise LinkError("this trusted side makes its own one-time pads and takes no helpers (--pads helpers)")
+        else:
+            device.require_helper()
+        return self._connections.identify(sock, device.fingerprint, role)
+
+    def _present(self) -> set[str]:
+        return self._connections.fingerprints() | (self.helpers.fingerprints() if self.helpers else set())
+
     def _expel(self, fingerprint: str, reason: IdentityError) -> None:
         """Cut a device off: its links end, so that its requests end and can say why."""
         self._connections.expel(fingerprint, reason)
         self._links.close(fingerprint)
+        if self.helpers:
+            self.helpers.close(fingerprint)
         self.service.queue.refuse(reason, fingerprint)
 
 

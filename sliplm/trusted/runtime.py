@@ -19,8 +19,8 @@ from sliplm.exchange.measured import Measured
 from sliplm.exchange.operator import Operator
 from sliplm.exchange.step import Pads, Rows, exchange
 from sliplm.pads.pool import Pool
-from sliplm.pads.prg import Stream
-from sliplm.pads.sources import SelfSource, Source
+from sliplm.pads.sources import SelfSource
+from sliplm.prg import expand, fresh_key
 
 
 @dataclass(slots=True)
@@ -68,14 +68,19 @@ class Runtime:
         self.make_pads(source)
         self.default_link = InProcessLink(Multiplier(source.matrices, self.digest))
 
-    def make_pads(self, source: Source) -> None:
-        """Take pads from `source` from now on. Its images go into every result and no exchange checks them, so the
-        first one of each group has to be right. Raises BundleError."""
+    def make_pads(self, source: SelfSource) -> None:
+        """Make pads here, from `source`, from now on. A wrong matrix would show at the first exchange, but better now:
+        the first image of each group is checked. Raises BundleError."""
         for op in self.operators:
-            r = Stream().elements(1, op.shape[1])
-            if not check(op, r, source.image(op.number, r, 0)):
+            key = fresh_key()
+            if not check(op, expand(key, 0, 1, op.shape[1]), source.image(op.number, key, 1, 0)):
                 raise BundleError(f"group {op.number} of the edge bundle is not what the trusted one was split with.")
-        self.pool.source = source
+        self.pool.own = source
+
+    def take_helpers(self, each: int = 1) -> Pool:
+        """Take pads from helpers from now on; what they are to work for is returned."""
+        self.pool.expected = True
+        return self.pool
 
     @contextmanager
     def using(self, link: Link) -> Iterator[None]:

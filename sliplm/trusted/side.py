@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sliplm.engine.builtin import BuiltinEngine
-from sliplm.pads.sources import find_source
+from sliplm.pads.sources import SelfSource, find_source
 from sliplm.protocol.channel import parse_address
 from sliplm.registry import Limits
 from sliplm.serve.limits import DEFAULTS
@@ -20,7 +20,8 @@ class Trusted:
     Args:
         bundle: DIR/trusted.
         listen: HOST:PORT for edges; port 0 takes a free one.
-        pads: who makes one-time pads, "self:DIR/edge"; by default this process, from the edge bundle beside `bundle`.
+        pads: who makes one-time pads, "self:DIR/edge", "helpers", or "helpers:2" for two to each pad; by default this
+            process, from the edge bundle beside `bundle`.
         stock: tokens for which to keep them ready.
         name: what the model is called, if not as the split or its directory says.
         allow_logprobs: whether requests may ask for log-probabilities, which help to copy a model.
@@ -54,13 +55,25 @@ class Trusted:
         host, port = parse_address(listen)
         engine = self.engine = BuiltinEngine(bundle, stock, allow_logprobs, name)
         self.model: Any = engine.model
-        self.model.slip.make_pads(find_source(pads, bundle, engine.digest))
+        source = find_source(pads, bundle, engine.digest)
+        if isinstance(source, SelfSource):
+            self.model.slip.make_pads(source)
+        work = None if isinstance(source, SelfSource) else self.model.slip.take_helpers(source)
         self.tokenizer: Any = engine.tokenizer
         if isinstance(rules, SystemPrompt):
             engine.rehearse(rules.text)
         authority = Path(bundle) / "authority"
         self.server = TrustedServer(
-            engine, engine.digest, engine.shapes, authority, host, port, registry=registry, limits=limits, rules=rules
+            engine,
+            engine.digest,
+            engine.shapes,
+            authority,
+            host,
+            port,
+            registry=registry,
+            limits=limits,
+            rules=rules,
+            pads=work,
         )
         self.address = self.server.address
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from sliplm import top
 from sliplm.cli.table import HEADINGS, view
 from sliplm.edge.api import create_app
-from sliplm.edge.worker import WorkCounters
+from sliplm.edge.connection import WorkCounters
 from sliplm.errors import LinkError
 from sliplm.protocol.messages import Chunk, GenerateRequest
 

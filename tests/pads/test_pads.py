@@ -1,4 +1,4 @@
-"""Pads: uniform, correct, and never the same one twice."""
+"""Pads: uniform, correct, never the same one twice, and never of a maker who may know the edge's data."""
 
 from __future__ import annotations
 
@@ -9,16 +9,23 @@ import subprocess
 import sys
 import threading
 import time
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from loading import pool_of
 
 from sliplm import kernels
-from sliplm.field import P
-from sliplm.pads.pool import Pad
-from sliplm.pads.prg import Stream
+from sliplm.errors import BundleError, BusyError, LinkError
+from sliplm.pads import pool as pool_module
+from sliplm.pads.pad import Batch, Pad, Part
+from sliplm.pads.pool import Job, Pool
+from sliplm.pads.sources import SelfSource
+from sliplm.prg import expand, fresh_key
+
+SHAPES = [(3, 6), (4, 2)]
 
 
 def matrices(*shapes: tuple[int, int]) -> list[kernels.IntMatrix]:
@@ -26,48 +33,47 @@ def matrices(*shapes: tuple[int, int]) -> list[kernels.IntMatrix]:
     return [kernels.prepare(rng.integers(-127, 128, s).astype(np.int8)) for s in shapes]
 
 
-def test_elements_are_uniform_and_canonical() -> None:
-    values = Stream().elements(1 << 21)
-    assert values.max() < P
-    for bits in (values >> 23, values & 0xFF, (values >> 11) & 0xFF):
-        counts = np.bincount(bits, minlength=256)
-        expected = len(values) / 256
-        chi2 = float(((counts - expected) ** 2 / expected).sum())
-        assert chi2 < 400  # 255 degrees of freedom: exceeded once in 10^8 runs
+class Helper:
+    """A maker of a party, in this process, that does jobs when it is told."""
 
+    def __init__(self, pool: Pool, party: str, name: str = "") -> None:
+        self.pool, self.parties, self.name = pool, frozenset({party}), name or f"device of {party}"
+        self.rejected = 0
+        self.matrices = matrices(*SHAPES)
+        pool.expected = True
+        pool.hire(self)
 
-def test_the_value_p_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Feed the sampler words that are all ones (p after masking): they must be drawn again, not mapped."""
-    stream = Stream()
-    script = [
-        np.array([0xFFFFFFFF, 5, 0x7FFFFFFF, 0x80000007], np.uint32),
-        np.array([0x7FFFFFFF, 9], np.uint32),
-        np.array([P - 1], np.uint32),
-    ]
-    monkeypatch.setattr(Stream, "words", lambda self, count: script.pop(0))
-    assert stream.elements(4).tolist() == [P - 1, 5, 9, 7]
-    assert not script
+    def reject(self) -> None:
+        self.rejected += 1
+        self.pool.drop(self.name)
 
+    def take(self) -> Job | None:
+        return self.pool.job(self, 0)
 
-def test_streams_differ_and_never_repeat() -> None:
-    a, b = Stream(), Stream()
-    first = a.elements(1000)
-    assert not np.array_equal(first, a.elements(1000))
-    assert not np.array_equal(first, b.elements(1000))
+    def finish(self, job: Job) -> None:
+        r = expand(job.key, 0, job.count, SHAPES[job.group][1])
+        self.pool.deliver(job, self.matrices[job.group].product(r))
 
-
-def test_the_keystream_is_continuous_across_chunks() -> None:
-    words = Stream().words((1 << 20) + 37)
-    assert len(np.unique(words.reshape(-1)[: 1 << 20])) > 0.999 * (1 << 20)
-    assert not np.array_equal(words[:37], words[-37:])
+    def fill(self) -> None:
+        while job := self.take():
+            self.finish(job)
 
 
 def test_an_image_is_q_times_its_mask() -> None:
     group = matrices((7, 5))
-    pool = pool_of(group, depth=0)
-    pad = pool.take(0, 3)
-    mask = pad.mask()
-    assert np.array_equal(pad.image, group[0].product(mask))
+    pad = pool_of(group, depth=0).take(0, 3)
+    assert np.array_equal(pad.image, group[0].product(pad.mask()))
+
+
+@pytest.mark.parametrize("keys", [1, 2])
+def test_a_batch_gives_the_rows_of_its_keys_in_any_order(keys: int) -> None:
+    own = [fresh_key() for _ in range(keys)]
+    images = np.arange(40 * 3, dtype=np.uint32).reshape(40, 3)
+    batch = Batch(SelfSource([]), own, 40, 5, images)
+    whole = sum(expand(key, 0, 40, 5).astype(object) for key in own) % (2**31 - 1)
+    for first, count in ((0, 1), (1, 3), (30, 10), (4, 20), (39, 1), (0, 40)):
+        assert batch.mask(first, count).tolist() == whole[first : first + count].tolist()
+        assert batch.image(first, count).tolist() == images[first : first + count].tolist()
 
 
 def test_a_pad_gives_its_mask_once() -> None:
@@ -78,21 +84,25 @@ def test_a_pad_gives_its_mask_once() -> None:
 
 
 @pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps])
-def test_pads_and_streams_cannot_be_copied(duplicate: object) -> None:
+def test_pads_and_batches_cannot_be_copied(duplicate: Callable[[object], object]) -> None:
     pool = pool_of(matrices((7, 5)), depth=0)
-    for thing in (pool.take(0, 1), Stream()):
+    for thing in (pool.take(0, 1), pool.take(0, 1)._parts[0].batch):
         with pytest.raises(TypeError):
-            duplicate(thing)  # type: ignore[operator]
+            duplicate(thing)
 
 
 def test_no_secret_in_representations() -> None:
-    pad = Pad(np.arange(3, dtype=np.uint32)[None], np.arange(2, dtype=np.uint32)[None])
-    assert repr(pad) == "Pad(<secret>)" and repr(Stream()) == "Stream(<secret>)"
+    key = b"k" * 32
+    batch = Batch(SelfSource([]), [key], 2, 3, np.full((2, 3), 123456, np.uint32))
+    pool = Pool(SHAPES)
+    job = Job(Helper(pool, "a"), 0, 2)
+    for thing in (batch, Part(batch, 0, 1), Pad([Part(batch, 0, 1)]), job, pool):
+        assert "kkk" not in repr(thing) and "123456" not in repr(thing) and job.key.hex() not in repr(thing)
 
 
 def test_concurrent_takers_never_share_a_pad() -> None:
     """Odd sizes split stored batches; the filler runs at the same time; every mask row must be new."""
-    pool = pool_of(matrices((3, 6), (4, 2)), depth=32, batch=5)
+    pool = pool_of(matrices(*SHAPES), depth=32, batch=5)
     pool.start()
     taken: list[np.ndarray] = []
     lock = threading.Lock()
@@ -115,7 +125,7 @@ def test_concurrent_takers_never_share_a_pad() -> None:
 
 
 def test_the_pool_fills_to_its_depth_and_serves_from_it() -> None:
-    pool = pool_of(matrices((3, 6), (4, 2)), depth=10, batch=4)
+    pool = pool_of(matrices(*SHAPES), depth=10, batch=4)
     pool.start()
     assert pool.wait(10, timeout=30)
     assert pool.level == 10
@@ -130,7 +140,7 @@ def test_a_process_may_end_while_its_pool_fills() -> None:
         "import numpy as np; from sliplm import kernels; from sliplm.pads.pool import Pool;"
         "from sliplm.pads.sources import SelfSource;"
         "pool = Pool([(4000, 4000)], depth=1 << 20);"
-        "pool.source = SelfSource([kernels.prepare(np.ones((4000, 4000), np.int8))]); pool.start()"
+        "pool.own = SelfSource([kernels.prepare(np.ones((4000, 4000), np.int8))]); pool.start()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
@@ -140,16 +150,13 @@ def test_a_process_may_end_while_its_pool_fills() -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_child_gets_no_pad() -> None:
     pool = pool_of(matrices((3, 6)), depth=0)
-    stream = Stream()
     child = os.fork()
     if child == 0:
-        refused = 0
-        for use in (lambda: pool.take(0, 1), lambda: stream.words(1)):
-            try:
-                use()
-            except RuntimeError:
-                refused += 1
-        os._exit(0 if refused == 2 else 1)
+        try:
+            pool.take(0, 1)
+        except RuntimeError:
+            os._exit(0)
+        os._exit(1)
     assert os.waitpid(child, 0)[1] == 0
 
 
@@ -165,7 +172,148 @@ def test_a_small_stock_is_filled_again() -> None:
     pool.close()
 
 
-def wait_for(true: Any) -> bool:
+def test_a_filler_that_fails_once_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "STALL_SECONDS", 0.05)
+    pool = pool_of(matrices((3, 6)), depth=8)
+    whole, failures = pool.own.image, iter([MemoryError(), ValueError()])
+
+    def image(*arguments: object) -> np.ndarray:
+        if error := next(failures, None):
+            raise error
+        return whole(*arguments)
+
+    monkeypatch.setattr(pool.own, "image", image)
+    pool.start()
+    assert pool.wait(8, 10)
+    pool.close()
+
+
+# --- helpers ------------------------------------------------------------------------------------------------
+
+
+def test_helpers_fill_the_stock_of_their_party_each() -> None:
+    pool = Pool(SHAPES, depth=20, batch=4)
+    a, b = Helper(pool, "a"), Helper(pool, "b")
+    a.fill()
+    assert pool.level == 20 and a.take() is None
+    b.fill()
+    assert pool.level == 40
+    pad = pool.take(0, 7, "a")
+    assert np.array_equal(pad.image, b.matrices[0].product(pad.mask()))
+
+
+def test_a_party_never_gets_its_own_pads() -> None:
+    pool = Pool(SHAPES, depth=8, patience=0.05)
+    a = Helper(pool, "a")
+    a.fill()
+    with pytest.raises(BusyError, match="no helper of another party than this edge's"):
+        pool.take(0, 1, "a")
+    assert pool.level == 8  # nothing was taken
+    assert pool.take(0, 1, "b").mask().shape == (1, 6)
+    with pytest.raises(BusyError, match="faster than the helpers make them"):
+        pool.take(0, 9, "b")
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from("abcd"), st.integers(1, 5)), max_size=30))
+def test_whatever_the_order_no_pad_meets_its_makers_party(steps: list[tuple[str, str, int]]) -> None:
+    """Helpers of three parties, edges of four, in any order; makers are told by what only they multiply with."""
+    pool = Pool(SHAPES, depth=6, batch=2, patience=0.0)
+    helpers = {party: Helper(pool, party) for party in "abc"}
+    seen: list[bytes] = []
+    for maker, edge, tokens in steps:
+        if job := helpers[maker].take():
+            helpers[maker].finish(job)
+        try:
+            pad = pool.take(0, tokens, edge)
+        except BusyError:
+            continue
+        for part in pad._parts:
+            assert edge not in part.batch.maker.parties
+        seen += [row.tobytes() for row in pad.mask()]
+    assert len(set(seen)) == len(seen)
+
+
+def test_without_makers_there_are_no_pads() -> None:
+    with pytest.raises(LinkError, match="nobody makes one-time pads"):
+        Pool(SHAPES).take(0, 1)
+
+
+def test_taking_waits_for_a_helper() -> None:
+    pool = Pool(SHAPES, depth=4, patience=20)
+    helper = Helper(pool, "a")
+    got: list[Pad] = []
+    thread = threading.Thread(target=lambda: got.append(pool.take(0, 30, "b")))
+    thread.start()
+    assert wait_for(lambda: pool._short[0] > 0)
+    helper.fill()  # more than the depth: somebody waits for it
+    thread.join(10)
+    assert got and got[0].mask().shape == (30, 6)
+
+
+def test_what_a_helper_that_is_gone_had_promised_is_made_by_others() -> None:
+    pool = Pool(SHAPES, depth=4, batch=4)
+    a, b = Helper(pool, "x", "a"), Helper(pool, "x", "b")
+    jobs = [a.take(), a.take()]
+    assert all(jobs) and b.take() is None
+    pool.dismiss(a)
+    b.fill()
+    assert pool.level == 4
+    a.finish(jobs[0])  # too late
+    assert pool.level == 4
+
+
+def test_what_a_stalled_helper_had_promised_is_made_by_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "STALL_SECONDS", 0.05)
+    pool = Pool(SHAPES, depth=4, batch=4)
+    a, b = Helper(pool, "x", "a"), Helper(pool, "x", "b")
+    job = a.take()
+    a.take()
+    assert job and b.take() is None
+    time.sleep(0.1)
+    b.fill()
+    assert pool.level == 4
+    a.finish(job)  # late, and right
+    assert pool._totals() == [8, 4] and pool._stock(a).coming == [0, 0]
+
+
+def test_a_liars_pads_are_all_dropped_and_only_its() -> None:
+    pool = Pool(SHAPES, depth=12, batch=4)
+    a, b = Helper(pool, "x", "a"), Helper(pool, "x", "b")
+    while (job := a.take()) and (other := b.take()):
+        a.finish(job), b.finish(other)
+    level = pool.level
+    assert 0 < pool.drop("a") and 0 < pool.level < level
+    for group in (0, 1):
+        pad = pool.take(group, pool._totals()[group], "y")
+        assert {part.batch.maker for part in pad._parts} == {b}
+    assert a.take() is None and a not in pool.makers
+
+
+def test_blame_finds_the_part_that_is_wrong() -> None:
+    pool = Pool(SHAPES, depth=4, batch=2)
+    good, bad = Helper(pool, "x", "good"), Helper(pool, "x", "bad")
+    right = good.matrices[0]
+    while job := bad.take():
+        pool.deliver(job, right.product(expand(job.key, 0, job.count, 6)) ^ 1 if job.group == 0 else images(job))
+        if other := good.take():
+            good.finish(other)
+    pad = pool.take(0, pool._totals()[0], "y")
+    pad.mask()
+    pad.blame(lambda r, image: bool((right.product(r) == image).all()))
+    assert bad.rejected and not good.rejected
+
+
+def images(job: Job) -> np.ndarray:
+    return np.zeros((job.count, SHAPES[job.group][0]), np.uint32)
+
+
+def test_a_wrong_image_of_our_own_is_an_end() -> None:
+    with pytest.raises(BundleError, match="damaged"):
+        SelfSource([]).reject()
+
+
+def wait_for(true: Callable[[], bool]) -> bool:
     """Whether it comes true, which nobody asks the pool for."""
     end = time.monotonic() + 20
     while time.monotonic() < end:

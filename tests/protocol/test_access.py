@@ -23,7 +23,8 @@ from link_fakes import (
     working,
 )
 
-from sliplm.edge.worker import ATTEMPTS, EdgeWorker
+from sliplm.edge.connection import ATTEMPTS
+from sliplm.edge.worker import EdgeWorker
 from sliplm.errors import BundleError, IdentityError, LinkError, VersionError
 from sliplm.protocol import channel, frames, tls
 from sliplm.protocol.channel import connect

@@ -276,7 +276,8 @@ def test_a_cheating_edge_is_cut_off_and_no_text_of_it_appears(home, identity):
 EDGE = """
 import sys; sys.path[:0] = sys.argv[3:]
 from link_fakes import make_engine
-from sliplm.edge.worker import ATTEMPTS, EdgeWorker
+from sliplm.edge.connection import ATTEMPTS
+from sliplm.edge.worker import EdgeWorker
 EdgeWorker(make_engine(), sys.argv[1], sys.argv[2]).run()
 """
 

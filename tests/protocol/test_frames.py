@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from sliplm.errors import Code, ProtocolError, RequestError, VersionError
 from sliplm.protocol import frames
-from sliplm.protocol.frames import HEADER, Hello, Kind, Role, Welcome
+from sliplm.protocol.frames import HEADER, Hello, Kind, PadsWanted, Role, Welcome
 from sliplm.protocol.messages import Chunk, GenerateRequest, Message, decode_chunk, decode_request, encode
 
 SPECIFICATION = Path(__file__).parents[2] / "docs" / "protocol.md"
@@ -39,6 +39,7 @@ def array(*numbers: int) -> bytes:
 
 MADE = {
     "hello-work": frame(Kind.HELLO, 0, frames.pack_hello(Hello(*frames.VERSIONS, Role.WORK, DIGEST))),
+    "hello-help": frame(Kind.HELLO, 0, frames.pack_hello(Hello(*frames.VERSIONS, Role.HELP, DIGEST))),
     "hello-request": frame(Kind.HELLO, 0, frames.pack_hello(Hello(*frames.VERSIONS, Role.REQUEST, DIGEST))),
     "welcome": frame(Kind.WELCOME, 0, frames.pack_welcome(Welcome(VERSION, DIGEST, "demo"))),
     "exchange": frame(Kind.EXCHANGE, VERSION, array(0, 1, 2**31 - 2, 2, 3, 4), group=1, rows=2, sequence=7),
@@ -46,6 +47,8 @@ MADE = {
     "error-bundle": frame(Kind.ERROR, 0, b"why?!", group=Code.BUNDLE),
     "ping": frame(Kind.PING, VERSION, b"", sequence=8),
     "pong": frame(Kind.PONG, VERSION, b"", sequence=8),
+    "pads": frame(Kind.PADS, VERSION, frames.pack_pads(PadsWanted(bytes(range(32)), 16, 3)), 1, 0, 9),
+    "images": frame(Kind.IMAGES, VERSION, struct.pack("<6I", *range(10, 16)), 1, 3, 9),
 }
 
 
@@ -122,9 +125,10 @@ def test_hello_is_strict(change):
 
 def test_versions_are_negotiated():
     assert frames.choose_version(Hello(1, 9, Role.WORK, DIGEST)) == VERSION
-    with pytest.raises(VersionError, match="versions 3 to 4, the trusted side version 2: update the older one"):
-        frames.choose_version(Hello(3, 4, Role.WORK, DIGEST))
-    with pytest.raises(VersionError, match="version 1, the trusted side version 2: update the older one"):
+    assert frames.choose_version(Hello(1, 2, Role.WORK, DIGEST)) == 2
+    with pytest.raises(VersionError, match="versions 4 to 5, the trusted side versions 2 to 3: update the older one"):
+        frames.choose_version(Hello(4, 5, Role.WORK, DIGEST))
+    with pytest.raises(VersionError, match="version 1, the trusted side versions 2 to 3: update the older one"):
         frames.choose_version(Hello(1, 1, Role.WORK, DIGEST))
     with pytest.raises(ProtocolError, match="not offered"):
         frames.parse_welcome(frames.pack_welcome(Welcome(1, DIGEST, "")))

@@ -20,7 +20,7 @@ from sliplm.exchange.check import check
 from sliplm.exchange.operator import Operator
 from sliplm.protocol import frames
 from sliplm.protocol.channel import Channel
-from sliplm.protocol.frames import HEADER, Hello, Kind, Role, Welcome
+from sliplm.protocol.frames import HEADER, Hello, Kind, PadsWanted, Role, Welcome
 from sliplm.protocol.messages import decode_chunk, decode_request, encode
 
 VECTORS: dict[str, Any] = json.loads(Path(__file__).with_name("vectors.json").read_text("utf-8"))
@@ -91,6 +91,8 @@ def payload(frame: dict[str, Any]) -> bytes:
         return frames.pack_hello(Hello(frame["oldest"], frame["newest"], Role(frame["role"]), digest))
     if frame["kind"] == "WELCOME":
         return frames.pack_welcome(Welcome(frame["chosen"], bytes.fromhex(frame["digest"]), frame["model"]))
+    if frame["kind"] == "PADS":
+        return frames.pack_pads(PadsWanted(bytes.fromhex(frame["key"]), frame["first"], frame["count"]))
     return frame.get("sentence", "").encode()
 
 
@@ -119,9 +121,10 @@ def test_frames_are_sent_and_received_byte_by_byte(frame: dict[str, Any], wire: 
 def test_greetings_say_what_the_file_says() -> None:
     read = {f["name"]: bytes.fromhex(f["hex"])[HEADER.size :] for f in VECTORS["frames"]}
     digest = bytes(range(32))
-    assert frames.parse_hello(read["hello-work"]) == Hello(2, 2, Role.WORK, digest)
-    assert frames.parse_hello(read["hello-request"]) == Hello(2, 2, Role.REQUEST, digest)
-    assert frames.parse_welcome(read["welcome"]) == Welcome(2, digest, "demo")
+    assert frames.parse_hello(read["hello-work"]) == Hello(2, 3, Role.WORK, digest)
+    assert frames.parse_hello(read["hello-request"]) == Hello(2, 3, Role.REQUEST, digest)
+    assert frames.parse_hello(read["hello-help"]) == Hello(2, 3, Role.HELP, digest)
+    assert frames.parse_welcome(read["welcome"]) == Welcome(3, digest, "demo")
 
 
 @pytest.mark.parametrize("name", VECTORS["refused_headers"])
@@ -132,7 +135,11 @@ def test_bad_headers_are_refused(name: str, wire: Any) -> None:
 
 @pytest.mark.parametrize(
     ("parse", "block"),
-    [(frames.parse_hello, "refused_hello_payloads"), (frames.parse_welcome, "refused_welcome_payloads")],
+    [
+        (frames.parse_hello, "refused_hello_payloads"),
+        (frames.parse_welcome, "refused_welcome_payloads"),
+        (frames.parse_pads, "refused_pads_payloads"),
+    ],
 )
 def test_bad_greetings_are_refused(parse: Any, block: str) -> None:
     for name, digits in VECTORS[block].items():

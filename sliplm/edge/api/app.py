@@ -30,7 +30,7 @@ from sliplm.edge.api.errors import ApiError, translate
 from sliplm.edge.api.generations import NOTHING_YET, Choices, Generate, Room
 from sliplm.edge.api.guard import KeyOnly, OwnNamesOnly
 from sliplm.edge.api.metrics import Measured, Metrics
-from sliplm.edge.worker import WorkCounters
+from sliplm.edge.connection import WorkCounters
 from sliplm.errors import LinkError, SlipError
 from sliplm.protocol.frames import MAX_JSON_BYTES
 from sliplm.protocol.messages import CallPiece, TokenLogprob

@@ -1,0 +1,132 @@
+"""A one-time pad, and the batch that it was cut from.
+
+A pad for (group, token) is r, uniform in F_p^K, and its image Q r. A batch of them is a key, from which r is expanded
+(`sliplm.prg`), and the images that a maker returned for it. Rows leave a batch once, see `sliplm.pads.pool`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sliplm import field
+from sliplm.prg import expand
+
+Array = NDArray[np.uint32]
+
+AHEAD = 16
+"""Rows that are expanded at a time: one by one, setting the cipher up would take longer than its work."""
+
+
+class Maker(Protocol):
+    """Who makes images. `parties` may know r: those of the helpers that made them; of nobody, for the trusted side.
+    `name` is the same for all that is one machine's."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def parties(self) -> frozenset[str]: ...
+
+    def reject(self) -> None:
+        """One of its images was wrong: no pad of its is used any more."""
+        ...
+
+
+class Images(Protocol):
+    """The images of a batch (count, M), wherever they are."""
+
+    def load(self) -> Array: ...
+
+
+class Batch:
+    """`count` pads of one group: r of width K is the sum of what its keys expand to."""
+
+    def __init__(self, maker: Maker, keys: Sequence[bytes], count: int, width: int, images: Array | Images) -> None:
+        self.maker = maker
+        self.count = count
+        self._keys, self._width, self._images = tuple(keys), width, images
+        self._lock = threading.Lock()
+        self._ahead: Array = np.empty((0, width), np.uint32)
+        self._first = 0  # of the rows in `_ahead`
+
+    def __repr__(self) -> str:
+        return f"Batch({self.count}, <secret>)"
+
+    def __reduce__(self) -> str:
+        raise TypeError("a batch of pads cannot be copied")
+
+    def mask(self, first: int, count: int) -> Array:
+        """r of some rows, (count, K)."""
+        with self._lock:
+            start = first - self._first
+            if start < 0 or start + count > len(self._ahead):
+                rows = min(max(count, AHEAD), self.count - first)
+                parts = [expand(key, first, rows, self._width) for key in self._keys]
+                self._ahead, self._first, start = parts[0], first, 0
+                for part in parts[1:]:
+                    self._ahead = field.add(self._ahead, part)
+            return self._ahead[start : start + count]
+
+    def image(self, first: int, count: int) -> Array:
+        """Q r of some rows, (count, M), as the maker said."""
+        with self._lock:
+            if not isinstance(self._images, np.ndarray):
+                self._images = self._images.load()
+            return self._images[first : first + count]
+
+    def store(self, keep: Callable[[Array], Images]) -> None:
+        """Let `keep` have the images, until they are asked for."""
+        with self._lock:
+            if isinstance(self._images, np.ndarray):
+                self._images = keep(self._images)
+
+
+class Part:
+    """`count` rows of a batch, from the row `first` on."""
+
+    __slots__ = ("batch", "count", "first")
+
+    def __init__(self, batch: Batch, first: int, count: int) -> None:
+        self.batch, self.first, self.count = batch, first, count
+
+
+class Pad:
+    """Pads for T tokens of one group. `mask()` gives r (T, K), once; `image` is Q r (T, M)."""
+
+    __slots__ = ("_parts", "_used")
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self._parts = parts
+        self._used = False
+
+    def __repr__(self) -> str:
+        return "Pad(<secret>)"
+
+    def __reduce__(self) -> str:
+        raise TypeError("a pad cannot be copied")
+
+    def mask(self) -> Array:
+        """r, uint32 (T, K). Raises RuntimeError on the second call."""
+        if self._used:
+            raise RuntimeError("this pad has been used")
+        self._used = True
+        first, *rest = self._parts
+        mask = first.batch.mask(first.first, first.count)
+        return np.concatenate([mask, *(p.batch.mask(p.first, p.count) for p in rest)]) if rest else mask
+
+    @property
+    def image(self) -> Array:
+        """uint32 (T, M), as the makers said; whether it is right, the exchange shows."""
+        first, *rest = self._parts
+        image = first.batch.image(first.first, first.count)
+        return np.concatenate([image, *(p.batch.image(p.first, p.count) for p in rest)]) if rest else image
+
+    def blame(self, right: Callable[[Array, Array], bool]) -> None:
+        """Reject the makers of those parts of which `right`(r, image) is false."""
+        for p in self._parts:
+            if not right(p.batch.mask(p.first, p.count), p.batch.image(p.first, p.count)):
+                p.batch.maker.reject()
