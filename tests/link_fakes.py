@@ -236,7 +236,7 @@ class Pair:
         self.edge = Channel(edge, "the trusted side", timeout)
         self.trusted = Channel(sides[0], "the edge", timeout)
         self.edge.version = self.trusted.version = VERSION
-        self.link = RemoteLink(self.trusted, SHAPES, "a customer", timeout)
+        self.link = RemoteLink(self.trusted, SHAPES, "customer", timeout)
 
     def __enter__(self) -> Pair:
         return self

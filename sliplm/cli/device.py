@@ -13,7 +13,7 @@ from sliplm.cli.common import Json, RegistryUrl, emit
 if TYPE_CHECKING:
     from sliplm.registry import Device, Limits, Registry
 
-app = typer.Typer(no_args_is_help=True, help="Enrol edge machines, limit them, and shut them out.")
+app = typer.Typer(no_args_is_help=True, help="Enrol edges and helpers, limit them, and shut them out.")
 
 Authority = Annotated[Path, typer.Option("-b", "--bundle", help="DIR/trusted: its authority enrols devices.")]
 Name = Annotated[str, typer.Argument(help="1 to 64 letters, digits, dots, dashes or underscores.")]
@@ -31,22 +31,47 @@ def add(
     concurrent: Concurrent = None,
     tokens_per_minute: PerMinute = None,
     daily_tokens: Daily = None,
+    edge: Annotated[
+        bool, typer.Option("--edge", help="It may be an edge: so is every device without --helper.")
+    ] = False,
+    helper: Annotated[
+        bool, typer.Option("--helper", help="It may make one-time pads for other parties' edges.")
+    ] = False,
+    party: Annotated[str | None, typer.Option(help="Who controls it, for good; NAME if absent.")] = None,
     registry: RegistryUrl = None,
     as_json: Json = False,
 ) -> None:
     """Enrol a machine: write the identity file it will present. The private key exists in that file only.
 
-    Limits that are not given are the server's.
+    Limits that are not given are the server's. A party's helpers make no pads for edges of the same party: give all
+    devices that could pool what they see the same one.
     """
     from sliplm.registry import Limits, authority
 
     path = output or Path(f"{name}.identity")
     limits = Limits(concurrent, tokens_per_minute, daily_tokens)
-    added = authority.add_device(_authority(bundle), name, path, days, limits=limits, registry=registry)
+    added = authority.add_device(
+        _authority(bundle),
+        name,
+        path,
+        days,
+        limits=limits,
+        registry=registry,
+        party=party,
+        edge=edge or not helper,
+        helper=helper,
+    )
     emit(
         as_json,
-        {"name": name, "identity": str(path), "fingerprint": added.fingerprint, "expires": added.expires.isoformat()},
-        f"{path}: identity of {name!r}, valid until {added.expires:%Y-%m-%d}. Bring it there, and nowhere else.",
+        {
+            "name": name,
+            **_roles(added),
+            "identity": str(path),
+            "fingerprint": added.fingerprint,
+            "expires": added.expires.isoformat(),
+        },
+        f"{path}: identity of {name!r}, {added.roles} of party {added.party!r}, valid until {added.expires:%Y-%m-%d}. "
+        "Bring it there, and nowhere else.",
     )
 
 
@@ -54,14 +79,17 @@ def add(
 def list_(bundle: Authority, registry: RegistryUrl = None, as_json: Json = False) -> None:
     """List the machines that were ever enrolled."""
     with _open(bundle, registry) as opened:
-        rows = [_summary(d) for d in opened.devices.all()]
-    lines = [f"{r['name']:24} {r['state']:9} until {r['expires'][:10]}  {r['fingerprint'][:16]}" for r in rows]
-    emit(as_json, {"devices": rows}, "\n".join(lines) or "no device was ever enrolled")
+        devices = opened.devices.all()
+    lines = [
+        f"{d.name:24} {d.state:9} until {d.expires:%Y-%m-%d}  {d.fingerprint[:16]}  {d.roles} of {d.party}"
+        for d in devices
+    ]
+    emit(as_json, {"devices": [_summary(d) for d in devices]}, "\n".join(lines) or "no device was ever enrolled")
 
 
 @app.command()
 def show(name: Name, bundle: Authority, registry: RegistryUrl = None, as_json: Json = False) -> None:
-    """Show a machine's certificate, state, limits, usage and history."""
+    """Show a machine's certificate, state, party, limits, usage and history."""
     from sliplm.registry.devices import now
     from sliplm.registry.usage import midnight
 
@@ -82,6 +110,7 @@ def show(name: Name, bundle: Authority, registry: RegistryUrl = None, as_json: J
     lines = [
         f"{device.name}: {device.state}{why}",
         f"certificate   {device.fingerprint}, {device.added:%Y-%m-%d} to {device.expires:%Y-%m-%d}",
+        f"may be        {device.roles}, of party {device.party!r}",
         f"limits        {_describe(device.limits)}",
         *(
             f"used {when:8} {t.requests} requests, {t.prompt_tokens} tokens in, {t.completion_tokens} out"
@@ -146,10 +175,15 @@ def _open(bundle: Path, registry: str | None) -> Registry:
 def _summary(device: Device) -> dict[str, Any]:
     return {
         "name": device.name,
+        **_roles(device),
         "state": device.state,
         "expires": device.expires.isoformat(),
         "fingerprint": device.fingerprint,
     }
+
+
+def _roles(device: Device) -> dict[str, Any]:
+    return {"party": device.party, "edge": device.edge, "helper": device.helper}
 
 
 def _limits(limits: Limits) -> dict[str, int | None]:

@@ -1,4 +1,4 @@
-"""A small certificate authority in a directory: who is the trusted side, and which edges may connect.
+"""A small certificate authority in a directory: who is the trusted side, and which edges and helpers may connect.
 
     authority/ca.pem         key and certificate of the authority
     authority/server.pem     key and certificate of the trusted side, renewed when it runs out
@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import re
 import tempfile
 import time
 from collections.abc import Iterator
@@ -30,6 +29,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID as Usage
 from cryptography.x509.oid import NameOID
 
 from sliplm.errors import IdentityError
+from sliplm.pads import parties
 from sliplm.protocol.tls import SERVER_NAME
 from sliplm.registry import Device, Limits, Registry
 
@@ -40,8 +40,6 @@ MAX_DEVICE_DAYS = 825
 CLOCK_SKEW = timedelta(hours=1)
 LOCK_SECONDS = 10.0
 REGISTRY = "registry.db"
-
-_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}\Z")
 
 
 def open_registry(directory: Path | str, url: str | None = None) -> Registry:
@@ -61,17 +59,25 @@ def add_device(
     *,
     limits: Limits | None = None,
     registry: str | None = None,
+    party: str | None = None,
+    edge: bool = True,
+    helper: bool = False,
 ) -> Device:
     """Enrol a device: write its identity file (private key, certificate, authority's certificate) to
     `out_file`.
 
     Creates the authority on first use. The private key exists in that file only. `registry` is a URL as in
-    `open_registry`. Raises IdentityError for a name that is malformed or in use, for `days` outside 1..825, and if
-    `out_file` exists.
+    `open_registry`, `party` whose device it is, which is fixed for good: its own name if absent. Raises IdentityError
+    for a name that is malformed or in use, for a malformed party, for a device that may be neither edge nor helper, for
+    `days` outside 1..825, and if `out_file` exists.
     """
     out = Path(out_file)
-    if not _NAME.match(name):
-        raise IdentityError("a device name has 1 to 64 letters, digits, dots, dashes or underscores")
+    party = name if party is None else party
+    for what, given in (("device", name), ("party", party)):
+        if not parties.NAME.match(given):
+            raise IdentityError(f"a {what} name has 1 to 64 letters, digits, dots, dashes or underscores")
+    if not (edge or helper):
+        raise IdentityError(f"the device {name!r} has to be an edge, a helper, or both")
     if not 1 <= days <= MAX_DEVICE_DAYS:
         raise IdentityError(f"a device's certificate lasts 1 to {MAX_DEVICE_DAYS} days, not {days}")
     with _locked(directory) as home, _registry(home, registry) as opened:
@@ -83,6 +89,9 @@ def add_device(
             return opened.devices.add(
                 Device(
                     name=name,
+                    party=party,
+                    edge=edge,
+                    helper=helper,
                     fingerprint=fingerprint(_der(cert)),
                     added=_now(),
                     expires=cert.not_valid_after_utc,

@@ -19,7 +19,7 @@ from sqlalchemy.engine import URL, Connection, Engine
 from sliplm.errors import RegistryError
 from sliplm.extras import advice
 
-HEAD = "0001"
+HEAD = "0002"
 """The newest migration; `migrations/versions` has one file for each."""
 
 BUSY_SECONDS = 2.0
@@ -52,6 +52,9 @@ devices = sa.Table(
     metadata,
     sa.Column("id", BigId, primary_key=True),
     sa.Column("name", sa.String(64), nullable=False),
+    sa.Column("party", sa.String(64), nullable=False),
+    sa.Column("edge", sa.Boolean, nullable=False),
+    sa.Column("helper", sa.Boolean, nullable=False),
     sa.Column("fingerprint", sa.String(64), nullable=False, unique=True),
     sa.Column("added", UtcTime, nullable=False),
     sa.Column("expires", UtcTime, nullable=False),

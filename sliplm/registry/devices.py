@@ -38,10 +38,17 @@ class Limits(msgspec.Struct, frozen=True):
 
 class Device(msgspec.Struct, frozen=True, kw_only=True):
     """One certificate that was handed out. `fingerprint` is the SHA-256 of its DER form, in hex; `id` the registry's
-    number for it; `reason` says why it was suspended."""
+    number for it; `reason` says why it was suspended.
+
+    An `edge` may open WORK and REQUEST connections, a `helper` may make pads for edges of other parties. The `party`
+    has the device under its control, and may pool what all of its devices see. None of the three ever changes.
+    """
 
     id: int = 0
     name: str
+    party: str
+    edge: bool
+    helper: bool
     fingerprint: str
     added: datetime
     expires: datetime
@@ -58,6 +65,23 @@ class Device(msgspec.Struct, frozen=True, kw_only=True):
         if now() >= self.expires:
             return "expired"
         return "active" if self.suspended is None else "suspended"
+
+    @property
+    def roles(self) -> str:
+        """What it may be, in words: edge, helper, or "edge and helper"."""
+        return " and ".join(role for role, may in (("edge", self.edge), ("helper", self.helper)) if may)
+
+    def require_edge(self) -> None:
+        """Raises IdentityError unless this device may be an edge."""
+        if not self.edge:
+            sentence = f"the device {self.name!r} is enrolled as a helper and cannot be an edge: enrol it with --edge"
+            raise IdentityError(sentence)
+
+    def require_helper(self) -> None:
+        """Raises IdentityError unless this device may make pads."""
+        if not self.helper:
+            sentence = f"the device {self.name!r} is enrolled as an edge and cannot be a helper: enrol it with --helper"
+            raise IdentityError(sentence)
 
     def require_active(self) -> None:
         """Raises IdentityError, saying why not, unless this device may connect."""

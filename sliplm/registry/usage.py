@@ -64,13 +64,15 @@ class Usage:
         """Open the record of `request`, an id that no other request has. Returns what the device's other requests have
         used today.
 
-        Raises IdentityError if the device may not connect any more, RegistryError if nothing could be written: the
-        request must not run then.
+        Raises IdentityError if the device is no edge or may not connect any more, RegistryError if nothing could be
+        written: the request must not run then.
         """
         start = now()
         with self._db.write() as c:
             row = c.execute(sa.select(database.devices).where(database.devices.c.id == device.id)).one()
-            _device(row).require_active()
+            found = _device(row)
+            found.require_active()
+            found.require_edge()
             day = midnight(start)
             today = (_table.c.device == device.id, _table.c.started >= day)
             used: int | None = c.execute(sa.select(sa.func.sum(_tokens)).where(*today)).scalar()

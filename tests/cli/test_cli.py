@@ -83,6 +83,34 @@ def test_devices_are_added_listed_limited_and_revoked(tiny_split: Path, tmp_path
     refused(slip("device", "list", "-b", bundle, "--registry", "nonsense"), "not a URL")
 
 
+def test_devices_are_edges_helpers_or_both(tiny_split: Path, tmp_path: Path) -> None:
+    bundle = shutil.copytree(tiny_split / "trusted", tmp_path / "trusted")
+
+    def add(name: str, *options: str) -> subprocess.CompletedProcess[str]:
+        return slip("device", "add", name, "-b", bundle, "-o", tmp_path / f"{name}.identity", *options)
+
+    assert "laptop.identity: identity of 'laptop', edge of party 'laptop', valid until" in add("laptop").stdout
+    assert json.loads(add("farm", "--helper", "--party", "Acme", "--json").stdout).items() >= {
+        ("party", "Acme"),
+        ("edge", False),
+        ("helper", True),
+    }
+    assert "edge and helper of party 'Acme'" in add("idle", "--helper", "--edge", "--party", "Acme").stdout
+    refused(add("x", "--party", ""), "a party name has 1 to 64 letters")
+    assert not (tmp_path / "x.identity").exists()
+    rows = json.loads(slip("device", "list", "-b", bundle, "--json").stdout)["devices"]
+    assert [(r["name"], r["party"], r["edge"], r["helper"]) for r in rows] == [
+        ("laptop", "laptop", True, False),
+        ("farm", "Acme", False, True),
+        ("idle", "Acme", True, True),
+    ]
+    lines = slip("device", "list", "-b", bundle).stdout.splitlines()
+    assert [line.split("  ")[-1] for line in lines] == ["edge of laptop", "helper of Acme", "edge and helper of Acme"]
+    shown = json.loads(slip("device", "show", "farm", "-b", bundle, "--json").stdout)
+    assert (shown["party"], shown["edge"], shown["helper"]) == ("Acme", False, True)
+    assert "may be        helper, of party 'Acme'" in slip("device", "show", "farm", "-b", bundle).stdout
+
+
 @pytest.mark.parametrize("command", ["add", "list", "show", "limit", "revoke", "resume"])
 def test_devices_are_a_trusted_bundles_only(command: str, tiny_split: Path, tmp_path: Path) -> None:
     """The edge's bundle goes to whoever must not have the authority's key."""

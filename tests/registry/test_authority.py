@@ -149,6 +149,31 @@ def test_bad_names(home, tmp_path, name):
     assert not home.exists() and not list(tmp_path.iterdir())
 
 
+def test_devices_have_a_party_and_what_they_may_be(home, tmp_path):
+    plain = authority.add_device(home, "laptop", tmp_path / "1.pem")
+    helper = authority.add_device(home, "farm", tmp_path / "2.pem", party="Acme", edge=False, helper=True)
+    both = authority.add_device(home, "idle", tmp_path / "3.pem", party="Acme", helper=True)
+    assert list_devices(home) == [plain, helper, both]
+    assert [(d.party, d.edge, d.helper) for d in list_devices(home)] == [
+        ("laptop", True, False),
+        ("Acme", False, True),
+        ("Acme", True, True),
+    ]
+
+
+@pytest.mark.parametrize("party", ["", "a b", " a", "a\n", "a" * 65, "\N{CYRILLIC SMALL LETTER A}cme", "a/b"])
+def test_bad_parties(home, tmp_path, party):
+    with pytest.raises(IdentityError, match="a party name has"):
+        authority.add_device(home, "x", tmp_path / "x.pem", party=party)
+    assert not home.exists() and not list(tmp_path.iterdir())
+
+
+def test_a_device_is_something(home, tmp_path):
+    with pytest.raises(IdentityError, match="'x' has to be an edge, a helper, or both"):
+        authority.add_device(home, "x", tmp_path / "x.pem", edge=False)
+    assert not home.exists() and not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("days", [0, -1, 826])
 def test_bad_lifetimes(home, tmp_path, days):
     with pytest.raises(IdentityError, match="1 to 825 days"):

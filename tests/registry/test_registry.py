@@ -15,12 +15,15 @@ from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
+import alembic.command
+import alembic.config
 import alembic.script
 import pytest
 import sqlalchemy as sa
 
 from sliplm import registry as registry_package
 from sliplm.errors import IdentityError, RegistryError
+from sliplm.pads.parties import may_use
 from sliplm.registry import Device, Limits, Registry, database
 from sliplm.registry.devices import now
 from sliplm.registry.usage import Tokens, midnight
@@ -48,7 +51,8 @@ def registry(url: str | Path) -> Iterator[Registry]:
 
 
 def device(name: str = "laptop", fingerprint: str = "aa", days: int = 1, **more: object) -> Device:
-    return Device(name=name, fingerprint=fingerprint, added=now(), expires=now() + timedelta(days=days), **more)
+    fields = {"party": name, "edge": True, "helper": False, "added": now(), "expires": now() + timedelta(days=days)}
+    return Device(name=name, fingerprint=fingerprint, **(fields | more))
 
 
 def records(registry: Registry) -> list[tuple[str, int, int, str | None]]:
@@ -89,6 +93,49 @@ def test_devices(registry: Registry) -> None:
         devices.admit("cc")
     with pytest.raises(IdentityError, match="no device named"):
         devices.get("nobody")
+
+
+def test_an_edge_is_no_helper_and_a_helper_no_edge(registry: Registry) -> None:
+    devices = registry.devices
+    edge = devices.add(device("edge", "aa"))
+    helper = devices.add(device("helper", "bb", party="Acme", edge=False, helper=True))
+    both = devices.add(device("both", "cc", party="Acme", helper=True))
+    assert [devices.admit(f) for f in ("aa", "bb", "cc")] == [edge, helper, both] == devices.all()
+    assert [d.roles for d in devices.all()] == ["edge", "helper", "edge and helper"]
+    assert [d.party for d in devices.all()] == ["edge", "Acme", "Acme"]
+    for one in (edge, both):
+        one.require_edge()
+        registry.usage.begin(one.name, one)
+    for one in (helper, both):
+        one.require_helper()
+    with pytest.raises(
+        IdentityError, match="'helper' is enrolled as a helper and cannot be an edge: enrol it with --edge"
+    ):
+        helper.require_edge()
+    with pytest.raises(
+        IdentityError, match="'edge' is enrolled as an edge and cannot be a helper: enrol it with --helper"
+    ):
+        edge.require_helper()
+    with pytest.raises(IdentityError, match="cannot be an edge"):
+        registry.usage.begin("r", helper)
+    assert [r[0] for r in records(registry)] == ["edge", "both"]
+
+
+def test_a_helper_is_limited_suspended_resumed_and_revoked_as_an_edge_is(registry: Registry) -> None:
+    devices = registry.devices
+    helper = devices.add(device("helper", party="Acme", edge=False, helper=True))
+    assert devices.limit("helper", Limits(concurrent=2)).limits == Limits(2, None, None)
+    devices.suspend(helper, "it lied")
+    with pytest.raises(IdentityError, match="suspended"):
+        devices.admit("aa")
+    assert devices.resume("helper") == devices.admit("aa")
+    devices.admit("aa").require_helper()
+    assert (devices.admit("aa").roles, devices.admit("aa").party) == ("helper", "Acme")
+    devices.revoke("helper")
+    with pytest.raises(IdentityError, match="revoked"):
+        devices.admit("aa")
+    again = devices.add(device("helper", "bb"))  # as something else, under a certificate of its own
+    assert (devices.get("helper").roles, devices.get("helper").party) == ("edge", "helper") and again.id != helper.id
 
 
 def test_usage_is_recorded_once(registry: Registry) -> None:
@@ -165,6 +212,49 @@ def test_the_migrations_make_the_tables_that_are_used(registry: Registry) -> Non
         assert {(k.name, k.nullable) for k in table.columns} == {(k.name, k.nullable) for k in real}
     scripts = alembic.script.ScriptDirectory(str(Path(registry_package.__file__).parent / "migrations"))
     assert scripts.get_heads() == [database.HEAD]
+
+
+def test_a_registry_of_the_first_version_is_brought_up_to_date(
+    url: str | Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With all that is in it: devices and their states, records and events that refer to them."""
+    upgrade = alembic.command.upgrade
+    with monkeypatch.context() as first:
+        first.setattr(alembic.command, "upgrade", lambda config, _: upgrade(config, "0001"))
+        old = database.Database(url)
+    columns = "INSERT INTO devices (name, fingerprint, added, expires, revoked, daily_tokens) VALUES "
+    times = "'2026-01-01 00:00:00+00:00', '2099-01-01 00:00:00+00:00'"
+    with old.write() as c:
+        c.exec_driver_sql(f"{columns}('laptop', 'aa', {times}, NULL, 5), ('Old.1', 'bb', {times}, '2026-02-01', NULL)")
+        c.exec_driver_sql(f"INSERT INTO usage (request, device, started, updated) VALUES ('r1', 1, {times})")
+        c.exec_driver_sql("INSERT INTO events (time, device, kind) VALUES ('2026-01-01 00:00:00+00:00', 2, 'added')")
+    old.close()
+    with Registry(url) as registry:
+        laptop, gone = registry.devices.all()
+        assert [(d.name, d.party, d.roles) for d in (laptop, gone)] == [
+            ("laptop", "laptop", "edge"),
+            ("Old.1", "Old.1", "edge"),
+        ]
+        assert registry.devices.admit("aa") == laptop and laptop.limits == Limits(daily_tokens=5)
+        assert gone.state == "revoked" and [e.kind for e in registry.devices.events(gone)] == ["added"]
+        assert records(registry) == [("r1", 0, 0, None)]
+        registry.devices.add(device("new", "cc", edge=False, helper=True)).require_helper()
+    with Registry(url) as registry:  # and once only
+        assert [d.roles for d in registry.devices.all()] == ["edge", "edge", "helper"]
+
+
+def test_a_device_that_another_program_wrote_is_of_no_party_and_may_be_nothing(registry: Registry) -> None:
+    with registry._db.write() as c:
+        c.exec_driver_sql(
+            "INSERT INTO devices (name, fingerprint, added, expires) "
+            "VALUES ('x', 'aa', '2026-01-01 00:00:00+00:00', '2099-01-01 00:00:00+00:00')"
+        )
+    found = registry.devices.admit("aa")
+    assert (found.party, found.roles) == ("", "")
+    for require in (found.require_edge, found.require_helper):
+        with pytest.raises(IdentityError):
+            require()
+    assert not may_use(frozenset({found.party}), "acme") and not may_use(frozenset({"acme"}), found.party)
 
 
 def test_a_newer_registry_is_refused(registry: Registry, url: str | Path) -> None:

@@ -43,7 +43,8 @@ class Clock:
 
 def device(**limits: int) -> Device:
     time = datetime(2026, 1, 1, tzinfo=timezone.utc)
-    return Device(id=1, name="d", fingerprint="f", added=time, expires=time, limits=Limits(**limits))
+    roles = {"party": "d", "edge": True, "helper": False}
+    return Device(id=1, name="d", fingerprint="f", added=time, expires=time, limits=Limits(**limits), **roles)
 
 
 def test_tokens_a_minute() -> None:
