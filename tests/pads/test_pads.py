@@ -277,20 +277,22 @@ def test_what_a_stalled_helper_had_promised_is_made_by_others(monkeypatch: pytes
     assert pool._totals() == [8, 4] and pool._stock(a).coming == [0, 0]
 
 
-def test_a_liars_pads_are_all_dropped_and_only_its() -> None:
+def test_a_liars_pads_are_all_dropped_and_only_its(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "JOB_ROWS", 4)
     pool = Pool(SHAPES, depth=12, batch=4)
     a, b = Helper(pool, "x", "a"), Helper(pool, "x", "b")
     while (job := a.take()) and (other := b.take()):
         a.finish(job), b.finish(other)
     level = pool.level
-    assert 0 < pool.drop("a") and 0 < pool.level < level
+    assert pool.drop("a") > 0 and 0 < pool.level < level
     for group in (0, 1):
         pad = pool.take(group, pool._totals()[group], "y")
         assert {part.batch.maker for part in pad._parts} == {b}
     assert a.take() is None and a not in pool.makers
 
 
-def test_blame_finds_the_part_that_is_wrong() -> None:
+def test_blame_finds_the_part_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "JOB_ROWS", 2)
     pool = Pool(SHAPES, depth=4, batch=2)
     good, bad = Helper(pool, "x", "good"), Helper(pool, "x", "bad")
     right = good.matrices[0]

@@ -16,6 +16,7 @@ from sliplm.bundle import EdgeBundle, read_trusted_manifest
 from sliplm.errors import BundleError
 from sliplm.field import P
 from sliplm.pads.sources import SelfSource, find_source
+from sliplm.prg import expand, fresh_key
 from sliplm.split.model import split_model
 from sliplm.split.plan import Options
 
@@ -36,10 +37,11 @@ def test_images_are_q_times_r(tiny_split: Path, digest: bytes) -> None:
     edge = EdgeBundle.open(tiny_split / "edge")
     source = SelfSource.open(tiny_split / "edge", digest)
     for group, (rows, columns) in enumerate(edge.shapes):
-        r = np.random.default_rng(group).integers(0, P, (3, columns)).astype(np.uint32)
+        key = fresh_key()
+        r = expand(key, 0, 3, columns)
         want = r.astype(object) @ edge.matrix(group).T.astype(object) % P
         for threads in (0, 1):
-            got = source.image(group, r, threads)
+            got = source.image(group, key, 3, threads)
             assert got.shape == (3, rows) and (got == want).all()
 
 
@@ -49,7 +51,7 @@ def test_the_edge_bundle_beside_is_taken_if_nothing_is_said(tiny_split: Path, di
     assert len(said.matrices) == len(beside.matrices) == 9
 
 
-@pytest.mark.parametrize("said", ["", "self:", "helpers", "edge", "self", ":x", "other:x"])
+@pytest.mark.parametrize("said", ["", "self:", "helper", "helpers:3", "helpers:", "edge", "self", ":x", "other:x"])
 def test_what_is_no_source_is_one_sentence(said: str, tiny_split: Path, digest: bytes) -> None:
     with pytest.raises(BundleError, match="does not say who makes one-time pads"):
         find_source(said, tiny_split / "trusted", digest)
