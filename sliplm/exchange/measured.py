@@ -14,10 +14,10 @@ from sliplm.pads.pool import Pad
 
 class Measured:
     """`exchange`, counting nanoseconds in `spent`: of taking pads, encoding, the link and, within it, the trusted
-    side's `own` part, the check, decoding. Threads may lose a count to each other now and then."""
+    side's `own` part, decoding with its check. Threads may lose a count to each other now and then."""
 
     def __init__(self) -> None:
-        self.spent = dict.fromkeys(("pads", "encode", "link", "own", "check", "decode"), 0)
+        self.spent = dict.fromkeys(("pads", "encode", "link", "own", "decode"), 0)
         self._steps = Steps(*(self._timed(name, step) for name, step in STEPS._asdict().items()))
 
     def exchange(self, op: Operator, x: Rows, pads: Pads, link: Link, own: Callable[[Rows], Rows]) -> Rows:

@@ -1,5 +1,5 @@
 """One exchange, as in the paper (arXiv 2407.10886, section 4; docs/security.md, "The theorem for one exchange"):
-encode, mask, let the edge multiply, check, unmask, decode."""
+encode, mask, let the edge multiply, unmask, check, decode."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sliplm.errors import VerificationError
-from sliplm.exchange import check, masking
+from sliplm.exchange import masking
 from sliplm.exchange.link import Link
 from sliplm.exchange.operator import Operator
 from sliplm.pads.pool import Pad
@@ -28,9 +28,8 @@ class Pads(Protocol):
 class Steps(NamedTuple):
     """The arithmetic of the trusted side, for whoever wants to wrap it: to measure, above all."""
 
-    encode: Callable[..., tuple[NDArray[np.uint32], NDArray[np.float64]]] = masking.encode
-    check: Callable[..., bool] = check.check
-    decode: Callable[..., None] = masking.decode
+    encode: Callable[..., tuple[NDArray[np.uint32], NDArray[np.float64], NDArray[np.uint32]]] = masking.encode
+    decode: Callable[..., bool] = masking.decode
 
 
 STEPS = Steps()
@@ -46,10 +45,9 @@ def exchange(op: Operator, x: Rows, pads: Pads, link: Link, own: Callable[[Rows]
         NumericsError: x is not finite.
     """
     pad = pads.take(op.number, len(x))
-    masked, inv_c = steps.encode(op, x, pad.mask())
+    masked, inv_c, expected = steps.encode(op, x, pad.mask())
     answer, y = link.exchange(op.number, masked, partial(own, x))
-    if not steps.check(op, masked, answer):
+    if not steps.decode(op, answer, pad.image, inv_c, expected, y):
         link.close()
         raise VerificationError("the edge gave a wrong answer; it was caught and discarded.")
-    steps.decode(op, answer, pad.image, inv_c, y)
     return y
