@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from sliplm.errors import VerificationError
+from sliplm.errors import SlipError, VerificationError
 from sliplm.exchange import masking
 from sliplm.exchange.check import check
 from sliplm.exchange.link import Link
@@ -47,7 +47,7 @@ def exchange(op: Operator, x: Rows, pads: Pads, link: Link, own: Callable[[Rows]
     Raises:
         LinkError: the edge went away, or there are no pads. VerificationError: its answer is wrong; nothing that was
         computed from it is returned, and the link is closed.
-        NumericsError: x is not finite.
+        NumericsError: x is not finite. SlipError: the check failed, and neither edge nor maker lied.
     """
     while True:
         pad = pads.take(op.number, len(x), link.party)
@@ -58,4 +58,5 @@ def exchange(op: Operator, x: Rows, pads: Pads, link: Link, own: Callable[[Rows]
         if not check(op, masked, answer):
             link.close()
             raise VerificationError("the edge gave a wrong answer; it was caught and discarded.")
-        pad.blame(partial(check, op))
+        if not pad.blame(partial(check, op)):
+            raise SlipError("an exchange failed its check and nobody lied: this machine computes wrongly.")
