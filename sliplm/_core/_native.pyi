@@ -83,7 +83,7 @@ def decode(
     """
 
 class LowRank32:
-    """A group's A (B x) + b for one token. Refers to the arrays that it is given.
+    """A group's A (B x) + b. Refers to the arrays that it is given.
 
     bt (K, W): the members' B, transposed, side by side, then zeros up to a multiple of 16; at: each member's A,
     transposed; bias: each member's, or None.
@@ -92,8 +92,8 @@ class LowRank32:
     def __init__(
         self, bt: Matrix[np.float32], at: Sequence[Matrix[np.float32]], bias: Sequence[Vector[np.float32] | None]
     ) -> None: ...
-    def apply(self, x: Vector[np.float32], out: Vector[np.float32], isa: str = "") -> None:
-        """The members' outputs one after the other, in `out`, for x (K,)."""
+    def apply(self, x: Matrix[np.float32], out: Matrix[np.float32], isa: str = "") -> None:
+        """The members' outputs side by side, in out (T, sum N), for x (T, K)."""
 
 class LowRank16:
     """`LowRank32` with `bt` and `at` as the bits of bfloat16."""
@@ -101,7 +101,7 @@ class LowRank16:
     def __init__(
         self, bt: Matrix[np.uint16], at: Sequence[Matrix[np.uint16]], bias: Sequence[Vector[np.float32] | None]
     ) -> None: ...
-    def apply(self, x: Vector[np.float32], out: Vector[np.float32], isa: str = "") -> None: ...
+    def apply(self, x: Matrix[np.float32], out: Matrix[np.float32], isa: str = "") -> None: ...
 
 def rms_norm(
     x: Matrix[np.float32], weight: Vector[np.float32], eps: float, out: Matrix[np.float32], isa: str = ""

@@ -1,8 +1,9 @@
-// A decoder layer's own operations for one token (sliplm/trusted/decoder.py).
+// A decoder layer's own operations (sliplm/trusted/decoder.py), and the trusted part of a group.
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <cstring>
 #include <memory>
 #include <optional>
@@ -17,20 +18,22 @@
 namespace slip {
 namespace {
 
-void shrink(const Isa& isa, const float* x, size_t n, const float* bt, size_t width, float* low) {
-    isa.shrink32(x, n, bt, width, low);
+template <class W>
+auto& shrink(const Isa& isa) {
+    if constexpr (sizeof(W) == 4)
+        return isa.shrink32;
+    else
+        return isa.shrink16;
 }
-void shrink(const Isa& isa, const float* x, size_t n, const uint16_t* bt, size_t width, float* low) {
-    isa.shrink16(x, n, bt, width, low);
-}
-void expand(const Isa& isa, const float* low, size_t rank, const float* at, size_t n, float* out) {
-    isa.expand32(low, rank, at, n, out);
-}
-void expand(const Isa& isa, const float* low, size_t rank, const uint16_t* at, size_t n, float* out) {
-    isa.expand16(low, rank, at, n, out);
+template <class W>
+auto& expand(const Isa& isa) {
+    if constexpr (sizeof(W) == 4)
+        return isa.expand32;
+    else
+        return isa.expand16;
 }
 
-// The trusted part of a group, A (B x) + b for one token: bt (K, width), its columns the members' B one after the
+// The trusted part of a group, A (B x) + b for T tokens: bt (K, width), its columns the members' B one after the
 // other and then zeros up to a multiple of 16; each member's At (rank, rows), in float32 or as the bits of bfloat16;
 // biases. It refers to the arrays that it is given.
 template <class W>
@@ -44,28 +47,22 @@ public:
             require(!bias_[i] || bias_[i]->shape(0) == at_[i].shape(1), "a bias has the wrong size");
             ranks += at_[i].shape(0);
             rows_ += at_[i].shape(1);
+            products_ += at_[i].shape(0) * at_[i].shape(1);
         }
         require(ranks <= bt_.shape(1) && bt_.shape(1) % 16 == 0, "the ranks do not fit the width");
     }
 
-    void apply(Vector<const float> x, Vector<float> out, const std::string& isa) const {
-        require(x.shape(0) == bt_.shape(0) && out.shape(0) == rows_, "shapes do not match");
+    void apply(Matrix<const float> x, Matrix<float> out, const std::string& isa) const {
+        const size_t tokens = x.shape(0), n = bt_.shape(0), width = bt_.shape(1);
+        require(x.shape(1) == n && out.shape(0) == tokens && out.shape(1) == rows_, "shapes do not match");
         const Isa& use = named(isa);
         nb::gil_scoped_release release;
-        std::vector<float> low(bt_.shape(1));
-        shrink(use, x.data(), x.shape(0), bt_.data(), bt_.shape(1), low.data());
-        float* y = out.data();
-        const float* l = low.data();
-        for (size_t i = 0; i < at_.size(); i++) {
-            const size_t rank = at_[i].shape(0), rows = at_[i].shape(1);
-            if (bias_[i])
-                std::memcpy(y, bias_[i]->data(), rows * sizeof *y);
-            else
-                std::memset(y, 0, rows * sizeof *y);
-            expand(use, l, rank, at_[i].data(), rows, y);
-            y += rows;
-            l += rank;
-        }
+        const size_t threads = threads_for(tokens * (n * width + products_), 1 << 19);
+        const size_t step = std::clamp<size_t>((tokens + threads - 1) / threads, 1, kMost);
+        parallel((tokens + step - 1) / step, threads, [&](size_t i) {
+            const size_t t = i * step;
+            some(use, x.data() + t * n, std::min(step, tokens - t), out.data() + t * rows_);
+        });
     }
 
     static void bind(nb::module_& m, const char* name) {
@@ -77,10 +74,29 @@ public:
     }
 
 private:
+    static constexpr size_t kMost = 32;  // tokens for which the factors are read once; few enough for the cache
+
+    void some(const Isa& isa, const float* x, size_t tokens, float* out) const {
+        const size_t n = bt_.shape(0), width = bt_.shape(1);
+        float* low = scratch(tokens * width);
+        shrink<W>(isa)(x, tokens, n, bt_.data(), width, low);
+        for (size_t i = 0; i < at_.size(); i++) {
+            const size_t rank = at_[i].shape(0), rows = at_[i].shape(1);
+            for (size_t t = 0; t < tokens; t++)
+                if (bias_[i])
+                    std::memcpy(out + t * rows_, bias_[i]->data(), rows * sizeof *out);
+                else
+                    std::memset(out + t * rows_, 0, rows * sizeof *out);
+            expand<W>(isa)(low, tokens, width, rank, at_[i].data(), rows, out, rows_);
+            out += rows;
+            low += rank;
+        }
+    }
+
     Matrix<const W> bt_;
     std::vector<Matrix<const W>> at_;
     std::vector<std::optional<Vector<const float>>> bias_;
-    size_t rows_ = 0;
+    size_t rows_ = 0, products_ = 0;
 };
 
 void rms_norm(Matrix<const float> x, Vector<const float> weight, double eps, Matrix<float> out,

@@ -1,8 +1,9 @@
-// A decoder layer's own operations for one token: low-rank products, RMS norm, rotary embedding, attention.
+// A decoder layer's own operations: low-rank products of several tokens, and for one token RMS norm, rotary embedding, attention.
 #pragma once
 #include <cmath>
 
 #include "core.h"
+#include "loops_blinding.h"
 #include "loops_sums.h"
 
 namespace slip {
@@ -19,44 +20,75 @@ inline Sixteen widen16(const uint16_t* w) {
     return (Sixteen)(__builtin_convertvector(*reinterpret_cast<const SixteenHalves*>(w), SixteenWords) << 16);
 }
 
-// `T` vectors of 16 sums stay in registers while the rows of bt pass by.
-template <size_t T, class W>
-inline void shrink_strip(const float* x, size_t n, const W* bt, size_t width, float* low) {
-    Sixteen sum[T] = {};
-    for (size_t k = 0; k < n; k++)
+constexpr size_t kSums = kLanes == 16 ? 16 : 8;  // vectors of 16 sums that registers have room for
+
+// T rows of x, V vectors of 16 columns of bt: the sums stay in registers while the rows of bt pass by.
+template <size_t T, size_t V, class W>
+inline void shrink_tile(const float* x, size_t n, const W* bt, size_t width, float* low) {
+    Sixteen sum[T][V] = {};
+    for (size_t k = 0; k < n; k++) {
+        Sixteen b[V];
 #pragma GCC unroll 8
-        for (size_t i = 0; i < T; i++) sum[i] += x[k] * widen16(bt + k * width + 16 * i);
-    for (size_t i = 0; i < T; i++) reinterpret_cast<Sixteen*>(low)[i] = sum[i];
+        for (size_t v = 0; v < V; v++) b[v] = widen16(bt + k * width + 16 * v);
+#pragma GCC unroll 8
+        for (size_t t = 0; t < T; t++)
+#pragma GCC unroll 8
+            for (size_t v = 0; v < V; v++) sum[t][v] += x[t * n + k] * b[v];
+    }
+    for (size_t t = 0; t < T; t++)
+        for (size_t v = 0; v < V; v++) reinterpret_cast<Sixteen*>(low + t * width)[v] = sum[t][v];
+}
+
+template <size_t T, class W>
+inline void shrink_rows(const float* x, size_t n, const W* bt, size_t width, float* low) {
+    constexpr size_t V = kSums / T < 4 ? kSums / T : 4;
+    size_t w = 0;
+    if constexpr (V > 1)
+        for (; w + 16 * V <= width; w += 16 * V) shrink_tile<T, V>(x, n, bt + w, width, low + w);
+    if constexpr (V > 2)
+        for (; w + 32 <= width; w += 32) shrink_tile<T, 2>(x, n, bt + w, width, low + w);
+    for (; w < width; w += 16) shrink_tile<T, 1>(x, n, bt + w, width, low + w);
 }
 
 template <class W>
-void shrink(const float* x, size_t n, const W* bt, size_t width, float* low) {
-    for (size_t w = 0; w < width; w += 128) switch ((width - w) / 16) {
-            case 1: shrink_strip<1>(x, n, bt + w, width, low + w); break;
-            case 2: shrink_strip<2>(x, n, bt + w, width, low + w); break;
-            case 3: shrink_strip<3>(x, n, bt + w, width, low + w); break;
-            case 4: shrink_strip<4>(x, n, bt + w, width, low + w); break;
-            case 5: shrink_strip<5>(x, n, bt + w, width, low + w); break;
-            case 6: shrink_strip<6>(x, n, bt + w, width, low + w); break;
-            case 7: shrink_strip<7>(x, n, bt + w, width, low + w); break;
-            default: shrink_strip<8>(x, n, bt + w, width, low + w);
-        }
+void shrink(const float* x, size_t tokens, size_t n, const W* bt, size_t width, float* low) {
+    size_t t = 0;
+    for (; t + 8 <= tokens; t += 8) shrink_rows<8>(x + t * n, n, bt, width, low + t * width);
+    for (; t + 4 <= tokens; t += 4) shrink_rows<4>(x + t * n, n, bt, width, low + t * width);
+    for (; t < tokens; t++) shrink_rows<1>(x + t * n, n, bt, width, low + t * width);
 }
 
+// Eight rows of at per pass, or `out` would be the traffic.
 template <class W>
-void expand(const float* low, size_t rank, const W* at, size_t n, float* out) {
+void expand(const float* low, size_t tokens, size_t width, size_t rank, const W* at, size_t n, float* out,
+            size_t step) {
     size_t r = 0;
-    for (; r + 8 <= rank; r += 8) {  // eight rows per pass, or `out` would be the traffic
+    for (; r + 8 <= rank; r += 8) {
         const W* a = at + r * n;
-        const float* l = low + r;
-        for (size_t i = 0; i < n; i++)
-            out[i] += ((l[0] * widen(a[i]) + l[1] * widen(a[n + i])) +
-                       (l[2] * widen(a[2 * n + i]) + l[3] * widen(a[3 * n + i]))) +
-                      ((l[4] * widen(a[4 * n + i]) + l[5] * widen(a[5 * n + i])) +
-                       (l[6] * widen(a[6 * n + i]) + l[7] * widen(a[7 * n + i])));
+        size_t i = 0;
+        for (; i + 16 <= n; i += 16) {
+            Sixteen b[8];
+#pragma GCC unroll 8
+            for (size_t j = 0; j < 8; j++) b[j] = widen16(a + j * n + i);
+            for (size_t t = 0; t < tokens; t++) {
+                const float* l = low + t * width + r;
+                *reinterpret_cast<Sixteen*>(out + t * step + i) +=
+                    ((l[0] * b[0] + l[1] * b[1]) + (l[2] * b[2] + l[3] * b[3])) +
+                    ((l[4] * b[4] + l[5] * b[5]) + (l[6] * b[6] + l[7] * b[7]));
+            }
+        }
+        for (size_t t = 0; t < tokens; t++) {
+            const float* l = low + t * width + r;
+            for (size_t k = i; k < n; k++)
+                out[t * step + k] += ((l[0] * widen(a[k]) + l[1] * widen(a[n + k])) +
+                                      (l[2] * widen(a[2 * n + k]) + l[3] * widen(a[3 * n + k]))) +
+                                     ((l[4] * widen(a[4 * n + k]) + l[5] * widen(a[5 * n + k])) +
+                                      (l[6] * widen(a[6 * n + k]) + l[7] * widen(a[7 * n + k])));
+        }
     }
     for (; r < rank; r++)
-        for (size_t i = 0; i < n; i++) out[i] += low[r] * widen(at[r * n + i]);
+        for (size_t t = 0; t < tokens; t++)
+            for (size_t i = 0; i < n; i++) out[t * step + i] += low[t * width + r] * widen(at[r * n + i]);
 }
 
 void rms_norm(const float* x, const float* weight, size_t n, double eps, float* out) {

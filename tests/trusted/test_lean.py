@@ -143,15 +143,38 @@ def test_native_steps_equal_torch(isa: str) -> None:
     native.rms_norm(x, weight, 1e-5, out, isa)
     want = torch.nn.functional.rms_norm(torch.from_numpy(x), (37,), torch.from_numpy(weight), 1e-5)
     assert np.allclose(out, want.numpy(), atol=1e-6)
-    for rank, rows, cols in [(1, 5, 3), (8, 33, 16), (21, 100, 67)]:
-        x, b, a, bias = draw(cols), draw(rank, cols), draw(rows, rank), draw(rows)
-        width = -rank % 16
-        for kind, cast in ((native.LowRank32, lambda t: t), (native.LowRank16, bits)):
-            low = kind(cast(np.pad(b, ((0, width), (0, 0))).T.copy()), [cast(a.T.copy())], [bias])
-            out = np.empty(rows, np.float32)
-            low.apply(x, out, isa)
-            exact = [rounded(t) if kind is native.LowRank16 else t.astype(np.float64) for t in (a, b)]
-            assert np.allclose(out, exact[0] @ (exact[1] @ x) + bias, atol=1e-4)
+
+
+@pytest.mark.skipif(_core.native is None, reason="no native core: install a C++20 compiler")
+@pytest.mark.parametrize("isa", _core.native.isas() if _core.native else [])
+@pytest.mark.parametrize("kind", ["LowRank32", "LowRank16"])
+@pytest.mark.parametrize(
+    ("ranks", "rows", "cols"), [([1], [5], 3), ([8], [33], 16), ([21], [100], 67), ([16, 5, 24], [48, 7, 65], 130)]
+)
+def test_the_native_low_rank_part(isa: str, kind: str, ranks: list[int], rows: list[int], cols: int) -> None:
+    """Right for 43 tokens (32, 8, and one by one), and bit for bit the same for each alone."""
+    generator = np.random.default_rng(sum(ranks))
+    cast, exact = (bits, rounded) if kind == "LowRank16" else (lambda t: t, lambda t: t.astype(np.float64))
+
+    def draw(*shape: int) -> Any:
+        return generator.standard_normal(shape).astype(np.float32)
+
+    b, x = [draw(rank, cols) for rank in ranks], draw(43, cols)
+    a, bias = [draw(n, rank) for n, rank in zip(rows, ranks, strict=True)], [None, *(draw(n) for n in rows[1:])]
+    bt = np.concatenate([*b, np.zeros((-sum(ranks) % 16, cols), np.float32)]).T.copy()
+    low_rank = getattr(_core.native, kind)(cast(bt), [cast(t.T.copy()) for t in a], bias)
+    out = np.empty((43, sum(rows)), np.float32)
+    low_rank.apply(x, out, isa)
+    want = np.concatenate(
+        [x @ exact(q).T @ exact(p).T + (0 if c is None else c) for p, q, c in zip(a, b, bias, strict=True)], axis=1
+    )
+    assert np.allclose(out, want, atol=1e-3)
+    alone = np.empty((1, sum(rows)), np.float32)
+    for t in range(43):
+        low_rank.apply(x[t : t + 1], alone, isa)
+        assert np.array_equal(alone[0], out[t])
+    with pytest.raises(ValueError, match="shapes"):
+        low_rank.apply(x, out[:42], isa)
 
 
 def bits(t: np.ndarray) -> np.ndarray:
