@@ -1,4 +1,4 @@
-// A decoder layer's own operations for one token: low-rank products, RMS norm, rotary embedding, attention.
+// A decoder layer's own operations for a decoding step: low-rank products, RMS norm, rotary embedding, attention.
 #pragma once
 #include <cmath>
 
@@ -10,6 +10,7 @@ namespace {
 
 typedef float Sixteen __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint32_t SixteenWords __attribute__((vector_size(64)));
+typedef int32_t SixteenInts __attribute__((vector_size(64)));
 typedef uint16_t SixteenHalves __attribute__((vector_size(32), aligned(2), may_alias));
 
 inline float widen(float w) { return w; }
@@ -75,28 +76,89 @@ void rotate(float* x, size_t heads, size_t size, const float* cos, const float* 
         }
 }
 
-// softmax(scale q K^T) V for one query head.
-void attend(const float* q, const float* keys, const float* values, size_t count, size_t size, float scale,
-            float* scores, float* out) {
-    const size_t whole = size & ~size_t(15);
-    float top = -INFINITY;
+inline float total(Sixteen v) {
+    float part[16];
+    __builtin_memcpy(part, &v, sizeof part);
+#pragma GCC unroll 4
+    for (int width = 8; width; width /= 2)
+#pragma GCC unroll 8
+        for (int i = 0; i < width; i++) part[i] += part[width + i];
+    return part[0];
+}
+
+// exp(x) for x <= 0, to 2 units in the last place; below -87 it is exp(-87). Cephes' expf, all lanes at a time.
+inline Sixteen exponential(Sixteen x) {
+    x = x < -87 ? Sixteen{} - 87 : x;
+    const Sixteen n = (x * 1.44269504f + 12582912.f) - 12582912.f;  // to the nearest integer
+    const Sixteen r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    Sixteen y = 1.9875691500e-4f * r + 1.3981999507e-3f;
+    y = y * r + 8.3334519073e-3f;
+    y = y * r + 4.1665795894e-2f;
+    y = y * r + 1.6666665459e-1f;
+    y = y * r + 5.0000001201e-1f;
+    y = y * r * r + r + 1;
+    return y * (Sixteen)((__builtin_convertvector(n, SixteenInts) + 127) << 23);
+}
+
+// In place, and what the values add up to; `count` is a multiple of 16.
+inline float exponentials(float* x, size_t count) {
+    Sixteen* v = reinterpret_cast<Sixteen*>(x);
+    Sixteen top = v[0], sum = {};
+    for (size_t i = 1; i < count / 16; i++) top = v[i] > top ? v[i] : top;
+    float most = top[0];
+    for (int i = 1; i < 16; i++) most = top[i] > most ? top[i] : most;
+    for (size_t i = 0; i < count / 16; i++) sum += v[i] = exponential(v[i] - most);
+    return total(sum);
+}
+
+template <size_t T>
+void attend_tile(const float* q, const float* keys, const float* values, size_t count, size_t size, size_t key_step,
+                 size_t value_step, float scale, float* scores, float* out) {
+    const size_t whole = size & ~size_t(15), width = (count + 15) & ~size_t(15);
     for (size_t s = 0; s < count; s++) {
-        const float* k = keys + s * size;
-        Sixteen part = {};
+        const float* k = keys + s * key_step;
+        Sixteen part[T] = {};
         for (size_t i = 0; i < whole; i += 16)
-            part += *reinterpret_cast<const Sixteen*>(q + i) * *reinterpret_cast<const Sixteen*>(k + i);
-        float sum = 0;
-        for (int i = 0; i < 16; i++) sum += part[i];
-        for (size_t i = whole; i < size; i++) sum += q[i] * k[i];
-        scores[s] = sum * scale;
-        top = scores[s] > top ? scores[s] : top;
+#pragma GCC unroll 4
+            for (size_t t = 0; t < T; t++)
+                part[t] +=
+                    *reinterpret_cast<const Sixteen*>(q + t * size + i) * *reinterpret_cast<const Sixteen*>(k + i);
+#pragma GCC unroll 4
+        for (size_t t = 0; t < T; t++) {
+            float sum = total(part[t]);
+            for (size_t i = whole; i < size; i++) sum += q[t * size + i] * k[i];
+            scores[t * width + s] = sum * scale;
+        }
     }
-    float total = 0;
-    for (size_t s = 0; s < count; s++) total += scores[s] = std::exp(scores[s] - top);
-    for (size_t i = 0; i < size; i++) out[i] = 0;
-    for (size_t s = 0; s < count; s++) {
-        const float weight = scores[s] / total;
-        for (size_t i = 0; i < size; i++) out[i] += weight * values[s * size + i];
+    float inverse[T];
+    for (size_t t = 0; t < T; t++) {
+        for (size_t s = count; s < width; s++) scores[t * width + s] = -INFINITY;
+        inverse[t] = 1 / exponentials(scores + t * width, width);
+    }
+    for (size_t i = 0; i < whole; i += 16) {
+        Sixteen sum[T] = {};
+        for (size_t s = 0; s < count; s++)
+#pragma GCC unroll 4
+            for (size_t t = 0; t < T; t++)
+                sum[t] += scores[t * width + s] * *reinterpret_cast<const Sixteen*>(values + s * value_step + i);
+        for (size_t t = 0; t < T; t++) *reinterpret_cast<Sixteen*>(out + t * size + i) = sum[t] * inverse[t];
+    }
+    for (size_t t = 0; t < T; t++)
+        for (size_t i = whole; i < size; i++) {
+            float sum = 0;
+            for (size_t s = 0; s < count; s++) sum += scores[t * width + s] * values[s * value_step + i];
+            out[t * size + i] = sum * inverse[t];
+        }
+}
+
+// softmax(scale q K^T) V for up to four query heads that read the same keys and values.
+void attend(const float* q, size_t heads, const float* keys, const float* values, size_t count, size_t size,
+            size_t key_step, size_t value_step, float scale, float* scores, float* out) {
+    switch (heads) {
+        case 1: attend_tile<1>(q, keys, values, count, size, key_step, value_step, scale, scores, out); break;
+        case 2: attend_tile<2>(q, keys, values, count, size, key_step, value_step, scale, scores, out); break;
+        case 3: attend_tile<3>(q, keys, values, count, size, key_step, value_step, scale, scores, out); break;
+        default: attend_tile<4>(q, keys, values, count, size, key_step, value_step, scale, scores, out);
     }
 }
 
