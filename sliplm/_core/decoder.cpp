@@ -3,7 +3,6 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include <algorithm>
 #include <cstring>
 #include <memory>
 #include <optional>
@@ -131,14 +130,12 @@ void attend(Strided<const float, 3> queries, Strided<const float, 4> keys, Strid
         require((*starts)(b) >= 0 && size_t((*starts)(b)) < count, "a sequence starts outside its keys");
     const Isa& use = named(isa);
     nb::gil_scoped_release release;
-    const size_t shared = heads / groups, tiles = (shared + 3) / 4;
-    parallel(rows * groups * tiles, threads_for(rows * heads * count * size, 1 << 19), [&](size_t task) {
-        const size_t b = task / (groups * tiles), g = task / tiles % groups, tile = task % tiles * 4;
-        const size_t first = starts ? size_t((*starts)(b)) : 0, some = std::min<size_t>(4, shared - tile);
-        std::unique_ptr<float[]> scores(new float[some * (count - first + 15)]);
-        use.attend(&queries(b, g * shared + tile, 0), some, &keys(b, g, first, 0), &values(b, g, first, 0),
-                   count - first, size, keys.stride(2), values.stride(2), scale, scores.get(),
-                   &out(b, g * shared + tile, 0));
+    parallel(rows * groups, threads_for(rows * heads * count * size, 1 << 19), [&](size_t task) {
+        const size_t b = task / groups, g = task % groups, first = starts ? size_t((*starts)(b)) : 0;
+        const size_t shared = heads / groups;
+        std::unique_ptr<float[]> scores(new float[4 * (count - first + 16)]);
+        use.attend(&queries(b, g * shared, 0), shared, &keys(b, g, first, 0), &values(b, g, first, 0), count - first,
+                   size, keys.stride(2), values.stride(2), scale, scores.get(), &out(b, g * shared, 0));
     });
 }
 
