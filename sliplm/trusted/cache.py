@@ -42,8 +42,11 @@ class _Room:
         end = count + new.shape[2]
         # If it is not what we gave out, somebody has cut or reordered it, and may hold on to what was there before.
         # Torch lets nobody write to tensors of the inference mode outside of it.
-        frozen = self._all.is_inference() and not torch.is_inference_mode_enabled()
-        if shown is not self._shown or end > self._all.shape[2] or frozen:
+        if (
+            shown is not self._shown
+            or end > self._all.shape[2]
+            or (not torch.is_inference_mode_enabled() and self._all.is_inference())
+        ):
             room = new.new_empty(*new.shape[:2], end + max(64, end // 4), new.shape[3])
             if count:
                 room.narrow(2, 0, count).copy_(shown)

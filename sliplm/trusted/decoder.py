@@ -58,13 +58,13 @@ class _Short:
         attention = layer.self_attn
         self._long = layer.forward
         self._qkv, self._o, self._gate_up, self._down = qkv, o, gate_up, down
-        self._layer = layer
         self._index = attention.layer_idx
         self._head = attention.head_dim
         self._scale = attention.scaling
         self._queries = attention.q_proj.out_features // self._head
         self._rotated = self._queries + attention.k_proj.out_features // self._head
         self._norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+        self._before, self._between, self._act = layer.input_layernorm, layer.post_attention_layernorm, layer.mlp.act_fn
 
     @classmethod
     def of(cls, layer: Any) -> _Short | None:
@@ -112,9 +112,9 @@ class _Short:
                 **kwargs,
             )
         assert native is not None and position_embeddings is not None  # or there would be no short way
-        count, size, layer = len(hidden_states), self._head, self._layer
+        count, size = len(hidden_states), self._head
         x = hidden_states.reshape(count, -1).numpy()
-        heads = self._qkv.stacked(_norm(x, layer.input_layernorm)).reshape(count, -1, size)
+        heads = self._qkv.stacked(_norm(x, self._before)).reshape(count, -1, size)
         queries, fresh = heads[:, : self._queries], heads[:, self._queries : self._rotated]
         for norm, part in zip(self._norms, (queries, fresh), strict=True):
             if norm is not None:
@@ -127,8 +127,8 @@ class _Short:
         seen = np.empty((count, self._queries, size), np.float32)
         native.attend(queries, keys, values, starts, self._scale, seen)
         x = x + self._o.stacked(seen.reshape(count, -1))
-        gate, up = torch.from_numpy(self._gate_up.stacked(_norm(x, layer.post_attention_layernorm))).chunk(2, dim=1)
-        x += self._down.stacked((layer.mlp.act_fn(gate) * up).numpy())
+        gate, up = torch.from_numpy(self._gate_up.stacked(_norm(x, self._between))).chunk(2, dim=1)
+        x += self._down.stacked((self._act(gate) * up).numpy())
         return torch.from_numpy(x).unsqueeze(1)
 
 
