@@ -75,9 +75,10 @@ struct Isa {
     void (&rms_norm)(const float* x, const float* weight, size_t n, double eps, float* out);
     // In place: heads x size values turned by cos and sin (size).
     void (&rotate)(float* x, size_t heads, size_t size, const float* cos, const float* sin);
-    // One query head against `count` keys and values (size each): out (size); `scores` is scratch of `count`.
-    void (&attend)(const float* q, const float* keys, const float* values, size_t count, size_t size, float scale,
-                   float* scores, float* out);
+    // `heads` query heads (size each) against the same `count` keys and values, which are so many floats apart: out
+    // (heads, size). `scores` is scratch: 4 (count + 16).
+    void (&attend)(const float* q, size_t heads, const float* keys, const float* values, size_t count, size_t size,
+                   size_t key_step, size_t value_step, float scale, float* scores, float* out);
 };
 
 }  // namespace slip
