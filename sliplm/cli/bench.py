@@ -43,14 +43,14 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Measure the protected model beside the unprotected one: speed, traffic, memory, and where the time goes."""
+    counts = _counts(streams) if streams is not None else []
+    if counts and (peers or plot or long):
+        raise SlipError("--streams measures leverage alone: leave out --peers, --plot and --long.")
     set_up_logging(False)
     quiet_transformers()
     from sliplm.speed import show
     from sliplm.speed.bench import bench as run
 
-    counts = _counts(streams) if streams is not None else []
-    if counts and (peers or plot or long):
-        raise SlipError("--streams measures leverage alone: leave out --peers, --plot and --long.")
     if plot:
         show.require_plots()
     usual = ["smollm2", "llama-1.1b", *(["llama-7b-block", "llama-70b-block"] if counts else [])]
