@@ -57,14 +57,14 @@ def write_gguf(source: str, path: Path) -> None:
     config = transformers.AutoConfig.from_pretrained(directory, **arguments)
     if config.model_type != "llama":
         raise SlipError(f"--peers knows llama.cpp's form of Llama's layout alone, which a {config.model_type} has not.")
-    if config.hidden_size % 32 or config.intermediate_size % 32:
+    shapes = dict(_tensors(config))
+    if any(shape[1] % 32 for shape in shapes.values() if len(shape) == 2):
         raise SlipError(
             "--peers: Q8_0 takes 32 weights of a row at a time, and this model's rows are no multiple of that."
         )
     partial = path.with_suffix(".partial")
     writer = gguf.GGUFWriter(partial, "llama")
     _describe(writer, config)
-    shapes = dict(_tensors(config))
     for name, shape in shapes.items():
         kind, size = (_Q8, _BLOCK.itemsize * shape[0] * shape[1] // 32) if len(shape) == 2 else (None, 4 * shape[0])
         writer.add_tensor_info(name, shape, np.dtype(np.float32), size, kind)

@@ -29,7 +29,7 @@ SHORT = ("--tokens", 8, "--rounds", 1)
 
 @linux
 def test_leverage_is_measured_and_is_what_its_parts_say(tmp_path: Path) -> None:
-    done = slip("bench", "llama-tiny", "--streams", "3,1,3", *SHORT, "--keep", tmp_path, "--json")
+    done = slip("bench", "llama-tiny", "--streams", "3,1,3", *SHORT, "--keep", tmp_path, "--json", timeout=300)
     assert done.returncode == 0, done.stderr
     (result,) = json.loads(done.stdout)["results"]
     assert (result["model"], result["block"], result["planes"]) == ("llama-tiny", False, 1)

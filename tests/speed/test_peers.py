@@ -76,7 +76,12 @@ def test_the_file_has_the_shape_of_the_model(tmp_path: Path) -> None:
 
 def test_a_tied_head_is_stored_once_and_awkward_models_are_refused(tmp_path: Path) -> None:
     tied = save_tiny(
-        tmp_path / "tied", hidden_size=64, intermediate_size=160, num_attention_heads=4, tie_word_embeddings=True
+        tmp_path / "tied",
+        hidden_size=64,
+        intermediate_size=160,
+        num_attention_heads=4,
+        head_dim=16,
+        tie_word_embeddings=True,
     )
     peers.write_gguf(str(tied), tmp_path / "tied.gguf")
     names = [t.name for t in gguf.GGUFReader(tmp_path / "tied.gguf").tensors]
