@@ -35,7 +35,8 @@ def measure(
     core, others = apart()
     with ExitStack() as running:
         plain = running.enter_context(contender("bfloat16", source, core))
-        trusted = running.enter_context(contender("protected", str(directory), core, pads=pads, others=others))
+        options = {"pads": pads, "clocks": False, "others": others}
+        trusted = running.enter_context(contender("protected", str(directory), core, **options))
         trusted(do="decode", tokens=4)  # warms up, so that what is mapped has been read
         held = trusted(do="memory")["processes"][0]
         memory = {

@@ -152,16 +152,22 @@ class _NoText:
 class Protected(Plain):
     """The trusted side in this process, and a real `slip edge` in another, which has the cores `others`, if named.
 
-    `pads` says who makes them: "self", this process, which then is an edge, too.
+    `pads` says who makes them: "self", this process, which then is an edge, too. `clocks` count the steps of an
+    exchange, and cost some time of their own.
     """
 
-    def __init__(self, directory: Path, running: ExitStack, pads: str = "self", others: Collection[int] = ()) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        running: ExitStack,
+        pads: str = "self",
+        clocks: bool = True,
+        others: Collection[int] = (),
+    ) -> None:
         trusted = directory / "trusted"
         self.model = self._timed(lambda: transformers.AutoModelForCausalLM.from_pretrained(trusted).eval())
         self._slip = self.model.slip
-        if pads == "self":
-            self._slip.attach(directory / "edge")
-        self._spent = self._slip.measure()
+        self._spent = self._slip.measure() if clocks else {}
         scratch = Path(running.enter_context(tempfile.TemporaryDirectory(prefix="slip-bench-")))
         authority.add_device(scratch / "authority", "bench", scratch / "identity", days=1)
         server = TrustedServer(_NoText(), self._slip.digest, self._slip.shapes, scratch / "authority")
@@ -175,6 +181,9 @@ class Protected(Plain):
             time.sleep(0.01)
         self._link: RemoteLink = server.links()[0]
         self.others = [edge["pid"]]
+        if pads != "self":
+            raise ValueError(f"nobody called {pads!a} makes pads")
+        self._slip.attach(directory / "edge")
         running.callback(self._slip.pool.close)
 
     def decode(self, tokens: int, streams: int = 1, link: str = "tls", pads: str = "ready", **_: Any) -> dict[str, Any]:
