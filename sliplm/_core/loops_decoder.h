@@ -45,8 +45,10 @@ inline void shrink_rows(const float* x, size_t n, const W* bt, size_t width, flo
     size_t w = 0;
     if constexpr (V > 1)
         for (; w + 16 * V <= width; w += 16 * V) shrink_tile<T, V>(x, n, bt + w, width, low + w);
-    if constexpr (V > 2)
+    if constexpr (V > 2) {
+        for (; w + 48 <= width; w += 48) shrink_tile<T, 3>(x, n, bt + w, width, low + w);
         for (; w + 32 <= width; w += 32) shrink_tile<T, 2>(x, n, bt + w, width, low + w);
+    }
     for (; w < width; w += 16) shrink_tile<T, 1>(x, n, bt + w, width, low + w);
 }
 
@@ -60,8 +62,8 @@ void shrink(const float* x, size_t tokens, size_t n, const W* bt, size_t width, 
 
 // Eight rows of at per pass, or `out` would be the traffic.
 template <class W>
-void expand(const float* low, size_t tokens, size_t width, size_t rank, const W* at, size_t n, float* out,
-            size_t step) {
+inline void expand_rows(const float* low, size_t tokens, size_t width, size_t rank, const W* at, size_t n, float* out,
+                        size_t step) {
     size_t r = 0;
     for (; r + 8 <= rank; r += 8) {
         const W* a = at + r * n;
@@ -89,6 +91,15 @@ void expand(const float* low, size_t tokens, size_t width, size_t rank, const W*
     for (; r < rank; r++)
         for (size_t t = 0; t < tokens; t++)
             for (size_t i = 0; i < n; i++) out[t * step + i] += low[t * width + r] * widen(at[r * n + i]);
+}
+
+template <class W>
+void expand(const float* low, size_t tokens, size_t width, size_t rank, const W* at, size_t n, float* out,
+            size_t step) {
+    if (tokens == 1)  // a constant: no loop over tokens within
+        expand_rows(low, 1, width, rank, at, n, out, step);
+    else
+        expand_rows(low, tokens, width, rank, at, n, out, step);
 }
 
 void rms_norm(const float* x, const float* weight, size_t n, double eps, float* out) {
