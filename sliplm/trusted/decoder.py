@@ -98,8 +98,8 @@ class _Short:
         )
         if short and attention_mask is not None:
             # All that the cache will give for this token must be in the mask.
-            seen, _ = past_key_values.get_mask_sizes(1, self._index)
-            starts = _starts(attention_mask, (len(hidden_states), 1, 1, seen))
+            length, _ = past_key_values.get_mask_sizes(1, self._index)
+            starts = _starts(attention_mask, (len(hidden_states), 1, 1, length))
             short = starts is not None
         if not short:
             return self._long(
@@ -119,13 +119,15 @@ class _Short:
         for norm, part in zip(self._norms, (queries, fresh), strict=True):
             if norm is not None:
                 part[:] = _norm(part.reshape(-1, size), norm).reshape(part.shape)
-        cos, sin = (t.numpy().reshape(-1, size) for t in position_embeddings)
-        native.rotate(heads[:, : self._rotated], cos, sin)
-        new = (torch.from_numpy(t).unsqueeze(2) for t in (fresh, heads[:, self._rotated :]))
+        cos, sin = position_embeddings
+        native.rotate(heads[:, : self._rotated], cos.numpy().reshape(-1, size), sin.numpy().reshape(-1, size))
+        new = torch.from_numpy(heads).unsqueeze(2)
         grow(past_key_values, self._index)
-        keys, values = (t.numpy() for t in past_key_values.update(*new, self._index))
+        keys, values = past_key_values.update(
+            new[:, self._queries : self._rotated], new[:, self._rotated :], self._index
+        )
         seen = np.empty((count, self._queries, size), np.float32)
-        native.attend(queries, keys, values, starts, self._scale, seen)
+        native.attend(queries, keys.numpy(), values.numpy(), starts, self._scale, seen)
         x = x + self._o.stacked(seen.reshape(count, -1))
         gate, up = torch.from_numpy(self._gate_up.stacked(_norm(x, self._between))).chunk(2, dim=1)
         x += self._down.stacked((self._act(gate) * up).numpy())

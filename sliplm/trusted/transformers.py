@@ -101,6 +101,9 @@ class SlipQuantizer(HfQuantizer):  # type: ignore[misc]
                 del model.all_tied_weights_keys[target]
         _check_complete(file, model)
         self._table = map_table(model, model.all_tied_weights_keys)
+        if self._table:
+            name, table = self._table
+            _check_layout(file, {name: (torch.float32, (table.num_embeddings, table.embedding_dim))}, model)
         # What is ours is read by `bind`, from the mapped file: no loader shall convert it, or copy all of it at once.
         unread = {guard(self._groups), *self._own, *([self._table[0]] if self._table else [])}
         ignored = set(model._keys_to_ignore_on_load_unexpected or ())
@@ -130,7 +133,7 @@ class SlipQuantizer(HfQuantizer):  # type: ignore[misc]
 
 
 def _check_layout(file: Path, layout: Layout, model: PreTrainedModel) -> None:
-    """Raises BundleError if the protected groups' tensors in `file` are not those of `layout`."""
+    """Raises BundleError if the tensors of `layout` are not in `file`, in their shapes; types may differ."""
     with safe_open(file, "pt") as tensors:
         stored = set(tensors.keys())
         for name, (_, shape) in layout.items():

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -184,6 +187,31 @@ def test_what_the_short_way_is_not_made_for_goes_the_long_way(
             logits.append(model(input_ids=steps[1], attention_mask=bias, past_key_values=cache).logits)
         assert all(calls)
     assert torch.allclose(*logits, atol=2e-3)
+
+
+def test_a_step_takes_few_calls_however_many_sequences(pair: tuple[Any, Any]) -> None:
+    _, protected = pair
+    counts = []
+    for rows, padded in ((1, 0), (6, 0), (6, 1)):
+        calls = Counter[str]()
+
+        def note(frame: FrameType, event: str, _: Any, calls: Counter[str] = calls) -> None:
+            if event == "call" and Path(frame.f_code.co_filename).name in ("decoder.py", "cache.py", "cache_utils.py"):
+                calls[frame.f_code.co_name] += 1
+
+        mask = torch.ones(rows, 4, dtype=torch.long)
+        mask[:1, :padded] = 0
+        with torch.inference_mode():
+            cache = protected(input_ids=torch.ones(rows, 3, dtype=torch.long), use_cache=True).past_key_values
+            ids = torch.ones(rows, 1, dtype=torch.long)
+            protected(input_ids=ids, attention_mask=mask, past_key_values=cache)
+            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+            sys.setprofile(note)
+            protected(input_ids=ids, attention_mask=mask, past_key_values=cache)
+            sys.setprofile(None)
+        counts.append(calls)
+    one, many, of_different_lengths = (calls.total() for calls in counts)
+    assert one == many < 2 * 24 and of_different_lengths <= one + 2 * 4, counts
 
 
 @pytest.mark.parametrize("isa", _core.native.isas() if _core.native else [])
