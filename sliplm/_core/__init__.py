@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
         isas = staticmethod(_native.isas)
         threads = staticmethod(_native.threads)
+        limit_threads = staticmethod(_native.limit_threads)
         PackedMatrix = _native.PackedMatrix
         is_canonical = staticmethod(_native.is_canonical)
         project = staticmethod(_native.project)

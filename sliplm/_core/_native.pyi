@@ -21,7 +21,10 @@ def isas() -> list[str]:
     """The instruction sets that this machine can run, best first."""
 
 def threads() -> int:
-    """The cores that this process may run on."""
+    """The cores that this process may run on, or fewer: see `limit_threads`."""
+
+def limit_threads(n: int) -> None:
+    """From now on nothing here uses more than n threads of this process; 0 lifts the limit."""
 
 class PackedMatrix:
     """An integer matrix (M, K), repacked in memory of its own."""
@@ -43,11 +46,14 @@ def encode(
     r: Matrix[np.uint32],
     length: float,
     blinding: Blinding | None,
+    uq: Matrix[np.uint32],
     masked: Matrix[np.uint32],
     inv_c: Vector[np.float64],
+    expected: Matrix[np.uint32],
     isa: str = "",
 ) -> bool:
-    """masked (T, K) = round(c v) + r mod p and inv_c (T,) = 1 / c, v being x (T, K) blinded and c |v| = `length`.
+    """masked (T, K) = x_q + r mod p and inv_c (T,) = 1 / c, where x_q = round(c v), v is x (T, K) blinded and
+    c |v| = `length`; expected (T, C) = uq (C, K) x_q mod p.
 
     False, and no meaningful result, if x is not finite.
     """
@@ -67,10 +73,14 @@ def decode(
     scales: Matrix[np.float32],
     inv_c: Vector[np.float64],
     blinding: Blinding | None,
+    u: Matrix[np.uint32],
+    expected: Matrix[np.uint32],
     out: Matrix[np.float32],
     isa: str = "",
-) -> None:
-    """Add (answer - image) (T, planes * N), scaled by `scales` (planes, N) and inv_c (T,), unblinded, to out (T, N)."""
+) -> bool:
+    """Add z = answer - image mod p (T, planes * N), scaled by `scales` (planes, N) and inv_c (T,), unblinded, to out
+    (T, N). Whether answer and image are canonical and u (C, planes * N) z_t = expected_t mod p for every t.
+    """
 
 class LowRank32:
     """A group's A (B x) + b for one token. Refers to the arrays that it is given.

@@ -25,6 +25,14 @@ struct Blinding {
     const float* diagonal = nullptr;
 };
 
+// Vectors of field elements for the check, (count, length of a row); at most kMaxChecks.
+struct Checks {
+    const uint32_t* vectors;
+    size_t count;
+};
+constexpr size_t kMaxChecks = 4;
+constexpr size_t kTogether = 16;  // rows that the arithmetic of an exchange takes side by side
+
 // One instruction set. Every function is exact, whatever the set. They are references, so that none can be left out.
 struct Isa {
     const char* name;
@@ -45,12 +53,14 @@ struct Isa {
     uint32_t (&dot)(const uint32_t* u, const uint32_t* y, size_t n);
     // acc[k] += u * q[k] for n columns.
     void (&project)(uint32_t u, const int8_t* q, size_t n, int64_t* acc);
-    // One token; `v` is scratch of 2 n floats. encode returns false if x is not finite.
-    bool (&encode)(const float* x, const uint32_t* r, size_t n, double length, const Blinding& blinding, float* v,
-                   uint32_t* masked, double* inv_c);
-    // Added to what `out` holds.
-    void (&decode)(const uint32_t* answer, const uint32_t* image, const float* scales, size_t planes, size_t n,
-                   double inv_c, const Blinding& blinding, float* v, float* out);
+    // `tokens` rows. `scratch` is 2 n floats for each of up to kTogether rows. A row's result does not depend on the
+    // rows beside it. encode returns false if x is not finite; expected (tokens, checks).
+    bool (&encode)(const float* x, const uint32_t* r, size_t tokens, size_t n, double length, const Blinding& blinding,
+                   const Checks& checks, float* scratch, uint32_t* masked, double* inv_c, uint32_t* expected);
+    // Added to what `out` holds; false if the check fails or something is not canonical.
+    bool (&decode)(const uint32_t* answer, const uint32_t* image, size_t tokens, const float* scales, size_t planes,
+                   size_t n, const double* inv_c, const Blinding& blinding, const Checks& checks,
+                   const uint32_t* expected, float* scratch, float* out);
 
     // low (width) = x (n) bt (n, width); then out (n) += low (rank) at (rank, n). Weights are float32, or bfloat16;
     // `width` is a multiple of 16.

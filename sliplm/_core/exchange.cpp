@@ -1,11 +1,10 @@
-// The trusted arithmetic of an exchange, token by token on several threads.
+// The trusted arithmetic of an exchange, rows by rows on several threads.
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 
 #include <algorithm>
 #include <atomic>
-#include <memory>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -57,20 +56,34 @@ Blinding blinding_of(const BlindingArrays& arrays, size_t n) {
     return {perm.data(), turns.data(), diagonal.data()};
 }
 
+Checks checks_of(const Matrix<const uint32_t>& vectors, size_t n) {
+    require(vectors.shape(0) <= kMaxChecks, "too many checks");
+    require(vectors.shape(1) == n, "the check has the wrong size");
+    return {vectors.data(), vectors.shape(0)};
+}
+
+// Calls task(first, count) for up to kTogether rows at a time, fewer where that employs more of the threads.
+template <class Task>
+void share(size_t tokens, size_t threads, Task task) {
+    const size_t step = std::clamp<size_t>((tokens + threads - 1) / threads, 1, kTogether);
+    parallel((tokens + step - 1) / step, threads, [&](size_t i) { task(i * step, std::min(step, tokens - i * step)); });
+}
+
 bool encode(Matrix<const float> x, Matrix<const uint32_t> r, double length, const BlindingArrays& blinding,
-            Matrix<uint32_t> masked, Vector<double> inv_c, const std::string& isa) {
+            Matrix<const uint32_t> uq, Matrix<uint32_t> masked, Vector<double> inv_c, Matrix<uint32_t> expected,
+            const std::string& isa) {
     const size_t tokens = x.shape(0), n = x.shape(1);
+    const Checks checks = checks_of(uq, n);
     require(r.shape(0) == tokens && r.shape(1) == n && masked.shape(0) == tokens && masked.shape(1) == n &&
-                inv_c.shape(0) == tokens,
+                inv_c.shape(0) == tokens && expected.shape(0) == tokens && expected.shape(1) == checks.count,
             "shapes do not match");
     const Blinding by = blinding_of(blinding, n);
     const Isa& use = named(isa);
     nb::gil_scoped_release release;
     std::atomic<bool> finite{true};
-    parallel(tokens, threads_for(tokens * n, 1 << 14), [&](size_t t) {
-        std::unique_ptr<float[]> v(new float[2 * n]);
-        if (!use.encode(x.data() + t * n, r.data() + t * n, n, length, by, v.get(), masked.data() + t * n,
-                        inv_c.data() + t))
+    share(tokens, threads_for(tokens * n, 1 << 14), [&](size_t t, size_t count) {
+        if (!use.encode(x.data() + t * n, r.data() + t * n, count, n, length, by, checks, scratch(2 * n * kTogether),
+                        masked.data() + t * n, inv_c.data() + t, expected.data() + t * checks.count))
             finite = false;
     });
     return finite;
@@ -94,20 +107,26 @@ bool verify(Matrix<const uint32_t> u, Matrix<const uint32_t> uq, Matrix<const ui
     return wrong == 0;
 }
 
-void decode(Matrix<const uint32_t> answer, Matrix<const uint32_t> image, Matrix<const float> scales,
-            Vector<const double> inv_c, const BlindingArrays& blinding, Matrix<float> out, const std::string& isa) {
+bool decode(Matrix<const uint32_t> answer, Matrix<const uint32_t> image, Matrix<const float> scales,
+            Vector<const double> inv_c, const BlindingArrays& blinding, Matrix<const uint32_t> u,
+            Matrix<const uint32_t> expected, Matrix<float> out, const std::string& isa) {
     const size_t tokens = answer.shape(0), rows = answer.shape(1), planes = scales.shape(0), n = scales.shape(1);
+    const Checks checks = checks_of(u, rows);
     require(rows == planes * n && image.shape(0) == tokens && image.shape(1) == rows && inv_c.shape(0) == tokens &&
-                out.shape(0) == tokens && out.shape(1) == n,
+                expected.shape(0) == tokens && expected.shape(1) == checks.count && out.shape(0) == tokens &&
+                out.shape(1) == n,
             "shapes do not match");
     const Blinding by = blinding_of(blinding, n);
     const Isa& use = named(isa);
     nb::gil_scoped_release release;
-    parallel(tokens, threads_for(tokens * rows, 1 << 15), [&](size_t t) {
-        std::unique_ptr<float[]> v(new float[2 * n]);
-        use.decode(answer.data() + t * rows, image.data() + t * rows, scales.data(), planes, n, inv_c.data()[t], by,
-                   v.get(), out.data() + t * n);
+    std::atomic<bool> right{true};  // no early exit, as in `verify`
+    share(tokens, threads_for(tokens * rows, 1 << 14), [&](size_t t, size_t count) {
+        if (!use.decode(answer.data() + t * rows, image.data() + t * rows, count, scales.data(), planes, n,
+                        inv_c.data() + t, by, checks, expected.data() + t * checks.count, scratch(2 * n * kTogether),
+                        out.data() + t * n))
+            right = false;
     });
+    return right;
 }
 
 }  // namespace
@@ -115,12 +134,13 @@ void decode(Matrix<const uint32_t> answer, Matrix<const uint32_t> image, Matrix<
 void bind_exchange(nb::module_& m) {
     m.def("is_canonical", &is_canonical, "x"_a.noconvert());
     m.def("project", &project, "u"_a.noconvert(), "q"_a.noconvert(), "out"_a.noconvert(), "isa"_a = "");
-    m.def("encode", &encode, "x"_a.noconvert(), "r"_a.noconvert(), "length"_a, "blinding"_a.none(),
-          "masked"_a.noconvert(), "inv_c"_a.noconvert(), "isa"_a = "");
+    m.def("encode", &encode, "x"_a.noconvert(), "r"_a.noconvert(), "length"_a, "blinding"_a.none(), "uq"_a.noconvert(),
+          "masked"_a.noconvert(), "inv_c"_a.noconvert(), "expected"_a.noconvert(), "isa"_a = "");
     m.def("verify", &verify, "u"_a.noconvert(), "uq"_a.noconvert(), "masked"_a.noconvert(), "answer"_a.noconvert(),
           "isa"_a = "");
     m.def("decode", &decode, "answer"_a.noconvert(), "image"_a.noconvert(), "scales"_a.noconvert(),
-          "inv_c"_a.noconvert(), "blinding"_a.none(), "out"_a.noconvert(), "isa"_a = "");
+          "inv_c"_a.noconvert(), "blinding"_a.none(), "u"_a.noconvert(), "expected"_a.noconvert(), "out"_a.noconvert(),
+          "isa"_a = "");
 }
 
 }  // namespace slip

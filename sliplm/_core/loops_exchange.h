@@ -4,7 +4,6 @@
 
 #include "core.h"
 #include "loops_blinding.h"
-#include "loops_sums.h"
 
 namespace slip {
 namespace {
@@ -15,14 +14,42 @@ bool canonical(const uint32_t* x, size_t n) {
     return !bad;
 }
 
-uint32_t dot(const uint32_t* u, const uint32_t* y, size_t n) {
-    uint64_t low = 0, high = 0;  // n < 2^32 halves of 32 bits fit
-    for (size_t i = 0; i < n; i++) {
-        const uint64_t product = uint64_t(u[i]) * y[i];
-        low += product & 0xFFFFFFFF;
-        high += product >> 32;
+// A running sum of products in 8 lanes: their lower and their upper 32 bits apart, so that fewer than 2^32 products per
+// lane cannot overflow.
+struct Dot {
+    uint64_t low[8] = {}, high[8] = {};
+};
+
+// Factors are below 2^31: four products make less than 2^64. (An answer that is not canonical may wrap around; it is
+// refused anyway.)
+inline void add(Dot& sum, const uint32_t* u, const uint32_t* y, size_t n) {
+    Dot d = sum;
+    size_t i = 0;
+    for (; i + 32 <= n; i += 32)
+        for (size_t l = i; l < i + 8; l++) {
+            const uint64_t four = uint64_t(u[l]) * y[l] + uint64_t(u[l + 8]) * y[l + 8] +
+                                  uint64_t(u[l + 16]) * y[l + 16] + uint64_t(u[l + 24]) * y[l + 24];
+            d.low[l - i] += four & 0xFFFFFFFF;
+            d.high[l - i] += four >> 32;
+        }
+    for (; i < n; i++) {
+        const uint64_t one = uint64_t(u[i]) * y[i];
+        d.low[i % 8] += one & 0xFFFFFFFF;
+        d.high[i % 8] += one >> 32;
     }
-    return uint32_t((low % P + 2 * (high % P)) % P);  // 2^32 = 2 mod p
+    sum = d;
+}
+
+inline uint32_t value(const Dot& sum) {
+    uint64_t total = 0;
+    for (size_t l = 0; l < 8; l++) total += sum.low[l] % P + 2 * (sum.high[l] % P);  // 2^32 = 2 mod p
+    return uint32_t(total % P);
+}
+
+uint32_t dot(const uint32_t* u, const uint32_t* y, size_t n) {
+    Dot sum;
+    add(sum, u, y, n);
+    return value(sum);
 }
 
 void project(uint32_t u, const int8_t* q, size_t n, int64_t* acc) {
@@ -30,77 +57,164 @@ void project(uint32_t u, const int8_t* q, size_t n, int64_t* acc) {
     for (size_t k = 0; k < n; k++) acc[k] += int64_t(factor) * int32_t(q[k]);
 }
 
-// float32 is enough in here, once x is of a size that it has room for: its rounding is a hundredth of what fixed point
-// costs anyway.
-bool encode(const float* x, const uint32_t* r, size_t n, double length, const Blinding& blinding, float* v,
-            uint32_t* masked, double* inv_c) {
+constexpr size_t kColumns = 256;  // at once: what a few rows have of them stays in the first cache
+
+// The squared lengths of B rows, in double precision.
+template <size_t B>
+inline void squared_lengths(const Across<B>* v, size_t n, double* squares) {
+    const float* x = reinterpret_cast<const float*>(v);
+    double part[8][B] = {};  // summed as in `squared_length`
+    const size_t even = n & ~size_t(7);
+    for (size_t i = 0; i < even; i += 8)
+        for (size_t k = 0; k < 8; k++)
+            for (size_t t = 0; t < B; t++) part[k][t] += double(x[(i + k) * B + t]) * x[(i + k) * B + t];
+    for (size_t i = even; i < n; i++)
+        for (size_t t = 0; t < B; t++) part[0][t] += double(x[i * B + t]) * x[i * B + t];
+    for (size_t t = 0; t < B; t++) {
+        squares[t] = 0;
+        for (size_t k = 0; k < 8; k++) squares[t] += part[k][t];
+    }
+}
+
+// The power of two that brings x to a size that float32 has room for; 0 if x is not finite.
+inline double size_of(const float* x, size_t n) {
     uint32_t peak = 0;  // of the magnitudes' bits, which are in the magnitudes' order; NaNs are above infinity
     for (size_t i = 0; i < n; i++) {
         const uint32_t magnitude = __builtin_bit_cast(uint32_t, x[i]) & 0x7FFFFFFF;
         peak = magnitude > peak ? magnitude : peak;
     }
-    if (peak >= 0x7F800000) return false;
-    const double size = peak ? std::ldexp(1.0, -std::ilogb(__builtin_bit_cast(float, peak))) : 1;
-    for (size_t i = 0; i < n; i++) v[i] = float(x[i] * size);
-    if (blinding.perm) {
-        static_assert(Blinding::kRounds == 4, "from v to w and back, twice");
-        float* w = v + n;
-        const size_t step = n / 2 * 2;
-        forward_round(v, blinding.perm, blinding.turns, n, w);
-        for (size_t i = 0; i < n; i++) w[i] *= blinding.diagonal[i];
-        forward_round(w, blinding.perm + n, blinding.turns + step, n, v);
-        forward_round(v, blinding.perm + 2 * n, blinding.turns + 2 * step, n, w);
-        forward_round(w, blinding.perm + 3 * n, blinding.turns + 3 * step, n, v);
+    if (peak >= 0x7F800000) return 0;
+    return peak ? std::ldexp(1.0, -std::ilogb(__builtin_bit_cast(float, peak))) : 1;
+}
+
+// float32 is enough in here, once x is of a size that it has room for: its rounding is a hundredth of what fixed point
+// costs anyway. B rows, `scratch` being 2 B n floats.
+template <size_t B>
+bool encode_rows(const float* x, const uint32_t* r, size_t n, double length, const Blinding& blinding,
+                 const Checks& checks, float* scratch, uint32_t* masked, double* inv_c, uint32_t* expected) {
+    Across<B>*const v = reinterpret_cast<Across<B>*>(scratch), *const w = v + n;
+    alignas(64) float tile[B * kColumns];
+    double size[B], c[B];
+    for (size_t t = 0; t < B; t++)
+        if (!(size[t] = size_of(x + t * n, n))) return false;
+    for (size_t i = 0; i < n; i += kColumns) {
+        const size_t count = n - i < kColumns ? n - i : kColumns;
+        for (size_t t = 0; t < B; t++)
+            for (size_t k = 0; k < count; k++) tile[t * kColumns + k] = float(x[t * n + i + k] * size[t]);
+        join<B>(tile, kColumns, count, scratch + i * B);
     }
-    const double square = squared_length(v, n);
-    const double c = square > 0 ? length / std::sqrt(square) : 1;
-    *inv_c = 1 / (c * size);
-    for (size_t i = 0; i < n; i++) {
-        const int32_t value = int32_t(std::rint(v[i] * c));  // |value| < p / 2
-        const uint32_t sum = uint32_t(value < 0 ? value + int32_t(P) : value) + r[i];
-        masked[i] = sum >= P ? sum - P : sum;
+    if (blinding.perm) blind<B>(blinding, n, v, w);
+    squared_lengths<B>(v, n, c);
+    for (size_t t = 0; t < B; t++) {
+        c[t] = c[t] > 0 ? length / std::sqrt(c[t]) : 1;
+        inv_c[t] = 1 / (c[t] * size[t]);
     }
+    Dot sums[B][kMaxChecks];
+    for (size_t i = 0; i < n; i += kColumns) {
+        const size_t count = n - i < kColumns ? n - i : kColumns;
+        part<B>(scratch + i * B, count, tile, kColumns);
+        for (size_t t = 0; t < B; t++) {
+            uint32_t encoded[kColumns];
+            for (size_t k = 0; k < count; k++) {
+                const int32_t value = int32_t(std::rint(tile[t * kColumns + k] * c[t]));  // |value| < p / 2
+                encoded[k] = uint32_t(value < 0 ? value + int32_t(P) : value);
+            }
+            for (size_t j = 0; j < checks.count; j++) add(sums[t][j], checks.vectors + j * n + i, encoded, count);
+            const uint32_t* pad = r + t * n + i;
+            uint32_t* out = masked + t * n + i;
+            for (size_t k = 0; k < count; k++) {
+                const uint32_t sum = encoded[k] + pad[k];
+                out[k] = sum >= P ? sum - P : sum;
+            }
+        }
+    }
+    for (size_t t = 0; t < B; t++)
+        for (size_t j = 0; j < checks.count; j++) expected[t * checks.count + j] = value(sums[t][j]);
     return true;
 }
 
-// Unmasked and scaled, plane by plane; the scaled sums are taken in float64 and rounded once.
-inline void unmask(const uint32_t* answer, const uint32_t* image, const float* scales, size_t planes, size_t n,
-                   double inv_c, float* v) {
+// z = answer - image mod p, both below p; whether they are not.
+inline uint32_t unmask(const uint32_t* answer, const uint32_t* image, size_t n, uint32_t* z) {
+    uint32_t bad = 0;
     for (size_t i = 0; i < n; i++) {
-        double sum = 0;
-        for (size_t j = 0; j < planes; j++) {
-            int32_t z = int32_t(answer[j * n + i]) - int32_t(image[j * n + i]);  // both below p: no overflow
-            z += z < -int32_t(P / 2) ? int32_t(P) : 0;
-            z -= z > int32_t(P / 2) ? int32_t(P) : 0;
-            sum += double(scales[j * n + i]) * z;
-        }
-        v[i] = float(sum * inv_c);
+        bad |= uint32_t(answer[i] >= P) | uint32_t(image[i] >= P);
+        const uint32_t difference = answer[i] - image[i];  // wraps where answer < image, and adding p wraps it back
+        z[i] = difference < difference + P ? difference : difference + P;
     }
+    return bad;
 }
 
-void decode(const uint32_t* answer, const uint32_t* image, const float* scales, size_t planes, size_t n, double inv_c,
-            const Blinding& blinding, float* v, float* out) {
-    if (planes == 2)
-        unmask(answer, image, scales, 2, n, inv_c, v);
-    else if (planes == 1)
-        unmask(answer, image, scales, 1, n, inv_c, v);
-    else
-        unmask(answer, image, scales, planes, n, inv_c, v);
-    if (!blinding.perm) {
-        for (size_t i = 0; i < n; i++) out[i] += v[i];
-        return;
+// Added to `out`; false if anything is wrong. The scaled sums over planes are taken in float64 and rounded once.
+template <size_t B>
+bool decode_rows(const uint32_t* answer, const uint32_t* image, const float* scales, size_t planes, size_t n,
+                 const double* inv_c, const Blinding& blinding, const Checks& checks, const uint32_t* expected,
+                 float* scratch, float* out) {
+    Across<B>*const v = reinterpret_cast<Across<B>*>(scratch), *const w = v + n;
+    alignas(64) float tile[B * kColumns];
+    Dot sums[B][kMaxChecks];
+    const size_t rows = planes * n;
+    uint32_t wrong = 0;
+    for (size_t i = 0; i < n; i += kColumns) {
+        const size_t count = n - i < kColumns ? n - i : kColumns;
+        for (size_t t = 0; t < B; t++) {
+            double scaled[kColumns] = {};
+            for (size_t p = 0; p < planes; p++) {
+                const size_t at = p * n + i;
+                uint32_t z[kColumns];
+                wrong |= unmask(answer + t * rows + at, image + t * rows + at, count, z);
+                for (size_t j = 0; j < checks.count; j++) add(sums[t][j], checks.vectors + j * rows + at, z, count);
+                for (size_t k = 0; k < count; k++)
+                    scaled[k] += double(scales[at + k]) * int32_t(z[k] > P / 2 ? z[k] - P : z[k]);
+            }
+            for (size_t k = 0; k < count; k++) tile[t * kColumns + k] = float(scaled[k] * inv_c[t]);
+        }
+        join<B>(tile, kColumns, count, scratch + i * B);
     }
-    float *from = v, *to = v + n;
-    for (size_t round = Blinding::kRounds; round-- > 1;) {
-        backward_round(from, blinding.turns + round * (n / 2 * 2), n);
-        const int32_t* perm = blinding.perm + round * n;
-        for (size_t i = 0; i < n; i++) to[perm[i]] = from[i];
-        float* swap = from;
-        from = to, to = swap;
+    for (size_t t = 0; t < B; t++)
+        for (size_t j = 0; j < checks.count; j++) wrong |= value(sums[t][j]) ^ expected[t * checks.count + j];
+    if (blinding.perm) unblind<B>(blinding, n, v, w);
+    for (size_t i = 0; i < n; i += kColumns) {
+        const size_t count = n - i < kColumns ? n - i : kColumns;
+        part<B>(scratch + i * B, count, tile, kColumns);
+        for (size_t t = 0; t < B; t++)
+            for (size_t k = 0; k < count; k++) out[t * n + i + k] += tile[t * kColumns + k];
     }
-    for (size_t i = 0; i < n; i++) from[i] /= blinding.diagonal[i];
-    backward_round(from, blinding.turns, n);
-    for (size_t i = 0; i < n; i++) out[blinding.perm[i]] += from[i];
+    return !wrong;
+}
+
+// Calls f(first, integral constant B) on B rows at a time, as many as there are registers for.
+template <size_t N>
+struct Count {
+    static constexpr size_t value = N;
+};
+template <class F>
+inline void by_rows(size_t tokens, F f) {
+    size_t t = 0;
+    for (; t + 16 <= tokens; t += 16) f(t, Count<16>());
+    for (; t + 8 <= tokens; t += 8) f(t, Count<8>());
+    for (; t + 4 <= tokens; t += 4) f(t, Count<4>());
+    for (; t < tokens; t++) f(t, Count<1>());
+}
+
+bool encode(const float* x, const uint32_t* r, size_t tokens, size_t n, double length, const Blinding& blinding,
+            const Checks& checks, float* scratch, uint32_t* masked, double* inv_c, uint32_t* expected) {
+    bool finite = true;
+    by_rows(tokens, [&](size_t t, auto b) {
+        finite &= encode_rows<b.value>(x + t * n, r + t * n, n, length, blinding, checks, scratch, masked + t * n,
+                                       inv_c + t, expected + t * checks.count);
+    });
+    return finite;
+}
+
+bool decode(const uint32_t* answer, const uint32_t* image, size_t tokens, const float* scales, size_t planes, size_t n,
+            const double* inv_c, const Blinding& blinding, const Checks& checks, const uint32_t* expected,
+            float* scratch, float* out) {
+    bool right = true;
+    by_rows(tokens, [&](size_t t, auto b) {
+        right &= decode_rows<b.value>(answer + t * planes * n, image + t * planes * n, scales, planes, n, inv_c + t,
+                                      blinding, checks, expected + t * checks.count, scratch, out + t * n);
+    });
+    return right;
 }
 
 }  // namespace

@@ -16,9 +16,12 @@ void bind_waiting(nanobind::module_& m);
 
 }  // namespace slip
 
+using namespace nanobind::literals;
+
 NB_MODULE(_native, m) {
     m.def("isas", &slip::isas);
     m.def("threads", &slip::cores);
+    m.def("limit_threads", &slip::limit_threads, "n"_a);
     slip::bind_product(m);
     slip::bind_exchange(m);
     slip::bind_decoder(m);

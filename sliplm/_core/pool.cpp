@@ -5,7 +5,10 @@
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
+#include <cstdlib>
+#include <memory>
 #include <mutex>
+#include <new>
 #include <thread>
 #if defined(__linux__)
 #include <sched.h>
@@ -33,6 +36,17 @@ bool spin(Ready ready) {
         pause();
     }
     return false;
+}
+
+std::atomic<size_t> limit{0};
+
+size_t all_cores() {
+#if defined(__linux__)
+    cpu_set_t set;
+    if (sched_getaffinity(0, sizeof set, &set) == 0) return size_t(CPU_COUNT(&set));
+#endif
+    const size_t n = std::thread::hardware_concurrency();
+    return n ? n : 1;
 }
 
 class Pool {
@@ -103,7 +117,7 @@ Pool& pool() {
     static std::atomic<Owned*> current{nullptr};
     Owned* owned = current.load();
     while (!owned || owned->pid != getpid()) {
-        Owned* fresh = new Owned{getpid(), Pool(cores() - 1)};
+        Owned* fresh = new Owned{getpid(), Pool(all_cores() - 1)};
         if (current.compare_exchange_strong(owned, fresh)) owned = fresh;  // else: a few idle threads are left over
     }
     return owned->pool;
@@ -112,21 +126,34 @@ Pool& pool() {
 }  // namespace
 
 size_t cores() {
-#if defined(__linux__)
-    cpu_set_t set;
-    if (sched_getaffinity(0, sizeof set, &set) == 0) return size_t(CPU_COUNT(&set));
-#endif
-    const size_t n = std::thread::hardware_concurrency();
-    return n ? n : 1;
+    const size_t most = limit.load(std::memory_order_relaxed), there = all_cores();
+    return most && most < there ? most : there;
 }
+
+void limit_threads(size_t n) { limit.store(n, std::memory_order_relaxed); }
 
 size_t threads_for(size_t work, size_t each) { return std::clamp<size_t>(work / each, 1, cores()); }
 
 void parallel(size_t count, size_t threads, const std::function<void(size_t)>& task) {
-    const size_t most = threads ? threads : cores();
+    const size_t most = threads ? std::min(threads, cores()) : cores();
     const size_t useful = most < count ? most : count;
     if (useful > 1 && pool().run(count, useful, task)) return;
     for (size_t i = 0; i < count; i++) task(i);
+}
+
+float* scratch(size_t n) {
+    struct Free {
+        void operator()(float* memory) const { std::free(memory); }
+    };
+    thread_local std::unique_ptr<float, Free> memory;
+    thread_local size_t size = 0;
+    if (n > size) {
+        const size_t bytes = (n * sizeof(float) + 63) / 64 * 64;
+        memory.reset(static_cast<float*>(std::aligned_alloc(64, bytes)));
+        size = memory ? n : 0;
+        if (!memory) throw std::bad_alloc();
+    }
+    return memory.get();
 }
 
 }  // namespace slip

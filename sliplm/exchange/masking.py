@@ -1,8 +1,8 @@
-"""The trusted arithmetic of one exchange: encode and mask an activation; unmask the answer and decode it.
+"""The trusted arithmetic of one exchange: encode and mask an activation; unmask the answer, check and decode it.
 
 docs/security.md, "The theorem for one exchange". Pads come in as arguments; using each one once is the caller's duty
-(`sliplm.pads`). Encoding masks and decoding unmasks in the same pass over memory. Both have a native version and a
-numpy one with the same meaning.
+(`sliplm.pads`). Encoding masks, and decoding unmasks and checks, in the same pass over memory. Both have a native
+version and a numpy one with the same meaning.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ def amplitude(row_norm: float, width: int) -> float:
 
 def encode(
     op: Operator, x: NDArray[np.float32], r: NDArray[np.uint32]
-) -> tuple[NDArray[np.uint32], NDArray[np.float64]]:
-    """Fixed point and mask: x (T, K) and pads r (T, K) give x~ = round(c v) + r mod p (T, K), and 1/c (T,).
+) -> tuple[NDArray[np.uint32], NDArray[np.float64], NDArray[np.uint32]]:
+    """Fixed point and mask: x (T, K) and pads r (T, K) give x~ = x_q + r mod p (T, K), with x_q = round(c v); 1/c (T,);
+    and <u_i Q, x_q> mod p (T, CHECKS), which `decode` expects to find.
 
     v is x in the secret basis `op.inner`, or x itself. R is `op.row_norm`, the largest Euclidean norm of a row of Q, in
     float64 (its square is an exact integer).
@@ -51,14 +52,14 @@ def encode(
     """
     if native is not None:
         masked: NDArray[np.uint32] = np.empty(x.shape, np.uint32)
-        inv_c = np.empty(len(x), np.float64)
+        inv_c, expected = np.empty(len(x), np.float64), np.empty((len(x), len(op.uq)), np.uint32)
         x, r = np.ascontiguousarray(x), np.ascontiguousarray(r)
-        finite = native.encode(x, r, op.length, op.maps[0], masked, inv_c)
+        finite = native.encode(x, r, op.length, op.maps[0], op.uq, masked, inv_c, expected)
     else:
-        masked, inv_c, finite = _encode(op, x, r)
+        masked, inv_c, expected, finite = _encode(op, x, r)
     if not finite:
         raise NumericsError("an activation is not a finite number")
-    return masked, inv_c, field.dot(op.uq, field.sub(masked, r))
+    return masked, inv_c, expected
 
 
 def decode(
@@ -69,39 +70,44 @@ def decode(
     expected: NDArray[np.uint32],
     out: NDArray[np.float32],
 ) -> bool:
-    """Unmask and scale: answer (T, M) and the pads' image Q r (T, M) give the edge's part of y, added to `out` (T, N).
+    """Unmask, check and scale: answer (T, M) and the pads' image Q r (T, M) give z = answer - image mod p, and that the
+    edge's part of y, added to `out` (T, N); its basis is undone. `inv_c` (T,) and `expected` are from `encode`.
 
-    `inv_c` (T,) is from `encode`; the basis of the outputs is undone. Computed in float64, rounded once to float32.
+    Returns whether z is Q x_q: both are canonical arrays of that shape, and <u_i, z_t> = expected[t, i] mod p for all i
+    and t. If not, `out` is spoiled and must not be used. A wrong z passes with probability p^-CHECKS over u (Freivalds
+    1977; docs/security.md); errors of an answer and of an image that cancel leave z right. Everything is evaluated,
+    whatever fails first. Computed in float64, rounded once to float32.
     """
-    if answer.dtype != np.uint32 or answer.shape != (len(out), op.shape[0]):
+    if answer.shape != (len(out), op.shape[0]) or image.shape != answer.shape:
         return False
-    ok = field.is_canonical(answer) and field.is_canonical(image)
-    ok = ok and bool((field.dot(op.u, field.sub(answer, image)) == expected).all())
+    if answer.dtype != np.uint32 or image.dtype != np.uint32:
+        return False
     if native is not None:
         answer, image = np.ascontiguousarray(answer), np.ascontiguousarray(image)
-        native.decode(answer, image, op.scales, inv_c, op.maps[1], out)
-    else:
-        out += _decode(op, answer, image, inv_c)
-    return ok
+        return native.decode(answer, image, op.scales, inv_c, op.maps[1], op.u, expected, out)
+    canonical = field.is_canonical(answer) & field.is_canonical(image)
+    z = field.sub(answer, image)
+    right = (field.dot(op.u, z) == expected).all()
+    out += _decode(op, z, inv_c)
+    return bool(canonical & right)
 
 
 def _encode(
     op: Operator, x: NDArray[np.float32], r: NDArray[np.uint32]
-) -> tuple[NDArray[np.uint32], NDArray[np.float64], bool]:
+) -> tuple[NDArray[np.uint32], NDArray[np.float64], NDArray[np.uint32], bool]:
     v: NDArray[Any] = x.astype(np.float64)
     if not np.isfinite(v).all():
-        return r, np.ones(len(x)), False
+        return r, np.ones(len(x)), r, False
     if op.inner is not None:
         v = op.inner.apply(v)
     norm = np.sqrt((v * v).sum(axis=1))
     c = np.where(norm > 0, op.length / np.where(norm > 0, norm, 1), 1.0)
-    return field.add(field.lift(np.rint(v * c[:, None]).astype(np.int64)), r), 1 / c, True
+    encoded = field.lift(np.rint(v * c[:, None]).astype(np.int64))
+    return field.add(encoded, r), 1 / c, field.dot(op.uq, encoded), True
 
 
-def _decode(
-    op: Operator, answer: NDArray[np.uint32], image: NDArray[np.uint32], inv_c: NDArray[np.float64]
-) -> NDArray[np.float32]:
-    z = field.centre(field.sub(answer, image)).reshape(-1, *op.scales.shape)
-    t: NDArray[Any] = inv_c[:, None] * np.einsum("tjn,jn->tn", z, op.scales, dtype=np.float64)
+def _decode(op: Operator, z: NDArray[np.uint32], inv_c: NDArray[np.float64]) -> NDArray[np.float32]:
+    centred = field.centre(z).reshape(-1, *op.scales.shape)
+    t: NDArray[Any] = inv_c[:, None] * np.einsum("tjn,jn->tn", centred, op.scales, dtype=np.float64)
     y: NDArray[np.float32] = (t if op.outer is None else op.outer.invert(t)).astype(np.float32)
     return y

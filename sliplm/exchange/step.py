@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from sliplm.errors import VerificationError
+from sliplm.errors import SlipError, VerificationError
 from sliplm.exchange import masking
 from sliplm.exchange.check import check
 from sliplm.exchange.link import Link, Question
@@ -49,7 +49,7 @@ def exchange(op: Operator, x: Rows, pads: Pads, link: Link, own: Callable[[Rows]
     Raises:
         LinkError: the edge went away, or there are no pads. VerificationError: its answer is wrong; nothing that was
         computed from it is returned, and the link is closed.
-        NumericsError: x is not finite.
+        NumericsError: x is not finite. SlipError: the check failed, and neither edge nor maker lied.
     """
     try:
         if len(x) > op.rows:
@@ -93,7 +93,8 @@ def _in_parts(op: Operator, x: Rows, pads: Pads, link: Link, own: Callable[[Rows
 
 
 def _find_liar(op: Operator, masked: NDArray[np.uint32], answer: NDArray[np.uint32], pad: Pad) -> None:
-    """Reject the pad's maker. Raises VerificationError if it was the edge."""
+    """Reject the pad's maker. Raises VerificationError if the edge lied, SlipError if nobody did."""
     if not check(op, masked, answer):
         raise VerificationError("the edge gave a wrong answer; it was caught and discarded.")
-    pad.blame(partial(check, op))
+    if not pad.blame(partial(check, op)):
+        raise SlipError("an exchange failed its check and nobody lied: this machine computes wrongly.")

@@ -125,8 +125,9 @@ class Pad:
         image = first.batch.image(first.first, first.count)
         return np.concatenate([image, *(p.batch.image(p.first, p.count) for p in rest)]) if rest else image
 
-    def blame(self, right: Callable[[Array, Array], bool]) -> None:
-        """Reject the makers of those parts of which `right`(r, image) is false."""
-        for p in self._parts:
-            if not right(p.batch.mask(p.first, p.count), p.batch.image(p.first, p.count)):
-                p.batch.maker.reject()
+    def blame(self, right: Callable[[Array, Array], bool]) -> int:
+        """Reject the makers of those parts of which `right`(r, image) is false; how many parts those are."""
+        wrong = [p for p in self._parts if not right(p.batch.mask(p.first, p.count), p.batch.image(p.first, p.count))]
+        for p in wrong:
+            p.batch.maker.reject()
+        return len(wrong)

@@ -183,7 +183,6 @@ def _stages(runs: list[dict[str, Any]]) -> dict[str, float]:
         "pad": per["pads"],
         "encode and mask": per["encode"],
         "low-rank": per["own"],
-        "verify": per["check"],
         "decode": per["decode"],
     }
     if total["sending"]:

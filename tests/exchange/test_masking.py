@@ -1,5 +1,7 @@
 """One exchange's arithmetic: what comes out is Q x; nothing overflows; a wrong answer never passes."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -29,7 +31,7 @@ class Forced:
 @pytest.fixture(params=PATHS, autouse=True)
 def path(request, monkeypatch):
     core = None if request.param == "numpy" else Forced(request.param)
-    monkeypatch.setattr(check, "native", core)
+    monkeypatch.setattr(masking, "native", core)
     monkeypatch.setattr(check, "native", core)
     monkeypatch.setattr(field, "native", core)
     return request.param
@@ -38,16 +40,18 @@ def path(request, monkeypatch):
 def operator(k=1, planes=1, n=1, **known):
     """Of a matrix (n, k), with whatever is `known` of it."""
     unknown = {"row_norm": 100.0, "scales": np.ones((planes, n), np.float32), "inner": None, "outer": None}
-    return Operator(**{"number": 0, "shape": (planes * n, k), "u": None, "uq": None} | unknown | known)
+    unchecked = {"u": np.zeros((0, planes * n), np.uint32), "uq": np.zeros((0, k), np.uint32)}
+    return Operator(**{"number": 0, "shape": (planes * n, k)} | unknown | unchecked | known)
 
 
 def encode(x, r, row_norm, inner):
-    return masking.encode(operator(x.shape[1], row_norm=row_norm, inner=inner), x, r)
+    return masking.encode(operator(x.shape[1], row_norm=row_norm, inner=inner), x, r)[:2]
 
 
 def decode(answer, image, scales, inv_c, outer=None):
-    out = np.zeros((len(answer), scales.shape[1]), np.float32)
-    masking.decode(operator(scales=scales, outer=outer), answer, image, inv_c, out)
+    out, nothing = np.zeros((len(answer), scales.shape[1]), np.float32), np.zeros((len(answer), 0), np.uint32)
+    op = operator(1, *scales.shape, scales=scales, outer=outer)
+    assert masking.decode(op, answer, image, inv_c, nothing, out)
     return out
 
 
@@ -84,11 +88,30 @@ class Exchange:
         self.u = rng.integers(0, P, (checks, planes * n)).astype(np.uint32)
         self.uq = field.project(self.u, self.q)
         self.into, self.out = (Blinding.random(k, rng), Blinding.random(n, rng)) if blind else (None, None)
-        self.masked, self.inv_c = encode(self.x, self.r, row_norm(self.q), self.into)
+        self.op = operator(
+            k,
+            planes,
+            n,
+            row_norm=row_norm(self.q),
+            scales=self.scales,
+            inner=self.into,
+            outer=self.out,
+            u=self.u,
+            uq=self.uq,
+        )
+        self.masked, self.inv_c, self.expected = masking.encode(self.op, self.x, self.r)
         self.answer = exact(self.q, self.masked)
 
     def check(self, answer):
         return verify(self.u, self.uq, self.masked, answer)
+
+    def decoded(self, answer, image):
+        """Whether they pass, and what they become."""
+        out = np.zeros((len(self.x), self.scales.shape[1]), np.float32)
+        return masking.decode(self.op, answer, image, self.inv_c, self.expected, out), out
+
+    def passes(self, answer, image):
+        return self.decoded(answer, image)[0]
 
     def wanted(self):
         planes, n = self.scales.shape
@@ -104,12 +127,30 @@ def test_an_exchange_computes_the_product(n, k, tokens, blind):
     e = Exchange(n, k, tokens, blind=blind)
     assert field.is_canonical(e.masked) and e.inv_c.shape == (tokens,)
     assert e.check(e.answer)
-    y = decode(e.answer, e.image, e.scales, e.inv_c, e.out)
-    assert y.shape == (tokens, n) and y.dtype == np.float32
+    right, y = e.decoded(e.answer, e.image)
+    assert right and y.shape == (tokens, n) and y.dtype == np.float32
     scale = np.linalg.norm(e.x, axis=1, keepdims=True) * row_norm(e.q) * 3  # what rounding x to integers can do
     assert (np.abs(y - e.wanted()) <= scale * 2e-3 * max(1, k**0.5 * row_norm(e.q) / 1e6)).all()
     if k >= 64:  # typical, rather than worst
         assert np.linalg.norm(y - e.wanted()) < 2e-4 * np.linalg.norm(e.wanted())
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 31])
+def test_what_decode_expects_is_the_check_of_the_encoded_input(tokens):
+    e = Exchange(3, 1030, tokens)
+    encoded, uq = field.sub(e.masked, e.r).astype(object), e.uq.astype(object)
+    assert e.expected.dtype == np.uint32 and (e.expected == encoded @ uq.T % P).all()
+    assert (e.expected == field.sub(e.answer, e.image).astype(object) @ e.u.T.astype(object) % P).all()
+
+
+def test_sums_of_the_largest_products_do_not_overflow():
+    """z and u all p - 1, longer than any block of a sum."""
+    for k in (1, 31, 32, 33, 300, 65535):
+        high = np.full((1, k), P - 1, np.uint32)
+        op = operator(1, 1, k, u=np.repeat(high, 2, axis=0), uq=np.zeros((2, 1), np.uint32))
+        expected, out = np.full((1, 2), pow(P - 1, 2, P) * k % P, np.uint32), np.zeros((1, k), np.float32)
+        assert masking.decode(op, high, np.zeros_like(high), np.ones(1), expected, out)
+        assert not masking.decode(op, high, np.zeros_like(high), np.ones(1), expected + np.uint32([[0, 1]]), out)
 
 
 @pytest.mark.parametrize("planes", [1, 2, 3])
@@ -207,6 +248,92 @@ def test_verify_catches_every_single_bit_and_every_power_of_two():
             assert not e.check(shifted)
 
 
+@pytest.mark.parametrize("whose", ["answer", "image"])
+def test_decode_refuses_a_wrong_answer_and_a_wrong_image_wherever_it_is_wrong(whose):
+    e = Exchange(20, 33, 21)
+    right = {"answer": e.answer, "image": e.image}
+    assert e.passes(**right)
+    for t in (0, 5, 16, 20):
+        for m in range(40):
+            wrong = right[whose].copy()
+            wrong[t, m] = (int(wrong[t, m]) + 1 + 7 * m) % P
+            assert not e.passes(**right | {whose: wrong})
+            alias = right[whose].copy()
+            alias[t, m] += np.uint32(P)  # the same residue, outside the field
+            assert not e.passes(**right | {whose: alias})
+
+
+@pytest.mark.parametrize("whose", ["answer", "image"])
+def test_decode_refuses_what_is_misplaced_or_of_another_kind(whose):
+    e = Exchange(20, 33, 5)
+    right = {"answer": e.answer, "image": e.image}
+    part = right[whose]
+    swapped = part.copy()
+    swapped[[0, 3]] = part[[3, 0]]
+    other = exact(e.q, np.roll(e.r, 1, axis=1))
+    wrong = [
+        swapped,
+        part[::-1],
+        np.roll(part, 1, axis=1),
+        np.zeros_like(part),
+        other,
+        part[:4],
+        part[:, :-1],
+        part[:1],
+    ]
+    for bad in [*wrong, part.astype(np.int64), part.view(np.int32), part.view(np.float32), part.reshape(-1)]:
+        assert not e.passes(**right | {whose: bad})
+    assert e.passes(**right | {whose: np.asfortranarray(part)})
+
+
+def test_errors_that_cancel_leave_the_result_right():
+    e = Exchange(20, 33, 5)
+    errors = np.random.default_rng(1).integers(0, P, e.answer.shape).astype(np.uint32)
+    right, y = e.decoded(field.add(e.answer, errors), field.add(e.image, errors))
+    assert right and (y == e.decoded(e.answer, e.image)[1]).all()
+
+
+def test_in_decode_each_check_vector_counts():
+    e = Exchange(4, 5, 1)
+    a, b = int(e.u[0, 0]), int(e.u[0, 1])
+    forged = e.answer.copy()
+    forged[0, 0] = (int(forged[0, 0]) + b) % P
+    forged[0, 1] = (int(forged[0, 1]) - a) % P
+    out = np.zeros((1, 4), np.float32)
+    for i, passes in ((0, True), (1, False)):
+        op = dataclasses.replace(e.op, u=e.u[i : i + 1], uq=e.uq[i : i + 1])
+        expected = np.ascontiguousarray(e.expected[:, i : i + 1])
+        assert masking.decode(op, forged, e.image, e.inv_c, expected, out) == passes
+
+
+@pytest.mark.parametrize("blind", [False, True])
+@pytest.mark.parametrize("k", [1, 3, 64, 577, 1200])
+def test_a_row_s_result_does_not_depend_on_the_rows_beside_it(k, blind):
+    """Rows are taken 16, 8, 4 and 1 at a time: 31 rows and then one by one, bit for bit."""
+    e = Exchange(k, k, 31, blind=blind)
+    together = e.decoded(e.answer, e.image)[1]
+    for t in range(31):
+        row = slice(t, t + 1)
+        alone, out = masking.encode(e.op, e.x[row], e.r[row]), np.zeros((1, k), np.float32)
+        for part, whole in zip(alone, (e.masked, e.inv_c, e.expected), strict=True):
+            assert np.array_equal(part, whole[row])
+        assert masking.decode(e.op, e.answer[row], e.image[row], *alone[1:], out)
+        assert np.array_equal(out, together[row])
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, P - 1), st.integers(0, 39), st.integers(0, 2), st.sampled_from(["answer", "image"]))
+def test_decode_refuses_any_change(change, row, token, whose):
+    e = ANY
+    right = {"answer": e.answer, "image": e.image}
+    forged = right[whose].copy()
+    forged[token, row] = (int(forged[token, row]) + change) % P
+    for core in [None] + [Forced(isa) for isa in PATHS[1:]]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(masking, "native", core)
+            assert e.passes(**right) and not e.passes(**right | {whose: forged})
+
+
 def test_verify_catches_swaps_wrong_tokens_and_equal_but_not_canonical_values():
     e = Exchange(20, 33, 3)
     assert not e.check(e.answer[::-1].copy())
@@ -253,7 +380,7 @@ def test_native_and_numpy_agree(path):
     r = rng.integers(0, P, x.shape).astype(np.uint32)
     blinding = Blinding.random(577, rng)
     masked, inv_c = encode(x, r, 3000.0, blinding)
-    wanted, wanted_c, _ = masking._encode(operator(577, row_norm=3000.0, inner=blinding), x, r)
+    wanted, wanted_c, *_ = masking._encode(operator(577, row_norm=3000.0, inner=blinding), x, r)
     apart = unmask(masked, r) - unmask(wanted, r)
     assert np.allclose(inv_c, wanted_c, rtol=1e-6)
     # The native core blinds in float32: its rounding stays far below that of fixed point, half a unit.
@@ -262,7 +389,7 @@ def test_native_and_numpy_agree(path):
     scales = rng.random((2, 577)).astype(np.float32)
     assert np.allclose(
         decode(answer, image, scales, inv_c, blinding),
-        masking._decode(operator(scales=scales, outer=blinding), answer, image, inv_c),
+        masking._decode(operator(scales=scales, outer=blinding), field.sub(answer, image), inv_c),
         rtol=1e-6,
         atol=1e-6 * inv_c.max() * P,
     )

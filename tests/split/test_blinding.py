@@ -103,7 +103,8 @@ def test_the_native_transform_is_the_same(n):
         answer, image = np.mod(y, 2**31 - 1).astype(np.uint32)[None], np.zeros((1, n), np.uint32)
         ones = np.ones((1, n), np.float32)
         secret = blinding.perm, blinding.turns, blinding.diagonal
-        _core.native.decode(answer, image, ones, np.ones(1), secret, out, isa)
+        u, expected = np.zeros((0, n), np.uint32), np.zeros((1, 0), np.uint32)
+        assert _core.native.decode(answer, image, ones, np.ones(1), secret, u, expected, out, isa)
         assert np.allclose(out[0], blinding.invert(y.astype(np.float64)), rtol=1e-6, atol=2e-3)
 
 
@@ -118,7 +119,7 @@ def test_the_native_core_refuses_a_blinding_of_another_size(wrong):
     }[wrong]
     words, out = np.zeros((1, 64), np.uint32), np.zeros((1, 64), np.float32)
     with pytest.raises(ValueError, match="wrong size"):
-        _core.native.decode(words, words, np.ones((1, 64), np.float32), np.ones(1), secret, out)
+        _core.native.decode(words, words, np.ones((1, 64), np.float32), np.ones(1), secret, words, words[:, :1], out)
 
 
 def test_what_is_drawn():
