@@ -25,7 +25,7 @@ from sliplm.engine.stops import StopTexts, end_tokens
 from sliplm.engine.template import Chat, unknown_token
 from sliplm.engine.tools import Syntax, find_syntax
 from sliplm.errors import BundleError, LinkError, RequestError, SlipError, TooLongError, VerificationError, locate
-from sliplm.exchange.link import Field, Link, Own
+from sliplm.exchange.link import Field, Link, Own, Question
 from sliplm.naming import model_name
 from sliplm.protocol.messages import MAX_TOKENS, Chunk, GenerateRequest, Message, Tool
 from sliplm.split.source import refuse_other_tasks
@@ -291,9 +291,20 @@ class _Cancellable(Link):
         self.party = link.party
 
     def exchange(self, group: int, x: Field, own: Callable[[], Own]) -> tuple[Field, Own]:
+        self._check()
+        return self._link.exchange(group, x, own)
+
+    def exchanges(self, group: int, questions: Iterator[Question[Own]]) -> Generator[tuple[Field, Own], None, None]:
+        return self._link.exchanges(group, self._until_cancelled(questions))
+
+    def _until_cancelled(self, questions: Iterator[Question[Own]]) -> Iterator[Question[Own]]:
+        for question in questions:
+            self._check()
+            yield question
+
+    def _check(self) -> None:
         if self._cancelled.is_set():
             raise LinkError("the request was cancelled")
-        return self._link.exchange(group, x, own)
 
     def close(self) -> None:
         self._link.close()

@@ -7,7 +7,7 @@ right shape and belongs to this question, and that after any failure it never an
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -19,6 +19,8 @@ Field = NDArray[np.uint32]
 Shape = tuple[int, int]
 """A group's matrix: (M, K), rows and columns."""
 Own = TypeVar("Own")
+Question = tuple[Field, Callable[[], Own]]
+"""What to multiply, and what to compute meanwhile."""
 
 
 class Products(Protocol):
@@ -43,6 +45,15 @@ class Link(abc.ABC):
         Raises LinkError if the edge is gone or too slow, ProtocolError if it misbehaves. The answer is *not*
         verified here.
         """
+
+    def exchanges(self, group: int, questions: Iterator[Question[Own]]) -> Generator[tuple[Field, Own], None, None]:
+        """The same for many inputs (x, own) of one group: the answers in their order. Several may be under way at once.
+
+        What `questions` raises comes after the answers to the questions before it, and leaves the link as it is.
+        Whoever stops early must close the generator, which ends a link that has questions under way.
+        """
+        for x, own in questions:
+            yield self.exchange(group, x, own)
 
     @abc.abstractmethod
     def close(self) -> None:

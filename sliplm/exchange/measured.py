@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from time import perf_counter_ns
 from typing import Any
 
-from sliplm.exchange.link import Field, Link, Own
+from sliplm.exchange.link import Field, Link, Own, Question
 from sliplm.exchange.operator import Operator
 from sliplm.exchange.step import STEPS, Pads, Rows, Steps, exchange
 from sliplm.pads.pad import Pad
@@ -45,10 +46,30 @@ class _TimedLink(Link):
     def __init__(self, link: Link, measured: Measured) -> None:
         self.close = link.close  # type: ignore[method-assign]
         self.party = link.party
+        self._measured = measured
+        self._link = link
         self._exchange = measured._timed("link", link.exchange)
 
     def exchange(self, group: int, x: Field, own: Callable[[], Own]) -> tuple[Field, Own]:
         answer: tuple[Field, Own] = self._exchange(group, x, own)
         return answer
+
+    def exchanges(self, group: int, questions: Iterator[Question[Own]]) -> Generator[tuple[Field, Own], None, None]:
+        with closing(self._link.exchanges(group, self._apart(questions))) as answers:
+            following = self._measured._timed("link", next)
+            while (answer := following(answers, None)) is not None:
+                yield answer
+
+    def _apart(self, questions: Iterator[Question[Own]]) -> Iterator[Question[Own]]:
+        """The link asks for the next question, and making that is no time of the link's."""
+        while True:
+            start = perf_counter_ns()
+            try:
+                question = next(questions, None)
+            finally:
+                self._measured.spent["link"] -= perf_counter_ns() - start
+            if question is None:
+                return
+            yield question
 
     def close(self) -> None: ...

@@ -1,7 +1,7 @@
 """A channel: frames over one TLS connection, with a time limit on every wait.
 
-Both roles of connection are half-duplex, so a channel belongs to one thread at a time and needs no locks and
-no queues. The one exception is `abort`, which any thread may call to make the others stop waiting.
+A channel belongs to one thread at a time and needs no locks and no queues. The one exception is `abort`, which any
+thread may call to make the others stop waiting.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import select
 import socket
 import ssl
 import time
+from collections.abc import Callable
 from typing import NoReturn
 
 import numpy as np
@@ -42,8 +43,27 @@ most exchanges take. It gives way to whoever else wants the core."""
 DRAIN_SECONDS = 1.0
 READ_BYTES = 1 << 15
 WRITE_BYTES = 1 << 20
+RECORD_BYTES = 1 << 14
+"""TLS takes and delivers that much at a time."""
+
 SLOWEST = 1e6
 """Bytes per second below which a peer that keeps sending is given up nevertheless."""
+
+
+class Arrival:
+    """A frame that is on its way: its header must be `header`, its payload goes into the C-contiguous array `into`."""
+
+    __slots__ = ("begun", "done", "header", "view")
+
+    def __init__(self, header: tuple[int, ...], into: NDArray[np.uint32]) -> None:
+        self.header = header
+        self.view = into.data.cast("B")
+        self.begun = False
+        self.done = 0  # bytes of the payload
+
+    @property
+    def complete(self) -> bool:
+        return self.done == len(self.view)
 
 
 class Channel:
@@ -101,6 +121,44 @@ class Channel:
         if done < len(data):
             self._write(data[done:])
 
+    def send_array(
+        self, kind: Kind, group: int, sequence: int, array: NDArray[np.uint32], take: Callable[[], bool]
+    ) -> None:
+        """Send a C-contiguous array (rows, cols), and whenever that would have to wait, `take` what is there to read.
+
+        Without this, two sides that both wait for the other to read would wait for ever. `take` must not wait; it tells
+        whether there is more to come. The peer's time is that for a payload of this size, and it must read all.
+        """
+        header = HEADER.pack(kind, self.version, group, len(array), sequence, array.nbytes)
+        data = array.data.cast("B")
+        begin = RECORD_BYTES - HEADER.size
+        deadline = time.monotonic() + self.timeout + array.nbytes / SLOWEST
+        self._sock.settimeout(0)
+        self._write_by_turns(header + bytes(data[:begin]), take, deadline)
+        self._write_by_turns(data[begin:], take, deadline)
+        self._sock.settimeout(self.timeout)
+
+    def _write_by_turns(self, data: bytes | memoryview, take: Callable[[], bool], deadline: float) -> None:
+        done = 0
+        while done < len(data):
+            try:
+                done += self._sock._sslobj.write(data[done : done + WRITE_BYTES])  # type: ignore[attr-defined]
+            except (ssl.SSLWantWriteError, ssl.SSLWantReadError):
+                self._wait(select.POLLOUT | (select.POLLIN if take() else 0), deadline)
+            except (OSError, ValueError, AttributeError) as error:
+                self._fail(error)
+
+    def _wait(self, events: int, deadline: float) -> None:
+        """Until the socket is ready for one of `events`, or broken."""
+        poll = select.poll()
+        try:
+            poll.register(self._sock.fileno(), events)
+            left = deadline - time.monotonic()
+            if left <= 0 or not poll.poll(left * 1e3):  # a peer that trickles is always ready
+                raise TimeoutError
+        except (OSError, ValueError) as error:
+            self._fail(error)
+
     def send(self, kind: Kind, payload: bytes = b"", *, group: int = 0, sequence: int = 0) -> None:
         """Send a frame without an array."""
         self._write(HEADER.pack(kind, self.version, group, 0, sequence, len(payload)) + payload)
@@ -151,6 +209,31 @@ class Channel:
         self._start += HEADER.size
         return True
 
+    def advance(self, arrival: Arrival) -> bool:
+        """Read some more of a frame that is not complete, once; whether there was more. False as well if its header is
+        another one: `receive` that."""
+        count = 0
+        if not arrival.begun:
+            if self._end - self._start < HEADER.size:
+                self._compact()
+                count = self._receive_some(self._in[self._end :])
+                self._end += count
+                if self._end < HEADER.size:
+                    return count > 0
+            if HEADER.unpack_from(self._in, self._start) != arrival.header:
+                return False
+            self._start += HEADER.size
+            arrival.begun = True
+        done = arrival.done
+        if self._end > self._start:  # what came along with the header
+            count = min(len(arrival.view) - done, self._end - self._start)
+            arrival.view[done : done + count] = self._in[self._start : self._start + count]
+            self._start += count
+        else:
+            count = self._receive_some(arrival.view[done:])
+        arrival.done += count
+        return count > 0
+
     def await_input(self) -> None:
         """Wait for input without sleeping, for at most SPIN_SECONDS; whether there is any will show when it is read."""
         if native is None or self._end > self._start:
@@ -171,13 +254,16 @@ class Channel:
             self._fail(error)
 
     def _fetch_header(self, deadline: float) -> None:
-        left = self._end - self._start
-        self._in[:left] = self._in[self._start : self._end]
-        self._start, self._end = 0, left
+        self._compact()
         while self._end < HEADER.size:
             self._end += self._receive_some(self._in[self._end :])
             if self._end < HEADER.size and time.monotonic() > deadline:
                 self._fail(TimeoutError())
+
+    def _compact(self) -> None:
+        left = self._end - self._start
+        self._in[:left] = self._in[self._start : self._end]
+        self._start, self._end = 0, left
 
     def read(self, header: Header) -> bytes:
         """The payload of a frame without an array (so at most 1 MiB)."""
@@ -216,9 +302,11 @@ class Channel:
                 self._fail(TimeoutError())
 
     def _receive_some(self, view: memoryview) -> int:
-        """At least one byte: TLS delivers up to 16 KiB at a time."""
+        """At least one byte, up to RECORD_BYTES; of a socket that does not wait, maybe none."""
         try:
             count: int = self._sock._sslobj.read(len(view), view)  # type: ignore[attr-defined]
+        except ssl.SSLWantReadError:
+            return 0
         except (OSError, ValueError, AttributeError) as error:
             self._fail(error)
         if not count:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
 from time import perf_counter_ns
 
 import numpy as np
 
 from sliplm.errors import LinkError, ProtocolError
-from sliplm.exchange.link import Field, Link, Own, Shape
-from sliplm.protocol.channel import Channel
+from sliplm.exchange.link import Field, Link, Own, Question, Shape
+from sliplm.protocol.channel import SLOWEST, Arrival, Channel
 from sliplm.protocol.frames import MAX_ROWS, Header, Kind
+
+AHEAD = 3
+"""Questions under way at once: one is being answered, one waits at the edge, one is on its way there or back."""
 
 _RESULT, _PONG = int(Kind.RESULT), int(Kind.PONG)  # enums are slow to look up and to compare
 
@@ -49,16 +53,12 @@ class RemoteLink(Link):
 
     def exchange(self, group: int, x: Field, own: Callable[[], Own]) -> tuple[Field, Own]:
         """See Link. Raises ValueError, without a word to the edge, for a question that no frame can ask."""
-        if not 0 <= group < len(self._shapes):
-            raise ValueError(f"there is no group {group}")
-        m, k = self._shapes[group]
-        if x.ndim != 2 or x.shape[1] != k or x.dtype != np.uint32 or not 0 < len(x) <= MAX_ROWS:
-            raise ValueError(f"group {group} takes (T, {k}) uint32, not {x.shape} {x.dtype}")
-        y = np.empty((len(x), m), np.uint32)
+        y = self._room(group, x)
         self._take_turn()
         try:
-            channel, sequence = self._channel, self._sequence
-            staged = channel.stage(len(x), k)
+            channel = self._channel
+            self._sequence = sequence = (self._sequence + 1) & 0xFFFFFFFF
+            staged = channel.stage(*x.shape)
             staged[:] = x
             begin = perf_counter_ns()
             channel.send_staged(Kind.EXCHANGE, group, sequence, staged)
@@ -81,12 +81,35 @@ class RemoteLink(Link):
             self._lock.release()
         return y, mine
 
+    def exchanges(self, group: int, questions: Iterator[Question[Own]]) -> Generator[tuple[Field, Own], None, None]:
+        """See Link: AHEAD questions are under way, and what `own` gives is computed in between."""
+        raised: list[Exception] = []
+        under_way: deque[tuple[Arrival, Field, Own]] = deque()
+        self._take_turn()
+        try:
+            for x, own in _until_one_raises(questions, raised):
+                y = self._room(group, x)
+                arrival = self._ask(group, x, y, [earlier for earlier, _, _ in under_way])
+                under_way.append((arrival, y, own()))
+                if len(under_way) == AHEAD:
+                    yield self._answer(*under_way.popleft())
+            while under_way:
+                yield self._answer(*under_way.popleft())
+        except BaseException:
+            self._give_up()
+            raise
+        finally:
+            self._lock.release()
+        if raised:
+            raise raised[0]
+
     def ping(self) -> None:
         """Make sure that the edge is still there. Raises LinkError if not. Needless during an exchange."""
         if self._lock.locked():
             return
         self._take_turn()
         try:
+            self._sequence = (self._sequence + 1) & 0xFFFFFFFF
             self._channel.send(Kind.PING, sequence=self._sequence)
             if not self._channel.comes((_PONG, self._channel.version, 0, 0, self._sequence, 0)):
                 raise self._refuse(self._channel.receive())
@@ -97,14 +120,56 @@ class RemoteLink(Link):
         finally:
             self._lock.release()
 
+    def _room(self, group: int, x: Field) -> Field:
+        """Where the answer goes."""
+        if not 0 <= group < len(self._shapes):
+            raise ValueError(f"there is no group {group}")
+        m, k = self._shapes[group]
+        if x.ndim != 2 or x.shape[1] != k or x.dtype != np.uint32 or not 0 < len(x) <= MAX_ROWS:
+            raise ValueError(f"group {group} takes (T, {k}) uint32, not {x.shape} {x.dtype}")
+        return np.empty((len(x), m), np.uint32)
+
+    def _ask(self, group: int, x: Field, y: Field, earlier: Sequence[Arrival]) -> Arrival:
+        """Send a question, taking what comes of the `earlier` answers meanwhile; its own is to go to `y`."""
+
+        def take() -> bool:
+            for arrival in earlier:
+                while not arrival.complete:
+                    if not self._channel.advance(arrival):
+                        return True
+            return False
+
+        self._sequence = (self._sequence + 1) & 0xFFFFFFFF
+        begin = perf_counter_ns()
+        self._channel.send_array(Kind.EXCHANGE, group, self._sequence, np.ascontiguousarray(x), take)
+        self.sending += perf_counter_ns() - begin
+        return Arrival((_RESULT, self._channel.version, group, len(x), self._sequence, y.nbytes), y)
+
+    def _answer(self, arrival: Arrival, y: Field, mine: Own) -> tuple[Field, Own]:
+        """Wait for an answer."""
+        channel = self._channel
+        deadline = time.monotonic() + self._timeout + y.nbytes / SLOWEST
+        begin = perf_counter_ns()
+        if not arrival.begun:
+            channel.await_input()
+        there = perf_counter_ns()
+        while not arrival.complete:
+            if not channel.advance(arrival):
+                raise self._refuse(channel.receive())
+            if time.monotonic() > deadline:
+                raise LinkError(f"{channel.peer} did not answer within {self._timeout:g} s")
+        self.last_used = time.monotonic()
+        self.waiting += there - begin
+        self.receiving += perf_counter_ns() - there
+        return y, mine
+
     def _take_turn(self) -> None:
-        """The channel to ourselves, for one question and its answer; whoever gets it releases the lock."""
+        """The channel to ourselves, for questions and their answers; whoever gets it releases the lock."""
         if not self._lock.acquire(timeout=self._timeout):
             raise LinkError(f"the edge was busy with other requests for {self._timeout:g} s")
         if self._ended:
             self._lock.release()
             raise LinkError("the connection to the edge is closed")
-        self._sequence = (self._sequence + 1) & 0xFFFFFFFF
 
     def _give_up(self) -> None:
         self._ended = True
@@ -128,3 +193,11 @@ class RemoteLink(Link):
 
     def __repr__(self) -> str:
         return f"RemoteLink({self._channel.peer}, {'alive' if self.alive else 'closed'})"
+
+
+def _until_one_raises(questions: Iterator[Question[Own]], raised: list[Exception]) -> Iterator[Question[Own]]:
+    """`questions` without an exception, which goes to `raised`: it is no failure of the link."""
+    try:
+        yield from questions
+    except Exception as error:
+        raised.append(error)

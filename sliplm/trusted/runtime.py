@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter_ns
 
-import numpy as np
-
 from sliplm.edge.multiplier import Multiplier
 from sliplm.errors import BundleError, LinkError
 from sliplm.exchange.check import check
@@ -108,15 +106,10 @@ class Runtime:
         if link is None:
             raise LinkError("no edge is connected: serve the model, or `model.slip.attach` an edge bundle.")
         start = perf_counter_ns()
-        if 0 < len(x) <= op.rows:
-            y, count = self._step(op, x, self.pool, link, own), 1
-        else:
-            starts = range(0, len(x), op.rows)
-            parts = [self._step(op, x[i : i + op.rows], self.pool, link, own) for i in starts]
-            y, count = np.concatenate(parts) if parts else own(x), len(parts)
+        y = self._step(op, x, self.pool, link, own) if len(x) else own(x)
         counters = self.counters
         counters.exchange += perf_counter_ns() - start
-        counters.exchanges += count
+        counters.exchanges += -(-len(x) // op.rows)
         counters.rows += len(x)
         counters.sent += 4 * len(x) * op.shape[1]
         counters.received += 4 * len(x) * op.shape[0]
