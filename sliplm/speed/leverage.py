@@ -25,7 +25,7 @@ def measure(
     tokens: int,
     rounds: int,
     say: Callable[[str], None],
-    pads: str = "self",
+    pads: str = "helpers",
 ) -> dict[str, Any]:
     """Measure the bundles in `directory` beside the whole model: for every number of `streams`, `rounds` times so many
     sequences, `tokens` tokens of each. `pads` says who makes them, as `speed.runner.Protected` does.

@@ -152,8 +152,8 @@ class _NoText:
 class Protected(Plain):
     """The trusted side in this process, and a real `slip edge` in another, which has the cores `others`, if named.
 
-    `pads` says who makes them: "self", this process, which then is an edge, too. `clocks` count the steps of an
-    exchange, and cost some time of their own.
+    `pads` says who makes them: "self", this process, which then is an edge, too; or "helpers", a real `slip helper` in
+    a third process. `clocks` count the steps of an exchange, and cost some time of their own.
     """
 
     def __init__(
@@ -170,20 +170,25 @@ class Protected(Plain):
         self._spent = self._slip.measure() if clocks else {}
         scratch = Path(running.enter_context(tempfile.TemporaryDirectory(prefix="slip-bench-")))
         authority.add_device(scratch / "authority", "bench", scratch / "identity", days=1)
-        server = TrustedServer(_NoText(), self._slip.digest, self._slip.shapes, scratch / "authority")
+        work = self._slip.take_helpers() if pads == "helpers" else None
+        server = TrustedServer(_NoText(), self._slip.digest, self._slip.shapes, scratch / "authority", pads=work)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         running.callback(server.close)
         where = "{}:{}".format(*server.address)
-        arguments = (directory / "edge", "--trusted", where, "--identity", scratch / "identity", "--api", "")
+        common = (directory / "edge", "--trusted", where, "--identity")
         with on(others):
-            edge = running.enter_context(process("edge", *arguments))
+            edge = running.enter_context(process("edge", *common, scratch / "identity", "--api", ""))
         while not server.links():  # the edge knows a moment before the server does
             time.sleep(0.01)
         self._link: RemoteLink = server.links()[0]
         self.others = [edge["pid"]]
-        if pads != "self":
-            raise ValueError(f"nobody called {pads!a} makes pads")
-        self._slip.attach(directory / "edge")
+        if pads == "helpers":
+            authority.add_device(scratch / "authority", "helper", scratch / "helper", days=1, edge=False, helper=True)
+            with on(others):
+                helper = running.enter_context(process("helper", *common, scratch / "helper"))
+            self.others.append(helper["pid"])
+        else:
+            self._slip.attach(directory / "edge")
         running.callback(self._slip.pool.close)
 
     def decode(self, tokens: int, streams: int = 1, link: str = "tls", pads: str = "ready", **_: Any) -> dict[str, Any]:
