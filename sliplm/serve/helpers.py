@@ -14,7 +14,8 @@ import numpy as np
 from sliplm.errors import LinkError, ProtocolError
 from sliplm.exchange.link import Shape
 from sliplm.pads.pad import Array, Maker
-from sliplm.pads.pool import BEAT_SECONDS, Job
+from sliplm.pads.pool import BEAT_SECONDS
+from sliplm.pads.stock import Job
 from sliplm.protocol.channel import Channel
 from sliplm.protocol.frames import Header, Kind, PadsWanted, pack_pads
 from sliplm.registry import Device

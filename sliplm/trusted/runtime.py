@@ -79,7 +79,7 @@ class Runtime:
 
     def take_helpers(self, each: int = 1) -> Pool:
         """Take pads from helpers from now on; what they are to work for is returned."""
-        self.pool.expected = True
+        self.pool.expected = each
         return self.pool
 
     @contextmanager
