@@ -26,6 +26,7 @@ from sliplm.errors import BusyError, LinkError, locate
 from sliplm.pads.pad import Array, Batch, Images, Maker, Pad, Part
 from sliplm.pads.parties import may_use
 from sliplm.pads.sources import SelfSource
+from sliplm.pads.spill import Spill
 from sliplm.pads.stock import Job, Stock
 from sliplm.prg import fresh_key
 
@@ -54,8 +55,8 @@ class Pool:
     Attributes:
         own: the trusted side as a maker, if it is one.
         expected: how many helpers are to make each pad, who may not be there yet; 0 for none.
-        spill: what keeps the images beyond `depth`, if they are not to stay in memory. An OSError of its says that it
-            has no room: those pads are forgotten.
+        spill: what keeps the images beyond `depth`, if they are not to stay in memory. Those that it has no room for
+            are forgotten.
         reserve: tokens to keep ready at this hour, if they are more than `depth`.
         refused: how often `take` found pads of the edge's own party alone.
         changed: the lock of all that is here, notified of all that happens.
@@ -66,7 +67,7 @@ class Pool:
     ) -> None:
         self.own: SelfSource | None = None
         self.expected = 0
-        self.spill: Callable[[Array], Images] | None = None
+        self.spill: Spill | None = None
         self.reserve: Callable[[], int] = lambda: 0
         self._shapes = list(shapes)
         self.refused = 0
