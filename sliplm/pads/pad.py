@@ -59,6 +59,7 @@ class Batch:
         names: Iterable[str] = (),
     ) -> None:
         self.maker = maker
+        self.stored = not isinstance(images, np.ndarray)  # somewhere else than in memory
         self.names = frozenset(names) or frozenset({maker.name})
         self.count = count
         self._keys, self._width, self._images, self._begin = tuple(keys), width, images, begin
@@ -84,21 +85,18 @@ class Batch:
                     self._ahead = field.add(self._ahead, part)
             return self._ahead[start : start + count]
 
-    @property
-    def stored(self) -> bool:
-        """Whether the images are somewhere else than in memory."""
-        return not isinstance(self._images, np.ndarray)
-
-    def load(self) -> Array:
-        """The images, (count, M), in memory from now on. Raises OSError if they are not what they were."""
+    def load(self) -> None:
+        """Have the images in memory from now on. Raises OSError if they are not what they were."""
         with self._lock:
             if not isinstance(self._images, np.ndarray):
                 self._images = self._images.load()
-            return self._images
+                self.stored = False
 
     def image(self, first: int, count: int) -> Array:
         """Q r of some rows, (count, M), as the maker said."""
-        return self.load()[first : first + count]
+        if not isinstance(self._images, np.ndarray):
+            raise RuntimeError("these images have not been loaded")
+        return self._images[first : first + count]
 
 
 class Part:

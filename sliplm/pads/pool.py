@@ -170,35 +170,35 @@ class Pool:
         deadline = time.monotonic() + self._patience
         parts: list[Part] = []
         while tokens:
-            for part in self._remove(group, tokens, edge, deadline) or [self._make_now(group, tokens)]:
+            with self._lock:
+                found = self._move(group, tokens, edge) or self._await(group, tokens, edge, deadline)
+            for part in found or [self._make_now(group, tokens)]:
                 if not part.batch.stored or self._loaded(part.batch):
                     parts.append(part)
                     tokens -= part.count
         return Pad(parts)
 
-    def _remove(self, group: int, missing: int, edge: str | None, deadline: float) -> list[Part]:
-        """Up to `missing` pads from the stock, waiting for the first; none if the trusted side may make them."""
-        parts: list[Part] = []
-        refused = False
-        with self._lock:
-            while not self._move(group, missing, edge, parts):
+    def _await(self, group: int, missing: int, edge: str | None, deadline: float) -> list[Part]:
+        """What comes of `missing` pads that are lacking, as soon as any do; none if the trusted side may make them."""
+        if self._closed:
+            raise RuntimeError("the pool of pads is closed")
+        if self.own is not None:
+            return []
+        if not self.expected:
+            raise LinkError(NOBODY)
+        if any(stock.levels[group] for stock in self._stocks.values()):
+            self.refused += 1
+        self._short[group] += missing
+        self._state.notify_all()
+        try:
+            while not (found := self._move(group, missing, edge)):
+                if not self._state.wait(deadline - time.monotonic()):
+                    raise BusyError(self._why_none(edge))
                 if self._closed:
                     raise RuntimeError("the pool of pads is closed")
-                if self.own is not None:
-                    break
-                if not self.expected:
-                    raise LinkError(NOBODY)
-                if not refused and any(stock.levels[group] for stock in self._stocks.values()):
-                    refused = True
-                    self.refused += 1
-                self._short[group] += missing
-                self._state.notify_all()
-                try:
-                    if not self._state.wait(deadline - time.monotonic()):
-                        raise BusyError(self._why_none(edge))
-                finally:
-                    self._short[group] -= missing
-        return parts
+            return found
+        finally:
+            self._short[group] -= missing
 
     def _loaded(self, batch: Batch) -> bool:
         """Whether the images of `batch` are in memory now. If they were lost on disk, none of its pads is used."""
@@ -212,21 +212,28 @@ class Pool:
                     stock.forget(lambda other: other is batch)
             return False
 
-    def _move(self, group: int, tokens: int, edge: str | None, parts: list[Part]) -> int:
-        """Move up to `tokens` pads that may be used with `edge` out of the stock, to `parts`; how many."""
+    def _move(self, group: int, tokens: int, edge: str | None) -> list[Part]:
+        """Up to `tokens` pads that may be used with `edge`, out of the stock."""
         usable = self._usable.get(edge)
         if usable is None:
             usable = self._usable[edge] = [stock for of, stock in self._stocks.items() if may_use(of, edge)]
         if len(usable) > 1:
             usable = sorted(usable, key=lambda s: -s.levels[group])
-        missing = tokens
+        parts: list[Part] = []
         for stock in usable:
-            if taken := stock.take(group, missing):
-                parts += taken
-                missing -= sum(part.count for part in taken)
+            ready = stock.ready[group]
+            while tokens and ready:  # in place: a call for each stock would cost an exchange more
+                part = ready[0]
+                if part.count > tokens:
+                    parts.append(Part(part.batch, part.first, tokens))
+                    part.first, part.count = part.first + tokens, part.count - tokens
+                else:
+                    parts.append(ready.popleft())
+                tokens -= parts[-1].count
+                stock.levels[group] -= parts[-1].count
                 if stock.levels[group] <= self._depth - self._batch or not stock.levels[group]:
                     self._state.notify_all()  # wakes makers for whole batches only
-        return tokens - missing
+        return parts
 
     def _make_now(self, group: int, tokens: int) -> Part:
         assert self.own is not None

@@ -45,20 +45,6 @@ class Stock:
         (self.ready[group].appendleft if first else self.ready[group].append)(Part(batch, 0, batch.count))
         self.levels[group] += batch.count
 
-    def take(self, group: int, count: int) -> list[Part]:
-        """Up to `count` rows, which leave it."""
-        ready, taken = self.ready[group], []
-        while count and ready:
-            part = ready[0]
-            if part.count > count:
-                taken.append(Part(part.batch, part.first, count))
-                part.first, part.count = part.first + count, part.count - count
-            else:
-                taken.append(ready.popleft())
-            count -= taken[-1].count
-            self.levels[group] -= taken[-1].count
-        return taken
-
     def forget(self, unwanted: Callable[[Batch], bool]) -> int:
         """Drop the rows of batches that are `unwanted`; how many."""
         before = sum(self.levels)
