@@ -98,6 +98,12 @@ def row(url: str, now: Sample, before: Sample | None = None) -> dict[str, Any]:
         "exchange_seconds": seconds / exchanges if seconds is not None and exchanges else None,
         "pads_ready": value("pads_ready"),
         "pads_target": value("pads_target"),
+        "pads_stored": value("pads_stored"),
+        "pads_stored_bytes": value("pads_stored_bytes"),
+        "pads_refused": value("pads_refused_total"),
+        "helpers_connected": value("helpers_connected"),
+        "helper_pads_per_second": rate("helper_images_total"),
+        "helper_lies": value("helper_lies_total"),
         "verification_failures": failures,
         "error": None,
     }

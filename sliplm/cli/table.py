@@ -20,9 +20,10 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 def view(rows: list[dict[str, Any]], width: int) -> Group:
-    """The table, and below it what is wrong with those that it says nothing about."""
+    """The table, and below it who makes pads, and what is wrong with those that it says nothing about."""
     errors = [Text(row["error"], style="red") for row in rows if row["error"]]
-    return Group(_table(rows, width), *errors)
+    pads = [Text(line) for row in rows if not row["error"] and (line := _makers(row))]
+    return Group(_table(rows, width), *pads, *errors)
 
 
 def _table(rows: list[dict[str, Any]], width: int) -> Table:
@@ -42,7 +43,7 @@ def _table(rows: list[dict[str, Any]], width: int) -> Table:
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
-    where = row["url"].removeprefix("http://").removesuffix("/metrics").replace("[", "\\[")
+    where = _where(row).replace("[", "\\[")
     if row["error"]:
         return [where, "[red]away[/red]", *[""] * (len(HEADINGS) - 2)]
     edges = "1 edge" if row["connected"] == 1 else f"{row['connected']} edges"
@@ -59,6 +60,26 @@ def _cells(row: dict[str, Any]) -> list[str]:
         _pads(row),
         f"[red]{row['verification_failures']:.0f}[/red]" if row["verification_failures"] else "0",
     ]
+
+
+def _where(row: dict[str, Any]) -> str:
+    where: str = row["url"].removeprefix("http://").removesuffix("/metrics")
+    return where
+
+
+def _makers(row: dict[str, Any]) -> str:
+    """Who makes pads, if helpers do, and how many are on disk, if any are."""
+    said = []
+    if row["helpers_connected"] is not None:
+        said += [
+            "1 helper" if row["helpers_connected"] == 1 else f"{_number(row['helpers_connected'])} helpers",
+            f"{_number(row['helper_pads_per_second'])} pads/s",
+            f"{_number(row['helper_lies'])} wrong",
+            f"{_number(row['pads_refused'])} times only pads of an edge's own party",
+        ]
+    if row["pads_stored"]:
+        said += [f"on disk those of {_number(row['pads_stored'])} tokens, {row['pads_stored_bytes'] / 1e6:,.0f} MB"]
+    return f"{_where(row)}: {', '.join(said)}" if said else ""
 
 
 def _number(value: float | None, digits: int = 0) -> str:

@@ -28,7 +28,15 @@ def trusted(
             "machines that connect for it; helpers:2, two of them for each pad."
         ),
     ] = None,
-    stock: Annotated[int, typer.Option(min=0, help="Tokens for which to keep one-time pads ready.")] = 64,
+    stock: Annotated[
+        int | None, typer.Option(min=0, help="Tokens for which to keep one-time pads ready; by default 64.")
+    ] = None,
+    pads_spill: Annotated[
+        Path | None, typer.Option(help="A directory for the pads beyond 64, encrypted; they stay in memory if absent.")
+    ] = None,
+    fill_between: Annotated[
+        str | None, typer.Option(help="Hours for making the pads beyond 64, as in 22:00-06:00; all hours if absent.")
+    ] = None,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads for the trusted arithmetic; 0 takes all.")] = 0,
     allow_logprobs: Annotated[
         bool,
@@ -83,6 +91,8 @@ def trusted(
         pads,
         stock,
         name,
+        spill=pads_spill,
+        fill_between=fill_between,
         allow_logprobs=allow_logprobs,
         registry=registry,
         limits=Limits(concurrent, tokens_per_minute, daily_tokens),

@@ -7,7 +7,7 @@ A pad for (group, token) is r, uniform in F_p^K, and its image Q r. A batch of t
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -39,16 +39,30 @@ class Maker(Protocol):
 class Images(Protocol):
     """The images of a batch (count, M), wherever they are."""
 
-    def load(self) -> Array: ...
+    def load(self) -> Array:
+        """Raises OSError if they are not what they were."""
+        ...
 
 
 class Batch:
-    """`count` pads of one group: r of width K is the sum of what its keys expand to."""
+    """`count` pads of one group: r of width K is the sum of what its keys expand to, from the row `begin` on. `names`
+    are those of the machines that made them, if they are others than the maker's."""
 
-    def __init__(self, maker: Maker, keys: Sequence[bytes], count: int, width: int, images: Array | Images) -> None:
+    def __init__(
+        self,
+        maker: Maker,
+        keys: Sequence[bytes],
+        count: int,
+        width: int,
+        images: Array | Images,
+        begin: int = 0,
+        names: Iterable[str] = (),
+    ) -> None:
         self.maker = maker
+        self.stored = not isinstance(images, np.ndarray)  # somewhere else than in memory
+        self.names = frozenset(names) or frozenset({maker.name})
         self.count = count
-        self._keys, self._width, self._images = tuple(keys), width, images
+        self._keys, self._width, self._images, self._begin = tuple(keys), width, images, begin
         self._lock = threading.Lock()
         self._ahead: Array = np.empty((0, width), np.uint32)
         self._first = 0  # of the rows in `_ahead`
@@ -65,24 +79,24 @@ class Batch:
             start = first - self._first
             if start < 0 or start + count > len(self._ahead):
                 rows = min(max(count, AHEAD), self.count - first)
-                parts = [expand(key, first, rows, self._width) for key in self._keys]
+                parts = [expand(key, self._begin + first, rows, self._width) for key in self._keys]
                 self._ahead, self._first, start = parts[0], first, 0
                 for part in parts[1:]:
                     self._ahead = field.add(self._ahead, part)
             return self._ahead[start : start + count]
 
-    def image(self, first: int, count: int) -> Array:
-        """Q r of some rows, (count, M), as the maker said."""
+    def load(self) -> None:
+        """Have the images in memory from now on. Raises OSError if they are not what they were."""
         with self._lock:
             if not isinstance(self._images, np.ndarray):
                 self._images = self._images.load()
-            return self._images[first : first + count]
+                self.stored = False
 
-    def store(self, keep: Callable[[Array], Images]) -> None:
-        """Let `keep` have the images, until they are asked for."""
-        with self._lock:
-            if isinstance(self._images, np.ndarray):
-                self._images = keep(self._images)
+    def image(self, first: int, count: int) -> Array:
+        """Q r of some rows, (count, M), as the maker said."""
+        if not isinstance(self._images, np.ndarray):
+            raise RuntimeError("these images have not been loaded")
+        return self._images[first : first + count]
 
 
 class Part:

@@ -20,13 +20,14 @@ import logging
 import os
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 
 from sliplm.errors import BusyError, LinkError, locate
 from sliplm.pads.pad import Array, Batch, Images, Maker, Pad, Part
 from sliplm.pads.parties import may_use
 from sliplm.pads.sources import SelfSource
+from sliplm.pads.spill import Spill
+from sliplm.pads.stock import Job, Stock
 from sliplm.prg import fresh_key
 
 STALL_SECONDS = 1.0
@@ -42,30 +43,6 @@ NOBODY = "nobody makes one-time pads: say who does (--pads self:DIR/edge, or hel
 _log = logging.getLogger(__name__)
 
 
-class Job:
-    """`count` images of a group, the key's first rows, wanted from a maker."""
-
-    __slots__ = ("count", "counted", "group", "issued", "key", "maker")
-
-    def __init__(self, maker: Maker, group: int, count: int) -> None:
-        self.maker, self.group, self.count = maker, group, count
-        self.key = fresh_key()
-        self.issued = time.monotonic()
-        self.counted = True  # as on its way
-
-    def __repr__(self) -> str:
-        return f"Job(group={self.group}, count={self.count}, <secret>)"
-
-
-class _Stock:
-    """The pads of makers of the same parties: batches by group, how many rows are left, and how many on their way."""
-
-    def __init__(self, groups: int) -> None:
-        self.ready: list[deque[Part]] = [deque() for _ in range(groups)]
-        self.levels = [0] * groups
-        self.coming = [0] * groups
-
-
 class Pool:
     """Pads of every group.
 
@@ -77,24 +54,28 @@ class Pool:
 
     Attributes:
         own: the trusted side as a maker, if it is one.
-        expected: whether helpers are to make them, who may not be there yet.
-        spill: what keeps the images beyond `depth`, if they are not to stay in memory.
+        expected: how many helpers are to make each pad, who may not be there yet; 0 for none.
+        spill: what keeps the images beyond `depth`, if they are not to stay in memory. Those that it has no room for
+            are forgotten.
         reserve: tokens to keep ready at this hour, if they are more than `depth`.
+        refused: how often `take` found pads of the edge's own party alone.
+        changed: the lock of all that is here, notified of all that happens.
     """
 
     def __init__(
         self, shapes: Sequence[tuple[int, int]], depth: int = 64, batch: int = 16, patience: float = 5.0
     ) -> None:
         self.own: SelfSource | None = None
-        self.expected = False
-        self.spill: Callable[[Array], Images] | None = None
+        self.expected = 0
+        self.spill: Spill | None = None
         self.reserve: Callable[[], int] = lambda: 0
         self._shapes = list(shapes)
+        self.refused = 0
         self._depth, self._batch, self._patience = depth, batch, patience
         self._lock = threading.RLock()  # entered itself where nobody waits: a condition does so in Python
-        self._state = threading.Condition(self._lock)
-        self._stocks: dict[frozenset[str], _Stock] = {}
-        self._usable: dict[str | None, list[_Stock]] = {}  # by the edge's party: those that it may use
+        self.changed = self._state = threading.Condition(self._lock)
+        self._stocks: dict[frozenset[str], Stock] = {}
+        self._usable: dict[str | None, list[Stock]] = {}  # by the edge's party: those that it may use
         self._makers: dict[Maker, float] = {}  # and when each delivered last
         self._jobs: set[Job] = set()
         self._waiting: list[int] = []  # levels that callers of `wait` wait for
@@ -117,9 +98,22 @@ class Pool:
         return sum(self._totals()) / max(1, len(self._shapes))
 
     @property
+    def stored(self) -> int:
+        """Of `level`, those whose images are not in memory: at most as many, of the same groups."""
+        with self._state:
+            groups = range(len(self._shapes))
+            kept = [sum(stock.rows(g, stored=True) for stock in self._stocks.values()) for g in groups]
+            return min(kept, default=0)
+
+    @property
     def depth(self) -> int:
-        """The level that makers aim at."""
+        """Tokens that are always kept ready."""
         return self._depth
+
+    @property
+    def target(self) -> int:
+        """The level that makers aim at now."""
+        return max(self._depth, self.reserve())
 
     @property
     def makers(self) -> list[Maker]:
@@ -130,10 +124,10 @@ class Pool:
     def _totals(self) -> list[int]:
         return [sum(levels) for levels in zip(*(s.levels for s in self._stocks.values()), strict=True)] or [0]
 
-    def _stock(self, maker: Maker) -> _Stock:
+    def _stock(self, maker: Maker) -> Stock:
         stock = self._stocks.get(maker.parties)
         if stock is None:
-            stock = self._stocks[maker.parties] = _Stock(len(self._shapes))
+            stock = self._stocks[maker.parties] = Stock(len(self._shapes))
             self._usable.clear()
         return stock
 
@@ -173,50 +167,73 @@ class Pool:
         """
         if os.getpid() != self._pid:
             raise RuntimeError("a pool of pads does not survive fork")
+        deadline = time.monotonic() + self._patience
         parts: list[Part] = []
-        missing = tokens
-        with self._lock:
-            deadline = time.monotonic() + self._patience
-            while missing := missing - self._move(group, missing, edge, parts):
-                if self._closed:
-                    raise RuntimeError("the pool of pads is closed")
-                if self.own is not None:
-                    break
-                if not self.expected:
-                    raise LinkError(NOBODY)
-                self._short[group] += missing
-                self._state.notify_all()
-                try:
-                    if not self._state.wait(deadline - time.monotonic()):
-                        raise BusyError(self._why_none(edge))
-                finally:
-                    self._short[group] -= missing
-        if missing:
-            parts.append(self._make_now(group, missing))
+        while tokens:
+            with self._lock:
+                found = self._move(group, tokens, edge) or self._await(group, tokens, edge, deadline)
+            for part in found or [self._make_now(group, tokens)]:
+                if not part.batch.stored or self._loaded(part.batch):
+                    parts.append(part)
+                    tokens -= part.count
         return Pad(parts)
 
-    def _move(self, group: int, tokens: int, edge: str | None, parts: list[Part]) -> int:
-        """Move up to `tokens` pads that may be used with `edge` out of the stock, to `parts`; how many."""
+    def _await(self, group: int, missing: int, edge: str | None, deadline: float) -> list[Part]:
+        """What comes of `missing` pads that are lacking, as soon as any do; none if the trusted side may make them."""
+        if self._closed:
+            raise RuntimeError("the pool of pads is closed")
+        if self.own is not None:
+            return []
+        if not self.expected:
+            raise LinkError(NOBODY)
+        if any(stock.levels[group] for stock in self._stocks.values()):
+            self.refused += 1
+        self._short[group] += missing
+        self._state.notify_all()
+        try:
+            while not (found := self._move(group, missing, edge)):
+                if not self._state.wait(deadline - time.monotonic()):
+                    raise BusyError(self._why_none(edge))
+                if self._closed:
+                    raise RuntimeError("the pool of pads is closed")
+            return found
+        finally:
+            self._short[group] -= missing
+
+    def _loaded(self, batch: Batch) -> bool:
+        """Whether the images of `batch` are in memory now. If they were lost on disk, none of its pads is used."""
+        try:
+            batch.load()
+            return True
+        except OSError as error:
+            _log.error("a batch of one-time pads is lost and others take its place: %s", error.strerror or error)
+            with self._state:
+                for stock in self._stocks.values():
+                    stock.forget(lambda other: other is batch)
+            return False
+
+    def _move(self, group: int, tokens: int, edge: str | None) -> list[Part]:
+        """Up to `tokens` pads that may be used with `edge`, out of the stock."""
         usable = self._usable.get(edge)
         if usable is None:
             usable = self._usable[edge] = [stock for of, stock in self._stocks.items() if may_use(of, edge)]
         if len(usable) > 1:
             usable = sorted(usable, key=lambda s: -s.levels[group])
-        missing = tokens
+        parts: list[Part] = []
         for stock in usable:
             ready = stock.ready[group]
-            while missing and ready:
+            while tokens and ready:  # in place: a call for each stock would cost an exchange more
                 part = ready[0]
-                if part.count > missing:
-                    parts.append(Part(part.batch, part.first, missing))
-                    part.first, part.count = part.first + missing, part.count - missing
+                if part.count > tokens:
+                    parts.append(Part(part.batch, part.first, tokens))
+                    part.first, part.count = part.first + tokens, part.count - tokens
                 else:
                     parts.append(ready.popleft())
-                missing -= parts[-1].count
+                tokens -= parts[-1].count
                 stock.levels[group] -= parts[-1].count
                 if stock.levels[group] <= self._depth - self._batch or not stock.levels[group]:
                     self._state.notify_all()  # wakes makers for whole batches only
-        return tokens - missing
+        return parts
 
     def _make_now(self, group: int, tokens: int) -> Part:
         assert self.own is not None
@@ -226,7 +243,8 @@ class Pool:
 
     def _why_none(self, edge: str | None) -> str:
         if not any(may_use(maker.parties, edge) for maker in self._makers):
-            return "no helper of another party than this edge's is connected to make one-time pads: try again later"
+            who = "no helper of another party" if self.expected == 1 else "no two helpers of two other parties"
+            return f"{who} than this edge's is connected to make one-time pads: try again later"
         return "one-time pads are used faster than the helpers make them: try again later"
 
     # --- making pads ----------------------------------------------------------------------------------------
@@ -255,18 +273,13 @@ class Pool:
             self._state.notify_all()
 
     def drop(self, name: str) -> int:
-        """Dismiss the makers of this name and forget every unused pad of theirs; how many."""
-        dropped = 0
+        """Dismiss the makers of this name and forget every unused pad that they made or had a part in; how many."""
         with self._state:
             for maker in [maker for maker in self._makers if maker.name == name]:
                 self.dismiss(maker)
-            for stock in self._stocks.values():
-                for group, ready in enumerate(stock.ready):
-                    kept = deque(part for part in ready if part.batch.maker.name != name)
-                    gone = sum(part.count for part in ready) - sum(part.count for part in kept)
-                    stock.ready[group], stock.levels[group] = kept, stock.levels[group] - gone
-                    dropped += gone
-        return dropped
+            for job in [job for job in self._jobs if any(half.maker.name == name for half in job.halves)]:
+                self._forget(job)
+            return sum(stock.forget(lambda batch: name in batch.names) for stock in self._stocks.values())
 
     def job(self, maker: Maker, timeout: float) -> Job | None:
         """What `maker` should make next; None if there is nothing for `timeout` seconds, or nothing any more."""
@@ -290,16 +303,36 @@ class Pool:
         with self._state:
             if job not in self._jobs:
                 return
-            self._forget(job)
             self._makers[job.maker] = time.monotonic()
-            stock = self._stock(job.maker)
-            batch = Batch(job.maker, [job.key], job.count, self._shapes[job.group][1], images)
-            beyond = stock.levels[job.group] >= self._depth
-            stock.ready[job.group].append(Part(batch, 0, job.count))
-            stock.levels[job.group] += job.count
+            in_memory = self._stock(job.maker).rows(job.group, stored=False)
+            room = self._depth + self._short[job.group] - in_memory
+        batches = self._batches(job, images, room)
+        with self._state:
+            if job not in self._jobs:
+                return
+            self._forget(job)
+            for batch in batches:  # what is in memory goes first
+                self._stock(job.maker).put(job.group, batch, first=self.spill is not None and not batch.stored)
             self._state.notify_all()
-        if beyond and self.spill is not None:
-            batch.store(self.spill)
+
+    def _batches(self, job: Job, images: Array, room: int) -> list[Batch]:
+        """What `job` brought, in one piece; or, if there is somewhere else for it, with `room` rows in memory and the
+        rest in pieces of `depth`: loaded again, one of them takes no more memory than what is there anyway."""
+        names = {half.maker.name for half in job.halves}
+        kept: list[tuple[int, Array | Images, int]] = [(0, images, job.count)]
+        if self.spill is not None and room < job.count:
+            size = max(self._depth, self._batch)
+            first = max(0, room)
+            kept = [(0, images[:first].copy(), first)] if first else []
+            try:
+                for begin in range(first, job.count, size):
+                    piece = images[begin : begin + size]
+                    kept.append((begin, self.spill(piece), len(piece)))
+            except OSError:
+                pass  # it has said so, and `reserve` will ask for fewer
+        width = self._shapes[job.group][1]
+        keys = [half.key for half in job.halves]
+        return [Batch(job.maker, keys, count, width, images, begin, names) for begin, images, count in kept]
 
     def _forget(self, job: Job) -> None:
         self._jobs.discard(job)
@@ -314,10 +347,10 @@ class Pool:
                 job.counted = False
                 self._stock(job.maker).coming[job.group] -= job.count
 
-    def _lacking(self, stock: _Stock) -> tuple[int, int] | None:
+    def _lacking(self, stock: Stock) -> tuple[int, int] | None:
         """The group that lacks most, and how many rows to make of it; None if none lacks a batch, as small ones cost
         more a token."""
-        target = max(self._depth, self.reserve())
+        target = self.target
         expected = [
             have + coming - short for have, coming, short in zip(stock.levels, stock.coming, self._short, strict=True)
         ]

@@ -14,7 +14,8 @@ import numpy as np
 from sliplm.errors import LinkError, ProtocolError
 from sliplm.exchange.link import Shape
 from sliplm.pads.pad import Array, Maker
-from sliplm.pads.pool import BEAT_SECONDS, Job
+from sliplm.pads.pool import BEAT_SECONDS
+from sliplm.pads.stock import Job
 from sliplm.protocol.channel import Channel
 from sliplm.protocol.frames import Header, Kind, PadsWanted, pack_pads
 from sliplm.registry import Device
@@ -108,7 +109,7 @@ class HelperLink:
 
 class Helpers:
     """The helpers of one server, over groups of `shapes`, doing `work`. One whose image was wrong is given to
-    `suspend`."""
+    `suspend`. `made` counts the rows of all that there were, `lies` the wrong images."""
 
     def __init__(
         self,
@@ -123,7 +124,13 @@ class Helpers:
         self._lock = threading.Lock()
         self._links: list[HelperLink] = []
         self._known: set[str] = set()
+        self._made = 0  # by those that are gone
         self.lies = 0
+
+    @property
+    def made(self) -> int:
+        with self._lock:
+            return self._made + sum(link.made for link in self._links)
 
     def alive(self) -> list[HelperLink]:
         with self._lock:
@@ -147,6 +154,7 @@ class Helpers:
             self._work.dismiss(link)
             with self._lock:
                 self._links.remove(link)
+                self._made += link.made
 
     def close(self, fingerprint: str | None = None) -> None:
         """End the links of one device and forget its unused pads; or end the links of all."""

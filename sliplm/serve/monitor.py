@@ -72,7 +72,7 @@ class Monitor:
 
 def sample(server: TrustedServer, slip: Runtime) -> None:
     """Let the server's metrics show what it and `slip`, the model's runtime, know at any time."""
-    service, pool, counters, spent = server.service, slip.pool, slip.counters, slip.measure()
+    service, helpers, pool, counters, spent = server.service, server.helpers, slip.pool, slip.counters, slip.measure()
     for name, what, value in (
         ("requests_waiting", "Requests waiting for their turn", lambda: service.queue.waiting),
         ("requests_generating", "Requests that have a slot of the engine", lambda: service.queue.running),
@@ -80,7 +80,9 @@ def sample(server: TrustedServer, slip: Runtime) -> None:
         ("devices_connected", "Devices with any connection", lambda: server.devices_connected),
         ("pads_ready", "Tokens for which every group has a one-time pad ready", lambda: pool.level),
         ("pads_ready_mean", "The same, averaged over groups", lambda: pool.mean_level),
-        ("pads_target", "Tokens for which to keep them", lambda: pool.depth),
+        ("pads_target", "Tokens for which to keep them, at this hour", lambda: pool.target),
+        ("pads_stored", "Tokens of those ready whose pads are on disk", lambda: pool.stored),
+        ("pads_stored_bytes", "Bytes of pads on disk", lambda: pool.spill.size if pool.spill else 0),
         ("ready", "Whether /readyz says yes", lambda: server.ready),
     ):
         service.metrics.sample("gauge", f"slip_trusted_{name}", what, value)
@@ -88,6 +90,7 @@ def sample(server: TrustedServer, slip: Runtime) -> None:
         ("exchanges", "Exchanges with edges", lambda: counters.exchanges),
         ("exchange_rows", "Tokens in them", lambda: counters.rows),
         ("exchange_bytes", "Their payloads", lambda: {"sent": counters.sent, "received": counters.received}),
+        ("pads_refused", "Times that pads were ready for others than an edge of their party", lambda: pool.refused),
         ("exchange_seconds", "From an input to its output", lambda: counters.exchange / 1e9),
         (
             "stage_seconds",
@@ -96,3 +99,8 @@ def sample(server: TrustedServer, slip: Runtime) -> None:
         ),
     ):
         service.metrics.sample("counter", f"slip_trusted_{name}", what, read)
+    if helpers is not None:
+        of, name = service.metrics.sample, "slip_trusted_helper"
+        of("gauge", f"{name}s_connected", "Live HELP connections", lambda: len(helpers.alive()))
+        of("counter", f"{name}_images", "Images of pads from helpers, of a token and a group", lambda: helpers.made)
+        of("counter", f"{name}_lies", "Wrong ones", lambda: helpers.lies)

@@ -16,6 +16,7 @@ from sliplm.exchange.link import InProcessLink, Link
 from sliplm.exchange.measured import Measured
 from sliplm.exchange.operator import Operator
 from sliplm.exchange.step import Pads, Rows, exchange
+from sliplm.pads.pairs import Pairs
 from sliplm.pads.pool import Pool
 from sliplm.pads.sources import SelfSource
 from sliplm.prg import expand, fresh_key
@@ -75,10 +76,12 @@ class Runtime:
                 raise BundleError(f"group {op.number} of the edge bundle is not what the trusted one was split with.")
         self.pool.own = source
 
-    def take_helpers(self, each: int = 1) -> Pool:
-        """Take pads from helpers from now on; what they are to work for is returned."""
-        self.pool.expected = True
-        return self.pool
+    def take_helpers(self, each: int = 1) -> Pool | Pairs:
+        """Take pads from helpers from now on, `each` being made by one or by two; what they are to work for."""
+        self.pool.expected = each
+        if each == 1:
+            return self.pool
+        return Pairs(self.pool, self.shapes, lambda group, r, image: check(self.operators[group], r, image))
 
     @contextmanager
     def using(self, link: Link) -> Iterator[None]:

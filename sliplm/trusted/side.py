@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sliplm.engine.builtin import BuiltinEngine
+from sliplm.pads.keeping import Keeping
 from sliplm.pads.sources import SelfSource, find_source
 from sliplm.protocol.channel import parse_address
 from sliplm.registry import Limits
@@ -22,7 +23,9 @@ class Trusted:
         listen: HOST:PORT for edges; port 0 takes a free one.
         pads: who makes one-time pads, "self:DIR/edge", "helpers", or "helpers:2" for two to each pad; by default this
             process, from the edge bundle beside `bundle`.
-        stock: tokens for which to keep them ready.
+        stock: tokens for which to keep them ready, by default 64.
+        spill: a directory for those beyond 64; they stay in memory without.
+        fill_between: the hours, "22:00-06:00" by the local clock, in which those beyond 64 are made.
         name: what the model is called, if not as the split or its directory says.
         allow_logprobs: whether requests may ask for log-probabilities, which help to copy a model.
         registry: URL of the device registry, if it is not the file beside the authority.
@@ -35,7 +38,8 @@ class Trusted:
         address: (host, port) as bound.
 
     Raises:
-        BundleError, LinkError, IdentityError: the bundle, the address, the authority or the registry is no good.
+        BundleError, LinkError, IdentityError: the bundle, what is said of pads, the address, the authority or the
+            registry is no good.
         SlipError: no chat can begin with the system prompt among the rules.
     """
 
@@ -44,17 +48,21 @@ class Trusted:
         bundle: Path | str,
         listen: str = "127.0.0.1:0",
         pads: str | None = None,
-        stock: int = 64,
+        stock: int | None = None,
         name: str | None = None,
         *,
+        spill: Path | str | None = None,
+        fill_between: str | None = None,
         allow_logprobs: bool = False,
         registry: str | None = None,
         limits: Limits = DEFAULTS,
         rules: Rules | None = None,
     ) -> None:
         host, port = parse_address(listen)
-        engine = self.engine = BuiltinEngine(bundle, stock, allow_logprobs, name)
+        keeping = Keeping(stock, spill, fill_between)
+        engine = self.engine = BuiltinEngine(bundle, keeping.depth, allow_logprobs, name)
         self.model: Any = engine.model
+        keeping.rule(self.model.slip.pool)
         source = find_source(pads, bundle, engine.digest)
         if isinstance(source, SelfSource):
             self.model.slip.make_pads(source)

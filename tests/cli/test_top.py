@@ -86,6 +86,47 @@ def test_a_narrow_terminal_shows_fewer_columns_and_none_in_two(monkeypatch: pyte
     assert len(shown) == {60: 5, 80: 7, 132: 10}[width] and shown == list(HEADINGS[: len(shown)])
 
 
+HELPED = """\
+# TYPE slip_trusted_helpers_connected gauge
+slip_trusted_helpers_connected 2.0
+# TYPE slip_trusted_helper_images counter
+slip_trusted_helper_images_total %d
+# TYPE slip_trusted_helper_lies counter
+slip_trusted_helper_lies_total 1.0
+# TYPE slip_trusted_pads_refused counter
+slip_trusted_pads_refused_total 3.0
+"""
+STORED = """\
+# TYPE slip_trusted_pads_stored gauge
+slip_trusted_pads_stored 5000
+# TYPE slip_trusted_pads_stored_bytes gauge
+slip_trusted_pads_stored_bytes 8.5e9
+"""
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ("", None),
+        (STORED, "on disk those of 5,000 tokens, 8,500 MB"),
+        (HELPED % 0, "2 helpers, 0 pads/s, 1 wrong, 3 times only pads of an edge's own party"),
+    ],
+)
+def test_a_line_says_who_makes_pads(monkeypatch: pytest.MonkeyPatch, more: str, said: str | None) -> None:
+    now = sample(monkeypatch, TRUSTED % (100, 1000, 5.0) + more, 10.0)
+    row = top.row("http://h:1/metrics", now, now._replace(when=9.0))
+    console = Console(width=160, file=io.StringIO())
+    console.print(view([row], 160))
+    assert console.file.getvalue().splitlines()[2:] == ([] if said is None else [f"h:1: {said}"])
+
+
+def test_helpers_are_as_fast_as_since_the_last_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, now = (
+        sample(monkeypatch, TRUSTED % (1, 1, 1.0) + HELPED % made, when) for made, when in ((100, 10.0), (700, 12.0))
+    )
+    assert top.row("u", now, before)["helper_pads_per_second"] == 300
+
+
 def test_an_edge_counts_what_was_asked_of_it_and_not_who_looked(edge: str) -> None:
     for _ in range(3):
         row = top.row(edge, top.fetch(edge + "/metrics"))

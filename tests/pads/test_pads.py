@@ -16,47 +16,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loading import pool_of
+from makers import SHAPES, Helper, matrices
 
-from sliplm import kernels
 from sliplm.errors import BundleError, BusyError, LinkError
 from sliplm.pads import pool as pool_module
 from sliplm.pads.pad import Batch, Pad, Part
-from sliplm.pads.pool import Job, Pool
+from sliplm.pads.pool import Pool
 from sliplm.pads.sources import SelfSource
+from sliplm.pads.stock import Job
 from sliplm.prg import expand, fresh_key
-
-SHAPES = [(3, 6), (4, 2)]
-
-
-def matrices(*shapes: tuple[int, int]) -> list[kernels.IntMatrix]:
-    rng = np.random.default_rng(0)
-    return [kernels.prepare(rng.integers(-127, 128, s).astype(np.int8)) for s in shapes]
-
-
-class Helper:
-    """A maker of a party, in this process, that does jobs when it is told."""
-
-    def __init__(self, pool: Pool, party: str, name: str = "") -> None:
-        self.pool, self.parties, self.name = pool, frozenset({party}), name or f"device of {party}"
-        self.rejected = 0
-        self.matrices = matrices(*SHAPES)
-        pool.expected = True
-        pool.hire(self)
-
-    def reject(self) -> None:
-        self.rejected += 1
-        self.pool.drop(self.name)
-
-    def take(self) -> Job | None:
-        return self.pool.job(self, 0)
-
-    def finish(self, job: Job) -> None:
-        r = expand(job.key, 0, job.count, SHAPES[job.group][1])
-        self.pool.deliver(job, self.matrices[job.group].product(r))
-
-    def fill(self) -> None:
-        while job := self.take():
-            self.finish(job)
 
 
 def test_an_image_is_q_times_its_mask() -> None:
