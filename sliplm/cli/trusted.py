@@ -64,7 +64,7 @@ def trusted(
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
 
-    from sliplm.protocol.channel import parse_address
+    from sliplm.protocol.connect import parse_address
     from sliplm.registry import Limits
     from sliplm.serve.monitor import Monitor, sample
     from sliplm.serve.rules import compose

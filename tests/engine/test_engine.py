@@ -65,6 +65,20 @@ def test_it_can_be_cancelled_before_the_first_token(engine: BuiltinEngine) -> No
     assert link.count < 9 and not threads()
 
 
+def test_a_long_prompt_is_cancelled_between_its_parts(engine: BuiltinEngine) -> None:
+    link, cancelled, sent = engine.model.slip.default_link, threading.Event(), list[int]()
+    link = engine_module._Cancellable(link, cancelled)
+    x = np.ones((2, engine.model.slip.shapes[0][1]), np.uint32)
+    answers = link.exchanges(0, iter([x] * 9), lambda: sent.append(0))
+    next(answers)
+    cancelled.set()
+    with pytest.raises(LinkError, match="cancelled"):
+        next(answers)
+    assert sent == [0]
+    link = engine_module._Cancellable(engine.model.slip.default_link, threading.Event())
+    assert len(list(link.exchanges(0, iter([x] * 9), lambda: None))) == 9
+
+
 def running_ahead(engine: BuiltinEngine, tokens: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Slow, Any, set[Any]]:
     """A fast link, a generation of 40 tokens over it that has begun, and the threads that there were before."""
     monkeypatch.setattr(engine_module, "AHEAD", tokens)

@@ -24,7 +24,7 @@ from sliplm.split.blinding import Blinding
 from sliplm.trusted.group import MemberWeights, ProtectedGroup
 from sliplm.trusted.runtime import Runtime
 
-TRUSTED, EDGE = 20, 8
+TRUSTED, EDGE = 25, 8
 EXCHANGES = 10
 
 
@@ -52,7 +52,7 @@ def test_an_exchange_takes_few_calls(home: Path, identity: Path) -> None:
         0, SHAPES[0], float(np.linalg.norm(q[0].astype(float), axis=1).max()), scales, *bases, *check.secrets(q[0])
     )
     runtime = Runtime([op], DIGEST)
-    runtime.pool.source = pool_of(matrices).source
+    runtime.pool.own = pool_of(matrices).own
     runtime.pool.resize(3 * EXCHANGES)
     runtime.pool.start()
     runtime.pool.wait(3 * EXCHANGES)

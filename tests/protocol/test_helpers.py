@@ -35,7 +35,7 @@ from sliplm.exchange.operator import Operator
 from sliplm.exchange.step import exchange
 from sliplm.pads.pool import Pool
 from sliplm.protocol import tls
-from sliplm.protocol.channel import connect
+from sliplm.protocol.connect import connect
 from sliplm.protocol.frames import HEADER, Kind, PadsWanted, Role, pack_pads
 from sliplm.registry import authority
 from sliplm.serve.server import TrustedServer
@@ -103,14 +103,14 @@ def product(pool: Pool, server: TrustedServer, group: int = 0, rows: int = 3) ->
 
 
 def test_a_helper_makes_the_pads_of_an_edge_of_another_party(home: Path, identity: Path) -> None:
-    with with_pool(home) as (server, pool), helping(server, enrol(home, "h", "rack")) as helper:
-        with working(server, identity):
-            assert pool.wait(40, 10)
-            for _ in range(30):
-                assert product(pool, server, 0, 3) and product(pool, server, 1, 5)
-            assert product(pool, server, 0, 300)  # more than the stock: it waits for more
-            (link,) = server.helpers.alive()
-            wait_until(lambda: link.made >= 40 * 2 + 30 * 8)
+    rack = enrol(home, "h", "rack")
+    with with_pool(home) as (server, pool), helping(server, rack) as helper, working(server, identity):
+        assert pool.wait(40, 10)
+        for _ in range(30):
+            assert product(pool, server, 0, 3) and product(pool, server, 1, 5)
+        assert product(pool, server, 0, 300)  # more than the stock: it waits for more
+        (link,) = server.helpers.alive()
+        wait_until(lambda: link.made >= 40 * 2 + 30 * 8)
     assert helper.counters.rows >= link.made > 0
 
 
@@ -167,15 +167,19 @@ def test_when_both_lie_alike_nothing_wrong_passes(home: Path, identity: Path) ->
 def test_what_a_stalled_helper_owes_is_made_by_another_within_two_seconds(home: Path, identity: Path) -> None:
     slow, quick = enrol(home, "slow", "x"), enrol(home, "quick", "x")
     SlowMatrix.stalled.clear()
-    with with_pool(home, patience=10) as (server, pool), working(server, identity):
-        with helping(server, slow, SlowMatrix), helping(server, quick):
-            assert pool.wait(40, 10)
-            SlowMatrix.stalled.set()
-            start = time.monotonic()
-            for _ in range(6):
-                assert product(pool, server, 0, 50)
-            assert time.monotonic() - start < 12  # not 3 s for each
-            SlowMatrix.stalled.clear()
+    with (
+        with_pool(home, patience=10) as (server, pool),
+        working(server, identity),
+        helping(server, slow, SlowMatrix),
+        helping(server, quick),
+    ):
+        assert pool.wait(40, 10)
+        SlowMatrix.stalled.set()
+        start = time.monotonic()
+        for _ in range(6):
+            assert product(pool, server, 0, 50)
+        assert time.monotonic() - start < 12  # not 3 s for each
+        SlowMatrix.stalled.clear()
 
 
 def test_a_helper_that_is_killed_is_replaced(home: Path, identity: Path) -> None:
