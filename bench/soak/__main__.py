@@ -1,11 +1,12 @@
 """Long experiments with real processes, each of which breaks something and checks that the promises hold.
 
-    python -m bench.soak [streams tamper fuzz kills] [--bundle DIR] [--size N] [--quick] [--json]
+    python -m bench.soak [streams tamper helpers fuzz kills] [--bundle DIR] [--size N] [--quick] [--json]
 
     streams  16 streams through 4 edges at once: every text right, nobody starved, memory flat
     tamper   10,000 wrong answers of edges: all caught, none becomes text
+    helpers  10,000 wrong images of helpers: all caught, no request lost or wrong
     fuzz     1,000,000 malformed frames, to both sides: no crash, no hang, other sessions undisturbed
-    kills    200 times kill -9 of either side: the other recovers within 5 s, no pad is used twice
+    kills    200 times kill -9 of any side: the others recover within 5 s, no pad is used twice
 
 Without --bundle, SmolLM2 is split first. --quick takes a small fraction of everything, --size as many lies, frames,
 kills or seconds of one experiment. Exits with 1 if a promise is broken.
@@ -25,10 +26,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench.soak import fuzz, kills, streams, tamper
+from bench.soak import fuzz, helpers, kills, streams, tamper
 
 EXPERIMENTS = {  # the sizes: of the real thing, and with --quick
     "tamper": (tamper.run, 10_000, 100),
+    "helpers": (helpers.run, 10_000, 100),
     "fuzz": (fuzz.run, 1_000_000, 10_000),
     "kills": (kills.run, 200, 6),
     "streams": (streams.run, 600, 30),

@@ -1,7 +1,8 @@
-"""kill -9 of either side at random moments, with requests under way.
+"""kill -9 of any side at random moments, with requests under way.
 
 The killed side is started again, the other is left alone: within 5 s of the moment at which the restarted side is up,
-every edge has to answer a new request, with the right text. Texts that break off have to break off with an error. All
+every edge has to answer a new request, with the right text. The death of a helper, of which there are two, may break
+no request off. Texts that break off have to break off with an error. All
 pads, of all lives of the trusted side, are logged (`watch`), and none may come twice. In the end, every request that
 gave text has one usage record, closed, with the tokens of the whole text if the request came to its end.
 """
@@ -83,15 +84,19 @@ class Client(threading.Thread):
 
 
 def run(bundle: Path, size: int = 200, edges: int = 2, seed: int = 0) -> dict[str, Any]:
-    """Kill one side or the other, `size` times in all."""
+    """Kill the trusted side, an edge or a helper, `size` times in all."""
     rng = random.Random(seed)
     key = os.urandom(32)
     with site(bundle) as here:
         pads, rows = here.scratch / "pads.log", here.scratch / "rows.log"
         watched = functools.partial(watch.pads, pads, key)
-        trusted, address = here.trusted(before=watched)
+        trusted, address = here.trusted(0, "--pads", "helpers", before=watched)
         port = int(address.rsplit(":", 1)[1])
         identities = [here.enrol(f"edge{i}") for i in range(edges)]
+        makers = [here.enrol(f"helper{i}", edge=False, helper=True) for i in range(2)]
+        helpers = [here.helper(address, maker) for maker in makers]
+        for helper in helpers:
+            helper.ready()
         running = [_edge(here, address, identity, rows, key) for identity in identities]
         apis = [edge.ready()["api"] for edge in running]
         first = list(ask(apis[0], PROMPT, TOKENS))
@@ -101,21 +106,26 @@ def run(bundle: Path, size: int = 200, edges: int = 2, seed: int = 0) -> dict[st
             client.api = api
             client.start()
         problems: list[str] = []
-        took: dict[str, list[float]] = {"trusted": [], "edge": []}
+        took: dict[str, list[float]] = {"trusted": [], "edge": [], "helper": []}
         started = time.monotonic()
         for number in range(size):
             time.sleep(rng.expovariate(1.0))
-            victim = rng.randrange(2 * edges)  # the trusted side in half of the cases
+            side, victim = rng.choice(list(took)), rng.randrange(edges)
             broken = [client.broken for client in clients]
-            if victim >= edges:
+            if side == "trusted":
                 trusted.kill()
-                trusted, _ = here.trusted(port, before=watched)
-                side, waiting = "trusted", clients
+                trusted, _ = here.trusted(port, "--pads", "helpers", before=watched)
+                waiting = clients
+            elif side == "helper":
+                helpers[victim % 2].kill()
+                helpers[victim % 2] = here.helper(address, makers[victim % 2])
+                helpers[victim % 2].ready()
+                waiting = clients
             else:
                 running[victim].kill()
                 running[victim] = _edge(here, address, identities[victim], rows, key)
                 clients[victim].api = running[victim].ready()["api"]
-                side, waiting = "edge", [clients[victim]]
+                waiting = [clients[victim]]
             up = time.monotonic()
             for client in waiting:
                 if not client.wait_for_a_new_answer(up, 60):
@@ -124,8 +134,9 @@ def run(bundle: Path, size: int = 200, edges: int = 2, seed: int = 0) -> dict[st
             took[side].append(seconds)
             if seconds > RECOVERY_SECONDS:
                 problems.append(f"kill {number} ({side}): the first new answer took {seconds:.1f} s")
-            if side == "edge" and any(c.broken > b for c, b in zip(clients, broken, strict=True) if c not in waiting):
-                problems.append(f"kill {number} (edge): another edge was disturbed")
+            spared = [] if side == "trusted" else [c for c in clients if side == "helper" or c not in waiting]
+            if any(c.broken > b for c, b in zip(clients, broken, strict=True) if c in spared):
+                problems.append(f"kill {number} ({side}): somebody else's request broke off")
             if len(problems) > 10:
                 break
         for client in clients:

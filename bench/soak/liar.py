@@ -161,7 +161,7 @@ class Liar(EdgeWorker):
         with self._asked:
             self._lie = None if kind is None else (kind, after)
 
-    def _exchange(self, channel: Channel, header: Header) -> None:
+    def _answer(self, channel: Channel, header: Header) -> None:
         k = self._engine.shapes[header.group][1]
         x = np.empty((header.rows, k), np.uint32)
         channel.read_array(x)

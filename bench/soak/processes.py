@@ -159,10 +159,10 @@ class Site:
         self.commands: list[Command] = []
         self.registry = authority.open_registry(self.bundle / "trusted" / "authority")
 
-    def enrol(self, name: str) -> Path:
+    def enrol(self, name: str, **roles: bool) -> Path:
         """A new device's identity file."""
         path = self.scratch / f"{name}.identity"
-        authority.add_device(self.bundle / "trusted" / "authority", name, path)
+        authority.add_device(self.bundle / "trusted" / "authority", name, path, **roles)
         return path
 
     def start(self, *arguments: str | Path | int, **options: Any) -> Command:
@@ -170,15 +170,20 @@ class Site:
         self.commands.append(command)
         return command
 
-    def trusted(self, port: int = 0, **options: Any) -> tuple[Command, str]:
+    def trusted(self, port: int = 0, *more: str, **options: Any) -> tuple[Command, str]:
         """A trusted side that listens, and its address."""
-        command = self.start("trusted", self.bundle / "trusted", "--listen", f"127.0.0.1:{port}", **options)
+        command = self.start("trusted", self.bundle / "trusted", "--listen", f"127.0.0.1:{port}", *more, **options)
         return command, command.ready()["listening"]
 
     def edge(self, address: str, identity: Path, **options: Any) -> Command:
         """An edge with an API; it is connected once it is `ready`."""
         where = ("--trusted", address, "--identity", identity, "--api", "127.0.0.1:0")
         return self.start("edge", self.bundle / "edge", *where, **options)
+
+    def helper(self, address: str, identity: Path, **options: Any) -> Command:
+        """A helper; it is connected once it is `ready`."""
+        where = ("--trusted", address, "--identity", identity)
+        return self.start("helper", self.bundle / "edge", *where, **options)
 
     def close(self) -> None:
         for command in self.commands:

@@ -31,7 +31,7 @@ ENTRY = 16
 
 def pads(log: Path, key: bytes) -> None:
     """From now on, write an entry for each row of every pad that this process uses."""
-    from sliplm.pads.pool import Pad
+    from sliplm.pads.pad import Pad
 
     handle = _open(log)
     take = Pad.mask

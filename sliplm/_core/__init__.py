@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         LowRank16 = _native.LowRank16
         rms_norm = staticmethod(_native.rms_norm)
         rotate = staticmethod(_native.rotate)
+        first_seen = staticmethod(_native.first_seen)
         attend = staticmethod(_native.attend)
         wait_readable = staticmethod(_native.wait_readable)
 

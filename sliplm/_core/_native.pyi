@@ -13,6 +13,7 @@ _T = TypeVar("_T", bound=np.generic)
 Vector: TypeAlias = np.ndarray[tuple[int], np.dtype[_T]]
 Matrix: TypeAlias = np.ndarray[tuple[int, int], np.dtype[_T]]
 Cube: TypeAlias = np.ndarray[tuple[int, int, int], np.dtype[_T]]
+Four: TypeAlias = np.ndarray[tuple[int, int, int, int], np.dtype[_T]]
 
 Blinding: TypeAlias = tuple[Matrix[np.int32], Cube[np.float32], Vector[np.float32]]
 """Permutations (4, N), turns (4, 2, N / 2), diagonal (N,)."""
@@ -83,7 +84,7 @@ def decode(
     """
 
 class LowRank32:
-    """A group's A (B x) + b for one token. Refers to the arrays that it is given.
+    """A group's A (B x) + b. Refers to the arrays that it is given.
 
     bt (K, W): the members' B, transposed, side by side, then zeros up to a multiple of 16; at: each member's A,
     transposed; bias: each member's, or None.
@@ -92,8 +93,8 @@ class LowRank32:
     def __init__(
         self, bt: Matrix[np.float32], at: Sequence[Matrix[np.float32]], bias: Sequence[Vector[np.float32] | None]
     ) -> None: ...
-    def apply(self, x: Vector[np.float32], out: Vector[np.float32], isa: str = "") -> None:
-        """The members' outputs one after the other, in `out`, for x (K,)."""
+    def apply(self, x: Matrix[np.float32], out: Matrix[np.float32], isa: str = "") -> None:
+        """The members' outputs side by side, in out (T, sum N), for x (T, K)."""
 
 class LowRank16:
     """`LowRank32` with `bt` and `at` as the bits of bfloat16."""
@@ -101,25 +102,31 @@ class LowRank16:
     def __init__(
         self, bt: Matrix[np.uint16], at: Sequence[Matrix[np.uint16]], bias: Sequence[Vector[np.float32] | None]
     ) -> None: ...
-    def apply(self, x: Vector[np.float32], out: Vector[np.float32], isa: str = "") -> None: ...
+    def apply(self, x: Matrix[np.float32], out: Matrix[np.float32], isa: str = "") -> None: ...
 
 def rms_norm(
     x: Matrix[np.float32], weight: Vector[np.float32], eps: float, out: Matrix[np.float32], isa: str = ""
 ) -> None:
     """out (T, N) = x (T, N) / rms(x) * weight (N,)."""
 
-def rotate(heads: Matrix[np.float32], cos: Vector[np.float32], sin: Vector[np.float32], isa: str = "") -> None:
-    """Rotary embedding of heads (H, D) by cos and sin (D,), in place."""
+def rotate(heads: Cube[np.float32], cos: Matrix[np.float32], sin: Matrix[np.float32], isa: str = "") -> None:
+    """Rotary embedding of heads (B, H, D), each (H, D) contiguous, by cos and sin (B or 1, D), in place."""
+
+def first_seen(mask: Matrix[np.bool_], out: Vector[np.int64]) -> bool:
+    """Where in `mask` (B, S) each row's run of True begins that ends it, in out (B,). False, and no meaningful result,
+    if a row is not False up to there, or has none. The mask need not be contiguous."""
 
 def attend(
-    queries: Matrix[np.float32],
-    keys: Cube[np.float32],
-    values: Cube[np.float32],
+    queries: Cube[np.float32],
+    keys: Four[np.float32],
+    values: Four[np.float32],
+    starts: Vector[np.int64] | None,
     scale: float,
-    out: Matrix[np.float32],
+    out: Cube[np.float32],
     isa: str = "",
 ) -> None:
-    """out (H, D) = softmax(scale q K^T) V for queries (H, D), keys and values (G, S, D), H / G heads to each of G."""
+    """out (B, H, D) = softmax(scale q K^T) V for queries (B, H, D), keys and values (B, G, S, D), H / G heads to each
+    of G, sequence b seeing keys from starts[b] on. Each (H, D) of queries is contiguous, each (D,) of the others."""
 
 def wait_readable(fd: int, microseconds: float) -> bool:
     """Whether the socket has something to read, or an end, or an error, within that time. Does not sleep."""

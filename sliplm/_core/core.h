@@ -30,8 +30,8 @@ struct Checks {
     const uint32_t* vectors;
     size_t count;
 };
-constexpr size_t kMaxChecks = 4;
-constexpr size_t kTogether = 16;  // rows that the arithmetic of an exchange takes side by side
+constexpr size_t kMaxChecks = 4, kMaxPlanes = 4;
+constexpr size_t kTogether = 8;  // rows that the arithmetic of an exchange takes side by side
 
 // One instruction set. Every function is exact, whatever the set. They are references, so that none can be left out.
 struct Isa {
@@ -62,19 +62,23 @@ struct Isa {
                    size_t n, const double* inv_c, const Blinding& blinding, const Checks& checks,
                    const uint32_t* expected, float* scratch, float* out);
 
-    // low (width) = x (n) bt (n, width); then out (n) += low (rank) at (rank, n). Weights are float32, or bfloat16;
-    // `width` is a multiple of 16.
-    void (&shrink32)(const float* x, size_t n, const float* bt, size_t width, float* low);
-    void (&shrink16)(const float* x, size_t n, const uint16_t* bt, size_t width, float* low);
-    void (&expand32)(const float* low, size_t rank, const float* at, size_t n, float* out);
-    void (&expand16)(const float* low, size_t rank, const uint16_t* at, size_t n, float* out);
+    // For `tokens` rows: low (tokens, width) = x (tokens, n) bt (n, width); then out += low at, with `rank` columns of
+    // low, at (rank, n), and `step` columns of out from one row to the next. Weights are float32, or bfloat16; `width` is
+    // a multiple of 16. A row's result does not depend on the rows beside it.
+    void (&shrink32)(const float* x, size_t tokens, size_t n, const float* bt, size_t width, float* low);
+    void (&shrink16)(const float* x, size_t tokens, size_t n, const uint16_t* bt, size_t width, float* low);
+    void (&expand32)(const float* low, size_t tokens, size_t width, size_t rank, const float* at, size_t n, float* out,
+                     size_t step);
+    void (&expand16)(const float* low, size_t tokens, size_t width, size_t rank, const uint16_t* at, size_t n,
+                     float* out, size_t step);
     // out (n) = x / rms(x) * weight.
     void (&rms_norm)(const float* x, const float* weight, size_t n, double eps, float* out);
     // In place: heads x size values turned by cos and sin (size).
     void (&rotate)(float* x, size_t heads, size_t size, const float* cos, const float* sin);
-    // One query head against `count` keys and values (size each): out (size); `scores` is scratch of `count`.
-    void (&attend)(const float* q, const float* keys, const float* values, size_t count, size_t size, float scale,
-                   float* scores, float* out);
+    // `heads` query heads (size each) against the same `count` keys and values, which are so many floats apart: out
+    // (heads, size). `scores` is scratch: 4 (count + 16).
+    void (&attend)(const float* q, size_t heads, const float* keys, const float* values, size_t count, size_t size,
+                   size_t key_step, size_t value_step, float scale, float* scores, float* out);
 };
 
 }  // namespace slip

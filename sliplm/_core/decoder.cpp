@@ -1,8 +1,9 @@
-// A decoder layer's own operations for one token (sliplm/trusted/decoder.py).
+// A decoder layer's own operations for a decoding step (sliplm/trusted/decoder.py), and the trusted part of a group.
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <cstring>
 #include <memory>
 #include <optional>
@@ -17,20 +18,22 @@
 namespace slip {
 namespace {
 
-void shrink(const Isa& isa, const float* x, size_t n, const float* bt, size_t width, float* low) {
-    isa.shrink32(x, n, bt, width, low);
+template <class W>
+auto& shrink(const Isa& isa) {
+    if constexpr (sizeof(W) == 4)
+        return isa.shrink32;
+    else
+        return isa.shrink16;
 }
-void shrink(const Isa& isa, const float* x, size_t n, const uint16_t* bt, size_t width, float* low) {
-    isa.shrink16(x, n, bt, width, low);
-}
-void expand(const Isa& isa, const float* low, size_t rank, const float* at, size_t n, float* out) {
-    isa.expand32(low, rank, at, n, out);
-}
-void expand(const Isa& isa, const float* low, size_t rank, const uint16_t* at, size_t n, float* out) {
-    isa.expand16(low, rank, at, n, out);
+template <class W>
+auto& expand(const Isa& isa) {
+    if constexpr (sizeof(W) == 4)
+        return isa.expand32;
+    else
+        return isa.expand16;
 }
 
-// The trusted part of a group, A (B x) + b for one token: bt (K, width), its columns the members' B one after the
+// The trusted part of a group, A (B x) + b for T tokens: bt (K, width), its columns the members' B one after the
 // other and then zeros up to a multiple of 16; each member's At (rank, rows), in float32 or as the bits of bfloat16;
 // biases. It refers to the arrays that it is given.
 template <class W>
@@ -44,28 +47,22 @@ public:
             require(!bias_[i] || bias_[i]->shape(0) == at_[i].shape(1), "a bias has the wrong size");
             ranks += at_[i].shape(0);
             rows_ += at_[i].shape(1);
+            products_ += at_[i].shape(0) * at_[i].shape(1);
         }
         require(ranks <= bt_.shape(1) && bt_.shape(1) % 16 == 0, "the ranks do not fit the width");
     }
 
-    void apply(Vector<const float> x, Vector<float> out, const std::string& isa) const {
-        require(x.shape(0) == bt_.shape(0) && out.shape(0) == rows_, "shapes do not match");
+    void apply(Matrix<const float> x, Matrix<float> out, const std::string& isa) const {
+        const size_t tokens = x.shape(0), n = bt_.shape(0), width = bt_.shape(1);
+        require(x.shape(1) == n && out.shape(0) == tokens && out.shape(1) == rows_, "shapes do not match");
         const Isa& use = named(isa);
         nb::gil_scoped_release release;
-        std::vector<float> low(bt_.shape(1));
-        shrink(use, x.data(), x.shape(0), bt_.data(), bt_.shape(1), low.data());
-        float* y = out.data();
-        const float* l = low.data();
-        for (size_t i = 0; i < at_.size(); i++) {
-            const size_t rank = at_[i].shape(0), rows = at_[i].shape(1);
-            if (bias_[i])
-                std::memcpy(y, bias_[i]->data(), rows * sizeof *y);
-            else
-                std::memset(y, 0, rows * sizeof *y);
-            expand(use, l, rank, at_[i].data(), rows, y);
-            y += rows;
-            l += rank;
-        }
+        const size_t threads = threads_for(tokens * (n * width + products_), 1 << 19);
+        const size_t step = std::clamp<size_t>((tokens + threads - 1) / threads, 1, kMost);
+        parallel((tokens + step - 1) / step, threads, [&](size_t i) {
+            const size_t t = i * step;
+            some(use, x.data() + t * n, std::min(step, tokens - t), out.data() + t * rows_);
+        });
     }
 
     static void bind(nb::module_& m, const char* name) {
@@ -77,10 +74,29 @@ public:
     }
 
 private:
+    static constexpr size_t kMost = 32;  // tokens for which the factors are read once; few enough for the cache
+
+    void some(const Isa& isa, const float* x, size_t tokens, float* out) const {
+        const size_t n = bt_.shape(0), width = bt_.shape(1);
+        float* low = scratch(tokens * width);
+        shrink<W>(isa)(x, tokens, n, bt_.data(), width, low);
+        for (size_t i = 0; i < at_.size(); i++) {
+            const size_t rank = at_[i].shape(0), rows = at_[i].shape(1);
+            for (size_t t = 0; t < tokens; t++)
+                if (bias_[i])
+                    std::memcpy(out + t * rows_, bias_[i]->data(), rows * sizeof *out);
+                else
+                    std::memset(out + t * rows_, 0, rows * sizeof *out);
+            expand<W>(isa)(low, tokens, width, rank, at_[i].data(), rows, out, rows_);
+            out += rows;
+            low += rank;
+        }
+    }
+
     Matrix<const W> bt_;
     std::vector<Matrix<const W>> at_;
     std::vector<std::optional<Vector<const float>>> bias_;
-    size_t rows_ = 0;
+    size_t rows_ = 0, products_ = 0;
 };
 
 void rms_norm(Matrix<const float> x, Vector<const float> weight, double eps, Matrix<float> out,
@@ -91,26 +107,51 @@ void rms_norm(Matrix<const float> x, Vector<const float> weight, double eps, Mat
         named(isa).rms_norm(x.data() + t * n, weight.data(), n, eps, out.data() + t * n);
 }
 
-void rotate(Matrix<float> heads, Vector<const float> cos, Vector<const float> sin, const std::string& isa) {
-    const size_t size = heads.shape(1);
-    require(cos.shape(0) == size && sin.shape(0) == size && size % 2 == 0, "shapes do not match");
-    named(isa).rotate(heads.data(), heads.shape(0), size, cos.data(), sin.data());
+void rotate(Strided<float, 3> heads, Matrix<const float> cos, Matrix<const float> sin, const std::string& isa) {
+    const size_t rows = heads.shape(0), size = heads.shape(2);
+    require(is_dense(heads) && cos.shape(1) == size && sin.shape(1) == size && size % 2 == 0 &&
+                (cos.shape(0) == 1 || cos.shape(0) == rows) && sin.shape(0) == cos.shape(0),
+            "shapes do not match");
+    for (size_t b = 0; b < rows; b++) {
+        const size_t at = cos.shape(0) == 1 ? 0 : b * size;
+        named(isa).rotate(&heads(b, 0, 0), heads.shape(1), size, cos.data() + at, sin.data() + at);
+    }
 }
 
-// queries (H, D) against keys and values (G, S, D), H / G query heads to each of the G: out (H, D).
-void attend(Matrix<const float> queries, Cube<const float> keys, Cube<const float> values, float scale,
-            Matrix<float> out, const std::string& isa) {
-    const size_t heads = queries.shape(0), size = queries.shape(1), groups = keys.shape(0), count = keys.shape(1);
-    require(groups && heads % groups == 0 && count && keys.shape(2) == size && values.shape(0) == groups &&
-                values.shape(1) == count && values.shape(2) == size && out.shape(0) == heads && out.shape(1) == size,
-            "shapes do not match");
+// Where the keys begin that each sequence sees, if it sees all from there on; false if a mask (B, S) says anything else.
+bool first_seen(Strided<const bool, 2> mask, Vector<int64_t> out) {
+    require(out.shape(0) == mask.shape(0), "shapes do not match");
+    for (size_t b = 0; b < mask.shape(0); b++) {
+        size_t first = 0, s = mask.shape(1);
+        while (first < s && !mask(b, first)) first++;
+        while (s > first && mask(b, s - 1)) s--;
+        if (s != first || first == mask.shape(1)) return false;
+        out(b) = int64_t(first);
+    }
+    return true;
+}
+
+// queries (B, H, D) against keys and values (B, G, S, D), H / G query heads to each of the G, sequence b's from
+// starts(b) on: out (B, H, D).
+void attend(Strided<const float, 3> queries, Strided<const float, 4> keys, Strided<const float, 4> values,
+            std::optional<Vector<const int64_t>> starts, float scale, Cube<float> out, const std::string& isa) {
+    const size_t rows = queries.shape(0), heads = queries.shape(1), size = queries.shape(2), groups = keys.shape(1),
+                 count = keys.shape(2);
+    bool fits = groups && heads % groups == 0 && count && is_dense(queries) && (!starts || starts->shape(0) == rows);
+    for (const auto* t : {&keys, &values})
+        fits = fits && t->shape(0) == rows && t->shape(1) == groups && t->shape(2) == count && t->shape(3) == size &&
+               (size == 1 || t->stride(3) == 1);
+    require(fits && out.shape(0) == rows && out.shape(1) == heads && out.shape(2) == size, "shapes do not match");
+    for (size_t b = 0; starts && b < rows; b++)
+        require((*starts)(b) >= 0 && size_t((*starts)(b)) < count, "a sequence starts outside its keys");
     const Isa& use = named(isa);
     nb::gil_scoped_release release;
-    parallel(heads, threads_for(heads * count * size, 1 << 19), [&](size_t h) {
-        const size_t from = h / (heads / groups) * count * size;
-        std::unique_ptr<float[]> scores(new float[count]);
-        use.attend(queries.data() + h * size, keys.data() + from, values.data() + from, count, size, scale,
-                   scores.get(), out.data() + h * size);
+    parallel(rows * groups, threads_for(rows * heads * count * size, 1 << 19), [&](size_t task) {
+        const size_t b = task / groups, g = task % groups, first = starts ? size_t((*starts)(b)) : 0;
+        const size_t shared = heads / groups;
+        std::unique_ptr<float[]> scores(new float[4 * (count - first + 16)]);
+        use.attend(&queries(b, g * shared, 0), shared, &keys(b, g, first, 0), &values(b, g, first, 0), count - first,
+                   size, keys.stride(2), values.stride(2), scale, scores.get(), &out(b, g * shared, 0));
     });
 }
 
@@ -121,8 +162,9 @@ void bind_decoder(nb::module_& m) {
     LowRank<uint16_t>::bind(m, "LowRank16");
     m.def("rms_norm", &rms_norm, "x"_a.noconvert(), "weight"_a.noconvert(), "eps"_a, "out"_a.noconvert(), "isa"_a = "");
     m.def("rotate", &rotate, "heads"_a.noconvert(), "cos"_a.noconvert(), "sin"_a.noconvert(), "isa"_a = "");
-    m.def("attend", &attend, "queries"_a.noconvert(), "keys"_a.noconvert(), "values"_a.noconvert(), "scale"_a,
-          "out"_a.noconvert(), "isa"_a = "");
+    m.def("first_seen", &first_seen, "mask"_a.noconvert(), "out"_a.noconvert());
+    m.def("attend", &attend, "queries"_a.noconvert(), "keys"_a.noconvert(), "values"_a.noconvert(),
+          "starts"_a.noconvert().none(), "scale"_a, "out"_a.noconvert(), "isa"_a = "");
 }
 
 }  // namespace slip

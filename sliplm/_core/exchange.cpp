@@ -112,6 +112,7 @@ bool decode(Matrix<const uint32_t> answer, Matrix<const uint32_t> image, Matrix<
             Matrix<const uint32_t> expected, Matrix<float> out, const std::string& isa) {
     const size_t tokens = answer.shape(0), rows = answer.shape(1), planes = scales.shape(0), n = scales.shape(1);
     const Checks checks = checks_of(u, rows);
+    require(planes <= kMaxPlanes, "too many planes");
     require(rows == planes * n && image.shape(0) == tokens && image.shape(1) == rows && inv_c.shape(0) == tokens &&
                 expected.shape(0) == tokens && expected.shape(1) == checks.count && out.shape(0) == tokens &&
                 out.shape(1) == n,

@@ -14,35 +14,49 @@ bool canonical(const uint32_t* x, size_t n) {
     return !bad;
 }
 
-// A running sum of products in 8 lanes: their lower and their upper 32 bits apart, so that fewer than 2^32 products per
-// lane cannot overflow.
+typedef uint64_t Wide __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+
+// The products of the lower halves.
+inline Wide products(Wide a, Wide b) {
+#if defined(__AVX512F__)
+    return (Wide)_mm512_mul_epu32((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+    return (Wide)_mm256_mul_epu32((__m256i)a, (__m256i)b);
+#elif defined(__ARM_NEON)
+    return (Wide)vmull_u32(vmovn_u64((uint64x2_t)a), vmovn_u64((uint64x2_t)b));
+#else
+    return (a & 0xFFFFFFFF) * (b & 0xFFFFFFFF);
+#endif
+}
+
+// A running sum of products: their lower and their upper 32 bits apart, so that 2^32 products cannot overflow.
 struct Dot {
-    uint64_t low[8] = {}, high[8] = {};
+    Wide low = {}, high = {};
 };
 
-// Factors are below 2^31: four products make less than 2^64. (An answer that is not canonical may wrap around; it is
-// refused anyway.)
+// Factors are below 2^31, and four of their products make less than 2^64. (In an answer that is not canonical they may
+// wrap around; it is refused anyway.)
 inline void add(Dot& sum, const uint32_t* u, const uint32_t* y, size_t n) {
-    Dot d = sum;
+    Wide low = sum.low, high = sum.high;
     size_t i = 0;
-    for (; i + 32 <= n; i += 32)
-        for (size_t l = i; l < i + 8; l++) {
-            const uint64_t four = uint64_t(u[l]) * y[l] + uint64_t(u[l + 8]) * y[l + 8] +
-                                  uint64_t(u[l + 16]) * y[l + 16] + uint64_t(u[l + 24]) * y[l + 24];
-            d.low[l - i] += four & 0xFFFFFFFF;
-            d.high[l - i] += four >> 32;
-        }
+    for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+        const Wide a = *reinterpret_cast<const Wide*>(u + i), b = *reinterpret_cast<const Wide*>(u + i + kLanes);
+        const Wide c = *reinterpret_cast<const Wide*>(y + i), d = *reinterpret_cast<const Wide*>(y + i + kLanes);
+        const Wide four = products(a, c) + products(a >> 32, c >> 32) + products(b, d) + products(b >> 32, d >> 32);
+        low += four & 0xFFFFFFFF;
+        high += four >> 32;
+    }
     for (; i < n; i++) {
         const uint64_t one = uint64_t(u[i]) * y[i];
-        d.low[i % 8] += one & 0xFFFFFFFF;
-        d.high[i % 8] += one >> 32;
+        low[0] += one & 0xFFFFFFFF;
+        high[0] += one >> 32;
     }
-    sum = d;
+    sum = {low, high};
 }
 
 inline uint32_t value(const Dot& sum) {
     uint64_t total = 0;
-    for (size_t l = 0; l < 8; l++) total += sum.low[l] % P + 2 * (sum.high[l] % P);  // 2^32 = 2 mod p
+    for (size_t l = 0; l < kLanes / 2; l++) total += sum.low[l] % P + 2 * (sum.high[l] % P);  // 2^32 = 2 mod p
     return uint32_t(total % P);
 }
 
@@ -87,6 +101,25 @@ inline double size_of(const float* x, size_t n) {
     return peak ? std::ldexp(1.0, -std::ilogb(__builtin_bit_cast(float, peak))) : 1;
 }
 
+inline void scale(const float* __restrict x, size_t n, double size, float* __restrict out) {
+    for (size_t i = 0; i < n; i++) out[i] = float(x[i] * size);
+}
+
+// round(c v), |c v| < p / 2, as field elements.
+inline void round_to_field(const float* __restrict v, size_t n, double c, uint32_t* __restrict out) {
+    for (size_t i = 0; i < n; i++) {
+        const int32_t value = int32_t(std::rint(v[i] * c));
+        out[i] = uint32_t(value < 0 ? value + int32_t(P) : value);
+    }
+}
+
+inline void mask(const uint32_t* __restrict x, const uint32_t* __restrict r, size_t n, uint32_t* __restrict out) {
+    for (size_t i = 0; i < n; i++) {
+        const uint32_t sum = x[i] + r[i];
+        out[i] = sum >= P ? sum - P : sum;
+    }
+}
+
 // float32 is enough in here, once x is of a size that it has room for: its rounding is a hundredth of what fixed point
 // costs anyway. B rows, `scratch` being 2 B n floats.
 template <size_t B>
@@ -99,8 +132,7 @@ bool encode_rows(const float* x, const uint32_t* r, size_t n, double length, con
         if (!(size[t] = size_of(x + t * n, n))) return false;
     for (size_t i = 0; i < n; i += kColumns) {
         const size_t count = n - i < kColumns ? n - i : kColumns;
-        for (size_t t = 0; t < B; t++)
-            for (size_t k = 0; k < count; k++) tile[t * kColumns + k] = float(x[t * n + i + k] * size[t]);
+        for (size_t t = 0; t < B; t++) scale(x + t * n + i, count, size[t], tile + t * kColumns);
         join<B>(tile, kColumns, count, scratch + i * B);
     }
     if (blinding.perm) blind<B>(blinding, n, v, w);
@@ -114,18 +146,10 @@ bool encode_rows(const float* x, const uint32_t* r, size_t n, double length, con
         const size_t count = n - i < kColumns ? n - i : kColumns;
         part<B>(scratch + i * B, count, tile, kColumns);
         for (size_t t = 0; t < B; t++) {
-            uint32_t encoded[kColumns];
-            for (size_t k = 0; k < count; k++) {
-                const int32_t value = int32_t(std::rint(tile[t * kColumns + k] * c[t]));  // |value| < p / 2
-                encoded[k] = uint32_t(value < 0 ? value + int32_t(P) : value);
-            }
+            alignas(64) uint32_t encoded[kColumns];
+            round_to_field(tile + t * kColumns, count, c[t], encoded);
             for (size_t j = 0; j < checks.count; j++) add(sums[t][j], checks.vectors + j * n + i, encoded, count);
-            const uint32_t* pad = r + t * n + i;
-            uint32_t* out = masked + t * n + i;
-            for (size_t k = 0; k < count; k++) {
-                const uint32_t sum = encoded[k] + pad[k];
-                out[k] = sum >= P ? sum - P : sum;
-            }
+            mask(encoded, r + t * n + i, count, masked + t * n + i);
         }
     }
     for (size_t t = 0; t < B; t++)
@@ -134,7 +158,8 @@ bool encode_rows(const float* x, const uint32_t* r, size_t n, double length, con
 }
 
 // z = answer - image mod p, both below p; whether they are not.
-inline uint32_t unmask(const uint32_t* answer, const uint32_t* image, size_t n, uint32_t* z) {
+inline uint32_t unmask(const uint32_t* __restrict answer, const uint32_t* __restrict image, size_t n,
+                       uint32_t* __restrict z) {
     uint32_t bad = 0;
     for (size_t i = 0; i < n; i++) {
         bad |= uint32_t(answer[i] >= P) | uint32_t(image[i] >= P);
@@ -144,7 +169,21 @@ inline uint32_t unmask(const uint32_t* answer, const uint32_t* image, size_t n, 
     return bad;
 }
 
-// Added to `out`; false if anything is wrong. The scaled sums over planes are taken in float64 and rounded once.
+// out = inv_c times the sum over planes of scales (planes, kColumns) * centre(z (planes, kColumns)), rounded once.
+inline void combine_planes(const uint32_t* __restrict z, const double* __restrict scales, size_t planes, size_t n,
+                           double inv_c, float* __restrict out) {
+    for (size_t i = 0; i < n; i++) {
+        double sum = 0;
+        for (size_t j = 0; j < planes; j++) {
+            const uint32_t value = z[j * kColumns + i];
+            const int32_t centred = (int32_t(value << 1) >> 1) + int32_t(value >> 30);  // less p from 2^30 = p/2 on
+            sum += scales[j * kColumns + i] * centred;
+        }
+        out[i] = float(sum * inv_c);
+    }
+}
+
+// Added to `out`; false if anything is wrong.
 template <size_t B>
 bool decode_rows(const uint32_t* answer, const uint32_t* image, const float* scales, size_t planes, size_t n,
                  const double* inv_c, const Blinding& blinding, const Checks& checks, const uint32_t* expected,
@@ -156,17 +195,24 @@ bool decode_rows(const uint32_t* answer, const uint32_t* image, const float* sca
     uint32_t wrong = 0;
     for (size_t i = 0; i < n; i += kColumns) {
         const size_t count = n - i < kColumns ? n - i : kColumns;
+        alignas(64) double factors[kMaxPlanes * kColumns];
+        for (size_t j = 0; j < planes; j++)
+            for (size_t k = 0; k < count; k++) factors[j * kColumns + k] = scales[j * n + i + k];
         for (size_t t = 0; t < B; t++) {
-            double scaled[kColumns] = {};
-            for (size_t p = 0; p < planes; p++) {
-                const size_t at = p * n + i;
-                uint32_t z[kColumns];
-                wrong |= unmask(answer + t * rows + at, image + t * rows + at, count, z);
-                for (size_t j = 0; j < checks.count; j++) add(sums[t][j], checks.vectors + j * rows + at, z, count);
-                for (size_t k = 0; k < count; k++)
-                    scaled[k] += double(scales[at + k]) * int32_t(z[k] > P / 2 ? z[k] - P : z[k]);
+            alignas(64) uint32_t z[kMaxPlanes * kColumns];
+            for (size_t j = 0; j < planes; j++) {
+                const size_t at = j * n + i;
+                uint32_t* const plane = z + j * kColumns;
+                wrong |= unmask(answer + t * rows + at, image + t * rows + at, count, plane);
+                for (size_t k = 0; k < checks.count; k++) add(sums[t][k], checks.vectors + k * rows + at, plane, count);
             }
-            for (size_t k = 0; k < count; k++) tile[t * kColumns + k] = float(scaled[k] * inv_c[t]);
+            float* const y = tile + t * kColumns;
+            if (planes == 1)  // constants make loops that the compiler unrolls
+                combine_planes(z, factors, 1, count, inv_c[t], y);
+            else if (planes == 2)
+                combine_planes(z, factors, 2, count, inv_c[t], y);
+            else
+                combine_planes(z, factors, planes, count, inv_c[t], y);
         }
         join<B>(tile, kColumns, count, scratch + i * B);
     }
@@ -190,8 +236,8 @@ struct Count {
 template <class F>
 inline void by_rows(size_t tokens, F f) {
     size_t t = 0;
-    for (; t + 16 <= tokens; t += 16) f(t, Count<16>());
-    for (; t + 8 <= tokens; t += 8) f(t, Count<8>());
+    if constexpr (kLanes > 4)
+        for (; t + 8 <= tokens; t += 8) f(t, Count<8>());
     for (; t + 4 <= tokens; t += 4) f(t, Count<4>());
     for (; t < tokens; t++) f(t, Count<1>());
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -9,24 +10,42 @@ import typer
 
 from sliplm.cli.common import Json, emit, err, out, set_up_logging
 from sliplm.cli.quiet import quiet_transformers
+from sliplm.errors import SlipError
 
 
 def bench(
     models: Annotated[
         list[str] | None,
-        typer.Argument(help="A directory, .gguf file or hub id; smollm2; llama-1.1b for random weights of that shape."),
+        typer.Argument(
+            help="A directory, .gguf file or hub id; smollm2; llama-1.1b for random weights of that shape, "
+            "llama-7b-block and llama-70b-block for one decoder block of those."
+        ),
     ] = None,
-    planes: Annotated[list[int] | None, typer.Option(min=1, max=2, help="May be given twice; both if absent.")] = None,
+    planes: Annotated[
+        list[int] | None,
+        typer.Option(min=1, max=2, help="May be given twice; both if absent, one with --streams."),
+    ] = None,
     rank: Annotated[int, typer.Option(min=1)] = 16,
     tokens: Annotated[int, typer.Option(min=8, help="Decoded tokens per round.")] = 48,
     prefill: Annotated[int, typer.Option(min=0, help="Tokens of the long prompt; 0 leaves it out.")] = 512,
     rounds: Annotated[int, typer.Option(min=1, help="How often everybody has a turn.")] = 3,
     long: Annotated[int, typer.Option(min=0, help="Then decode so many more tokens, and see if memory grows.")] = 0,
+    streams: Annotated[
+        str | None,
+        typer.Option(
+            help="Measure leverage instead: decode so many sequences as one batch, such as 1,8,16, and compare the "
+            "trusted side's CPU time for a token with the whole model's."
+        ),
+    ] = None,
+    peers: Annotated[bool, typer.Option("--peers", help="Also llama.cpp, in Q8_0 on the same shape.")] = False,
     keep: Annotated[Path | None, typer.Option(help="Keep the bundles here, and take them from here.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a picture (.svg, .png) here.")] = None,
     as_json: Json = False,
 ) -> None:
     """Measure the protected model beside the unprotected one: speed, traffic, memory, and where the time goes."""
+    counts = _counts(streams) if streams is not None else []
+    if counts and (peers or plot or long):
+        raise SlipError("--streams measures leverage alone: leave out --peers, --plot and --long.")
     set_up_logging(False)
     quiet_transformers()
     from sliplm.speed import show
@@ -34,9 +53,10 @@ def bench(
 
     if plot:
         show.require_plots()
+    usual = ["smollm2", "llama-1.1b", *(["llama-7b-block", "llama-70b-block"] if counts else [])]
     result = run(
-        models or ["smollm2", "llama-1.1b"], planes or [1, 2], rank, tokens, prefill, rounds, long, keep,
-        lambda line: err().print(line, markup=False),
+        models or usual, planes or ([1] if counts else [1, 2]), rank, tokens, prefill, rounds, long, keep,
+        lambda line: err().print(line, markup=False), streams=counts, with_peers=peers,
     )  # fmt: skip
     if plot:
         show.plot(result, plot)
@@ -44,3 +64,10 @@ def bench(
         emit(True, result, "")
     else:
         show.tables(result, out())
+
+
+def _counts(text: str) -> list[int]:
+    """The numbers of streams in `text`. Raises SlipError."""
+    if not re.fullmatch(r"[1-9]\d{0,3}(,[1-9]\d{0,3})*", text):
+        raise SlipError(f"--streams {text[:200]!a} is not a list of numbers from 1 on, such as 1,8,16.")
+    return [int(part) for part in text.split(",")]

@@ -29,7 +29,7 @@ def trusted(
         ),
     ] = None,
     stock: Annotated[int, typer.Option(min=0, help="Tokens for which to keep one-time pads ready.")] = 64,
-    threads: Annotated[int, typer.Option(min=0, help="CPU threads for the model; 0 takes all.")] = 0,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads for the trusted arithmetic; 0 takes all.")] = 0,
     allow_logprobs: Annotated[
         bool,
         typer.Option("--allow-logprobs", help="Let requests ask for log-probabilities: they help to copy a model."),
@@ -64,6 +64,7 @@ def trusted(
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
 
+    from sliplm._core import native
     from sliplm.protocol.connect import parse_address
     from sliplm.registry import Limits
     from sliplm.serve.monitor import Monitor, sample
@@ -73,6 +74,8 @@ def trusted(
     quiet_transformers()
     if threads:
         torch.set_num_threads(threads)
+        if native is not None:
+            native.limit_threads(threads)
     monitor_address = parse_address(metrics) if metrics else None
     side = Trusted(
         bundle,

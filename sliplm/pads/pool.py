@@ -91,7 +91,8 @@ class Pool:
         self.reserve: Callable[[], int] = lambda: 0
         self._shapes = list(shapes)
         self._depth, self._batch, self._patience = depth, batch, patience
-        self._state = threading.Condition()
+        self._lock = threading.RLock()  # entered itself where nobody waits: a condition does so in Python
+        self._state = threading.Condition(self._lock)
         self._stocks: dict[frozenset[str], _Stock] = {}
         self._usable: dict[str | None, list[_Stock]] = {}  # by the edge's party: those that it may use
         self._makers: dict[Maker, float] = {}  # and when each delivered last
@@ -174,7 +175,7 @@ class Pool:
             raise RuntimeError("a pool of pads does not survive fork")
         parts: list[Part] = []
         missing = tokens
-        with self._state:
+        with self._lock:
             deadline = time.monotonic() + self._patience
             while missing := missing - self._move(group, missing, edge, parts):
                 if self._closed:

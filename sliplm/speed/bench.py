@@ -1,22 +1,15 @@
 """Run the protected and the unprotected model by turns, on the same machine and in the same minutes, and compare.
 
-Every contender is a process of its own (`speed.runner`); one works at a time. Timings on shared machines drift, so what
-counts is the ratio of medians within a run, never a time by itself.
+Every contender is a process of its own (`speed.runner`, or a peer's program); one works at a time. Timings on shared
+machines drift, so what counts is the ratio of medians within a run, never a time by itself.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
-import os
-import subprocess
-import sys
 import tempfile
-import threading
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -25,14 +18,14 @@ import torch
 
 from sliplm import kernels
 from sliplm.bundle import EdgeBundle
-from sliplm.errors import SlipError
 from sliplm.exchange.check import CHECKS
 from sliplm.protocol.frames import HEADER
-from sliplm.speed.models import find, protect
+from sliplm.speed import leverage, peers
+from sliplm.speed.contender import Ask, contender
+from sliplm.speed.models import BLOCKS, find, protect
 
-START_SECONDS, ANSWER_SECONDS = 600.0, 1200.0
-
-Ask = Callable[..., dict[str, Any]]
+Peers = Mapping[str, Callable[[int], float]]
+"""Decode so many tokens: tokens a second."""
 
 
 def bench(
@@ -45,14 +38,20 @@ def bench(
     long: int = 0,
     keep: Path | None = None,
     say: Callable[[str], None] = lambda _: None,
+    *,
+    streams: Sequence[int] = (),
+    with_peers: bool = False,
 ) -> dict[str, Any]:
     """Measure every one of `models` with every number of `planes`; `rounds` times `tokens` decoded tokens each, and
-    prompts of `prefill` tokens (0 for none); then decode `long` more tokens over TLS and see what memory that left
-    occupied. Bundles stay in `keep`, and are taken from there.
+    prompts of `prefill` tokens (0 for none), and the same tokens by llama.cpp if `with_peers`; then decode `long` more
+    tokens over TLS and see what memory that left occupied. With `streams`, measure leverage (`speed.leverage`) instead.
+    Bundles stay in `keep`, and are taken from there.
 
-    Raises SlipError: a model cannot be had or split, or a process fails.
+    Raises SlipError: a model cannot be had or split, a process fails, or llama.cpp is not installed.
     """
-    result: dict[str, Any] = {"kernels": kernels.describe(), "threads": torch.get_num_threads(), "results": []}
+    threads = 1 if streams else torch.get_num_threads()
+    llama = peers.find_llama_bench() if with_peers else ""
+    result: dict[str, Any] = {"kernels": kernels.describe(), "threads": threads, "results": []}
     with tempfile.TemporaryDirectory(prefix="slip-bench-") as scratch:
         place = keep or Path(scratch)
         place.mkdir(parents=True, exist_ok=True)
@@ -62,17 +61,35 @@ def bench(
                 say(f"{Path(name).name}, planes {count}: splitting, if that is not done yet")
                 directory = protect(name, source, count, rank, place, None)
                 say(f"{Path(name).name}, planes {count}: measuring")
-                measured = _measure(source, directory, tokens, prefill, rounds, long, say)
-                result["results"].append({"model": Path(name).name, "planes": count, "rank": rank, **measured})
+                if streams:
+                    measured = leverage.measure(source, directory, streams, tokens, rounds, say)
+                else:
+                    others = _peers(llama, source, place / f"{Path(name).name}-q8_0.gguf", threads) if llama else {}
+                    measured = _measure(source, directory, tokens, prefill, rounds, long, say, others)
+                what = {"model": Path(name).name, "block": name in BLOCKS, "planes": count, "rank": rank}
+                result["results"].append(what | measured)
     return result
 
 
+def _peers(llama: str, source: str, model: Path, threads: int) -> Peers:
+    if not model.exists():
+        peers.write_gguf(source, model)
+    return {peers.NAME: lambda tokens: peers.tokens_per_second(llama, model, tokens, threads)}
+
+
 def _measure(
-    source: str, directory: Path, tokens: int, prefill: int, rounds: int, long: int, say: Callable[[str], None]
+    source: str,
+    directory: Path,
+    tokens: int,
+    prefill: int,
+    rounds: int,
+    long: int,
+    say: Callable[[str], None],
+    others: Peers,
 ) -> dict[str, Any]:
     with ExitStack() as running:
         ask = {
-            name: running.enter_context(_runner(kind, where))
+            name: running.enter_context(contender(kind, where))
             for name, kind, where in (
                 ("bf16", "bfloat16", source),
                 ("fp32", "float32", source),
@@ -89,9 +106,12 @@ def _measure(
         for who, how in turns.values():  # warms up, and shows what fails early
             ask[who](do="decode", tokens=4, **how)
         decoded: dict[str, list[dict[str, Any]]] = {name: [] for name in turns}
+        theirs: dict[str, list[float]] = {name: [] for name in others}
         for number in range(rounds):
             for name, (who, how) in turns.items():
                 decoded[name].append(ask[who](do="decode", tokens=tokens, **how))
+            for name, decode in others.items():
+                theirs[name].append(decode(tokens))
             say(f"  decoding, round {number + 1} of {rounds}")
         prefilled: dict[str, list[float]] = {name: [] for name in ("bf16", "fp32", "tls", "in process")}
         for number in range(rounds if prefill else 0):
@@ -101,7 +121,15 @@ def _measure(
             say(f"  prompts, round {number + 1} of {rounds}")
         memory = {name: [m["peak"] for m in ask[name](do="memory")["processes"]] for name in ask}
         growth = _growth(ask["protected"], long, say) if long else {}
-    return _summary(directory, decoded, prefilled, prefill, memory) | growth
+    summary = _summary(directory, decoded, prefilled, prefill, memory)
+    return summary | _against(theirs, summary["decode"]["tls"]["tokens_per_second"]) | growth
+
+
+def _against(theirs: dict[str, list[float]], ours: float) -> dict[str, Any]:
+    """The peers' tokens a second, and how many times them ours, over TLS, are."""
+    speeds = {name: median(values) for name, values in theirs.items()}
+    times = {name: ours / speed for name, speed in speeds.items()}
+    return {"peers": speeds, "times_peers": times} if speeds else {}
 
 
 def _growth(ask: Ask, tokens: int, say: Callable[[str], None]) -> dict[str, Any]:
@@ -215,48 +243,3 @@ def _multiply_adds(directory: Path) -> dict[str, float]:
 
 def _quantile(values: list[float], which: int) -> float:
     return quantiles(values, n=10)[which] if len(values) > 1 else values[0]
-
-
-@contextmanager
-def _runner(kind: str, source: str) -> Iterator[Ask]:
-    """Start a process of `speed.runner`; gives what sends it a command and returns its answer."""
-    line = [sys.executable, "-m", "sliplm.speed.runner", kind, source]
-    environment = dict(os.environ)
-    if kind == "protected":
-        environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as `slip trusted` does
-    pipe = subprocess.PIPE
-    child = subprocess.Popen(line, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=environment)
-    assert child.stdin is not None and child.stdout is not None and child.stderr is not None
-    stdin, stdout, stderr = child.stdin, child.stdout, child.stderr
-    log: deque[str] = deque(maxlen=20)
-    reader = threading.Thread(target=lambda: log.extend(stderr), daemon=True)
-    reader.start()
-
-    def answer(seconds: float) -> dict[str, Any]:
-        watchdog = threading.Timer(seconds, child.kill)
-        watchdog.start()
-        text = stdout.readline()
-        watchdog.cancel()
-        if not text:
-            child.wait()
-            reader.join(1)
-            raise SlipError(f"the process that measures {kind} ended: {''.join(log).strip() or 'no message'}")
-        parsed: dict[str, Any] = json.loads(text)
-        return parsed
-
-    def ask(**command: Any) -> dict[str, Any]:
-        with contextlib.suppress(BrokenPipeError):
-            print(json.dumps(command), file=stdin, flush=True)
-        return answer(ANSWER_SECONDS)
-
-    try:
-        answer(START_SECONDS)
-        yield ask
-    finally:
-        with contextlib.suppress(BrokenPipeError):
-            stdin.close()
-        try:
-            child.wait(20)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()

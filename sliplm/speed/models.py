@@ -23,6 +23,22 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 32,
         "num_key_value_heads": 4,
     },
+    "llama-7b-block": {
+        "vocab_size": 256,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+    },
+    "llama-70b-block": {
+        "vocab_size": 256,
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+    },
     "llama-tiny": {
         "vocab_size": 512,
         "hidden_size": 64,
@@ -33,6 +49,10 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 """Llama shapes; their weights are random, which changes no time."""
+
+BLOCKS = {name for name, shape in SHAPES.items() if shape["num_hidden_layers"] == 1}
+"""One decoder block of a model too large to measure whole; its vocabulary is so small that embedding and head are
+half a percent of it at most."""
 
 
 def find(name: str, keep: Path) -> str:

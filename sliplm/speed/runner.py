@@ -2,12 +2,14 @@
 
 Commands come as lines of JSON on stdin, answers leave on stdout:
 
-    {"do": "decode", "tokens": n, ...} -> {"seconds": [per token], "spent": {"cpu": seconds per token, ...}}
+    {"do": "decode", "tokens": n, "streams": 1, ...} -> {"seconds": [per step], "spent": {"cpu": seconds per step, ...}}
+    {"do": "stock", "tokens": n, "streams": 1} -> {"cpu": seconds per token}, of the pads that such a `decode` takes
     {"do": "prefill", "tokens": n, ...} -> {"seconds": s, ...}
-    {"do": "memory"} -> {"processes": [{"now": bytes, "peak": bytes}, ...]}
+    {"do": "memory"} -> {"processes": [{"now": bytes, "anonymous": bytes, "peak": bytes}, ...]}
+    {"do": "loaded"} -> {"seconds": to load the model, "parameters": of it}
 
 What is timed is `model.generate` and `model.__call__` of Transformers, the same for all; a decoding step is the time
-from one token to the next, so the first one, with the prompt, is apart.
+from one token of every stream to the next, so the first one, with the prompt, is apart.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -32,9 +34,18 @@ from sliplm.processes import process
 from sliplm.protocol.remote import RemoteLink
 from sliplm.registry import authority
 from sliplm.serve.server import TrustedServer
+from sliplm.speed.cores import on
 from sliplm.split.source import load_whole
 
 PROMPT = 8
+
+
+def prompts(streams: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and mask, (streams, longest), of PROMPT tokens and up to twice as many, filled up on the left."""
+    lengths = PROMPT + torch.arange(streams)[:, None] % PROMPT
+    places = torch.arange(int(lengths.max()))
+    ids = (places + 7 * torch.arange(streams)[:, None]) % 200 + 3
+    return ids, (places >= len(places) - lengths).long()
 
 
 class _Clock(BaseStreamer):
@@ -64,30 +75,42 @@ def cpu_seconds(pid: int) -> float:
 
 
 def memory(pid: int) -> dict[str, float]:
-    """What a process holds now, and the most that it ever held, bytes; nan where the system does not tell as Linux
-    does."""
+    """What a process holds now, how much of that is no file's, and the most that it ever held, bytes; nan where the
+    system does not tell as Linux does."""
+    fields = {"now": "VmRSS", "anonymous": "RssAnon", "peak": "VmHWM"}
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
-        return {"now": float("nan"), "peak": float("nan")}
-    values = {name: status.partition(f"Vm{field}:")[2].split()[0] for name, field in (("now", "RSS"), ("peak", "HWM"))}
-    return {name: float(value) * 1024 for name, value in values.items()}
+        return dict.fromkeys(fields, float("nan"))
+    return {name: 1024 * float(status.partition(f"{field}:")[2].split()[0]) for name, field in fields.items()}
 
 
 class Plain:
     """The unprotected model, as Transformers runs it."""
 
     def __init__(self, source: str, dtype: torch.dtype) -> None:
-        self.model: Any = load_whole(source).to(dtype)
+        self.model: Any = self._timed(lambda: load_whole(source).to(dtype))
         self.others: list[int] = []
 
-    def decode(self, tokens: int, **_: Any) -> dict[str, Any]:
-        ids = torch.arange(PROMPT)[None] + 3
+    def _timed(self, load: Callable[[], Any]) -> Any:
+        begin = time.perf_counter()
+        model = load()
+        self._load_seconds = time.perf_counter() - begin
+        return model
+
+    def loaded(self, **_: Any) -> dict[str, float]:
+        return {
+            "seconds": self._load_seconds,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+        }
+
+    def decode(self, tokens: int, streams: int = 1, **_: Any) -> dict[str, Any]:
+        ids, mask = prompts(streams)
         clock = _Clock(self._sample)
         with torch.inference_mode():
             self.model.generate(
                 input_ids=ids,
-                attention_mask=torch.ones_like(ids),
+                attention_mask=mask,
                 max_new_tokens=tokens,
                 min_new_tokens=tokens,
                 do_sample=False,
@@ -127,13 +150,24 @@ class _NoText:
 
 
 class Protected(Plain):
-    """The trusted side in this process, and a real `slip edge` in another."""
+    """The trusted side in this process, and a real `slip edge` in another, which has the cores `others`, if named.
 
-    def __init__(self, directory: Path, running: ExitStack) -> None:
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(directory / "trusted").eval()
+    `pads` says who makes them: "self", this process, which then is an edge, too. `clocks` count the steps of an
+    exchange, and cost some time of their own.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        running: ExitStack,
+        pads: str = "self",
+        clocks: bool = True,
+        others: Collection[int] = (),
+    ) -> None:
+        trusted = directory / "trusted"
+        self.model = self._timed(lambda: transformers.AutoModelForCausalLM.from_pretrained(trusted).eval())
         self._slip = self.model.slip
-        self._slip.attach(directory / "edge")
-        self._spent = self._slip.measure()
+        self._spent = self._slip.measure() if clocks else {}
         scratch = Path(running.enter_context(tempfile.TemporaryDirectory(prefix="slip-bench-")))
         authority.add_device(scratch / "authority", "bench", scratch / "identity", days=1)
         server = TrustedServer(_NoText(), self._slip.digest, self._slip.shapes, scratch / "authority")
@@ -141,26 +175,40 @@ class Protected(Plain):
         running.callback(server.close)
         where = "{}:{}".format(*server.address)
         arguments = (directory / "edge", "--trusted", where, "--identity", scratch / "identity", "--api", "")
-        edge = running.enter_context(process("edge", *arguments))
+        with on(others):
+            edge = running.enter_context(process("edge", *arguments))
         while not server.links():  # the edge knows a moment before the server does
             time.sleep(0.01)
         self._link: RemoteLink = server.links()[0]
         self.others = [edge["pid"]]
+        if pads != "self":
+            raise ValueError(f"nobody called {pads!a} makes pads")
+        self._slip.attach(directory / "edge")
         running.callback(self._slip.pool.close)
 
-    def decode(self, tokens: int, link: str = "tls", pads: str = "ready", **_: Any) -> dict[str, Any]:
+    def decode(self, tokens: int, streams: int = 1, link: str = "tls", pads: str = "ready", **_: Any) -> dict[str, Any]:
         pool = self._slip.pool
-        self._fill(PROMPT + tokens)
+        needed = prompts(streams)[0].numel() + streams * tokens
+        self._fill(needed)
         if pads == "ready":
             pool.resize(0)
         with self._slip.using(self._link if link == "tls" else self._slip.default_link):
-            result = super().decode(tokens)
+            result = super().decode(tokens, streams)
         if pads == "made":  # on the same cores, meanwhile and afterwards, until all that were used are replaced
             begin = time.perf_counter()
-            pool.wait(PROMPT + tokens)
+            pool.wait(needed)
             waited = time.perf_counter() - begin  # the prompt's pads are in it, too
             result["with_pads"] = (sum(result["seconds"]) + waited) / len(result["seconds"])
         return result
+
+    def stock(self, tokens: int, streams: int, **_: Any) -> dict[str, float]:
+        """Make pads while nothing else is done. Groups differ in what earlier prompts left of them; as long as those
+        had no more streams, the pads of this prompt even that out, and those of all tokens that follow are counted."""
+        prompt = prompts(streams)[0].numel()
+        self._fill(prompt)
+        begin = time.process_time()
+        self._fill(prompt + streams * tokens)
+        return {"cpu": (time.process_time() - begin) / (streams * tokens)}
 
     def prefill(self, tokens: int, link: str = "tls", **_: Any) -> dict[str, Any]:
         self._fill(tokens)
@@ -191,8 +239,10 @@ def main() -> None:
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever prints must not get among the answers
     kind, source = sys.argv[1:3]
+    options = json.loads(sys.argv[3])
     with ExitStack() as running:
-        runner = Protected(Path(source), running) if kind == "protected" else Plain(source, getattr(torch, kind))
+        protected = kind == "protected"
+        runner = Protected(Path(source), running, **options) if protected else Plain(source, getattr(torch, kind))
         print(json.dumps({"ready": True}), file=out, flush=True)
         for line in sys.stdin:
             command = json.loads(line)

@@ -17,11 +17,17 @@ def tables(result: dict[str, Any], console: Console) -> None:
     """Print `result`, as `speed.bench.bench` returns it."""
     console.print(f"kernels: {result['kernels']}; torch threads: {result['threads']}", markup=False)
     for r in result["results"]:
-        console.print(f"\n{r['model']}, planes {r['planes']}, rank {r['rank']}", style="bold", markup=False)
+        console.print(f"\n{_title(r)}, rank {r['rank']}", style="bold", markup=False)
+        if "streams" in r:
+            _leverage(r, console)
+            continue
         table = Table("decoding", "tokens/s", "ms a token", "p10 - p90", "x bf16", box=None)
         for name, d in r["decode"].items():
             spread = f"{d['ms_p10']:.1f} - {d['ms_p90']:.1f}"
             table.add_row(name, f"{d['tokens_per_second']:.1f}", f"{d['ms']:.1f}", spread, f"{d['times_bf16']:.2f}")
+        for name, speed in r.get("peers", {}).items():
+            times = f"{speed / r['decode']['bf16']['tokens_per_second']:.2f}"
+            table.add_row(name, f"{speed:.1f}", f"{1e3 / speed:.1f}", "", times)
         console.print(table)
         if r["prefill"]:
             table = Table("prompt", "tokens/s", "x bf16", box=None)
@@ -39,6 +45,7 @@ def tables(result: dict[str, Any], console: Console) -> None:
             f"peak memory: trusted {m['trusted'] / 1e6:.0f} MB, edge {m['edge'] / 1e6:.0f} MB "
             f"(bundle {m['edge_bundle'] / 1e6:.0f} MB), unprotected {m['bf16'] / 1e6:.0f} MB",
         ]
+        lines += [f"tls / {name}: {times:.2f}" for name, times in r.get("times_peers", {}).items()]
         if g := r.get("growth"):
             lines.append(
                 f"memory after {g['tokens']} more tokens, against that after a tenth of them: trusted "
@@ -48,6 +55,26 @@ def tables(result: dict[str, Any], console: Console) -> None:
             times = ", ".join(f"{name} {us:.0f}" for name, us in stages.items())
             lines.append(f"an exchange, {where}, us: {times}")
         console.print("\n".join(lines), markup=False)
+
+
+def _title(r: dict[str, Any]) -> str:
+    return f"{r['model']}{' (one decoder block)' if r['block'] else ''}, planes {r['planes']}"
+
+
+def _leverage(r: dict[str, Any], console: Console) -> None:
+    table = Table("streams", "leverage", "trusted CPU ms a token", "pads", "by", "unprotected", box=None)
+    for row in r["streams"]:
+        spent = (f"{row[name]:.2f}" for name in ("trusted_cpu_ms", "pads_cpu_ms", "unprotected_cpu_ms"))
+        trusted, pads, unprotected = spent
+        table.add_row(str(row["streams"]), f"{row['leverage']:.2f}", trusted, pads, row["pads"], unprotected)
+    console.print(table)
+    t = r["trusted"]
+    console.print(
+        f"trusted side: {t['resident'] / 1e6:.0f} MB resident, of which {t['anonymous'] / 1e6:.0f} MB are no file's, "
+        f"{t['peak'] / 1e6:.0f} MB at most; the model in bf16 has {t['bf16'] / 1e6:.0f} MB\n"
+        f"trusted bundle: {t['bundle'] / 1e6:.0f} MB, loaded in {t['load_seconds']:.1f} s",
+        markup=False,
+    )
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
@@ -63,7 +90,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
         top, bottom = axes[0][column], axes[1][column]
         names = list(r["decode"])
         top.bar(names, [r["decode"][n]["tokens_per_second"] for n in names], color="tab:blue")
-        top.set_title(f"{r['model']}, planes {r['planes']}")
+        top.set_title(_title(r))
         top.set_ylabel("decoded tokens/s")
         top.tick_params(axis="x", rotation=30)
         stages = r["exchange_us"]["tls"]

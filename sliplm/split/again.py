@@ -59,10 +59,12 @@ class FirstSplit:
 
     def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """A (N, r) and B (r, K) of the matrix `name`, float32."""
-        try:
-            return tuple(self._file.get_tensor(f"{name}.factor_{side}").float() for side in "ab")  # type: ignore[return-value]
-        except SafetensorError:
-            raise BundleError(f"{self._path} lacks the factors of {name}.") from None
+        a, b = self._stored(name)
+        return a.float(), b.float()
+
+    def dtype(self, name: str) -> torch.dtype:
+        """In which the factors of the matrix `name` are stored."""
+        return self._stored(name)[0].dtype
 
     def check_weights(self, number: int, leader: str, weights: str) -> None:
         """Refuse a group whose `fingerprint` is not that of the first split's group `number` (before format 3: none).
@@ -88,6 +90,12 @@ class FirstSplit:
         # What rounding adds: its own square, and twice its product with the matrix, whose entries it does not know.
         if abs(there - here) > (noise**2 + 12 * noise / rest.numel() ** 0.5) * here:
             raise self._other(leader)
+
+    def _stored(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        try:
+            return tuple(self._file.get_tensor(f"{name}.factor_{side}") for side in "ab")  # type: ignore[return-value]
+        except SafetensorError:
+            raise BundleError(f"{self._path} lacks the factors of {name}.") from None
 
     def _other(self, leader: str) -> BundleError:
         return BundleError(

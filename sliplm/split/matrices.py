@@ -48,13 +48,23 @@ def make_plan(groups: list[Group], options: Options) -> list[GroupPlan]:
     ]
 
 
-def group_layout(group: Group, plan: GroupPlan, options: Options) -> Layout:
+def factor_dtype(name: str, options: Options, first: FirstSplit | None) -> torch.dtype:
+    """In which the factors of the matrix `name` are stored: bfloat16 where they are `camouflage.rounded` to it, and as
+    the `first` split has them where they are taken from there."""
+    if first:
+        return first.dtype(name)
+    rounded = not options.leading or (options.camouflage and options.base is None)
+    return torch.bfloat16 if rounded else torch.float32
+
+
+def group_layout(group: Group, plan: GroupPlan, options: Options, first: FirstSplit | None = None) -> Layout:
     """The trusted tensors of a group, in file order: factors and bias of each member; at its first, the operator."""
     layout: Layout = {}
     for m in group:
         rank = trusted_rank(plan.rank, m.rows, m.columns, options.camouflage)
-        layout[f"{m.name}.factor_a"] = (torch.float32, (m.rows, rank))
-        layout[f"{m.name}.factor_b"] = (torch.float32, (rank, m.columns))
+        dtype = factor_dtype(m.name, options, first)
+        layout[f"{m.name}.factor_a"] = (dtype, (m.rows, rank))
+        layout[f"{m.name}.factor_b"] = (dtype, (rank, m.columns))
         if m.bias:
             layout[f"{m.name}.bias"] = (torch.float32, (m.rows,))
     shared = Operator.layout(plan.planes, *size(group), options.blinding)
@@ -92,8 +102,9 @@ def split_group(
             if options.leading
             else divide_anywhere(weight, trusted_rank(plan.rank, m.rows, m.columns, options.camouflage))
         )
-        yield f"{m.name}.factor_a", a
-        yield f"{m.name}.factor_b", b
+        dtype = factor_dtype(m.name, options, first)
+        yield f"{m.name}.factor_a", a.to(dtype)
+        yield f"{m.name}.factor_b", b.to(dtype)
         if m.bias:
             yield f"{m.name}.bias", source.read(stored[m.bias], m.part, m.parts).float().reshape(m.rows)
         del weight, public

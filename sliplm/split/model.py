@@ -195,7 +195,7 @@ def _write(
     layout: Layout = {key: (source.dtype(stored[key]), shape) for key, (_, shape) in plain.items()}
     layout[guard(groups)] = GUARD
     for group, of in zip(groups, plan, strict=True):
-        layout |= group_layout(group, of, options)
+        layout |= group_layout(group, of, options, first)
     total = sum(m.rows * m.columns for group in groups for m in group)
     done = 0
     files = [

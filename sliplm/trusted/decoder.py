@@ -1,11 +1,12 @@
-"""A shorter way through the common decoder layer, for the one token of a decoding step.
+"""A shorter way through the common decoder layer, for a decoding step: one token of each of B sequences.
 
-A Transformers layer spends far longer in Python than in arithmetic when it has one token to work on. This module
+A Transformers layer spends far longer in Python than in arithmetic when it has few tokens to work on. This module
 gives layers of the Llama layout (RMS norm, rotary attention, gated MLP, two residuals) a second forward that does the
 same in some twenty calls, each group's members taken from one array. The model around it stays Transformers' own, and
-whatever the short way is not made for (several tokens, a batch, a mask, gradients) goes the long way. Attention is
-done here rather than by torch because torch's second thread, waiting for more, would take the core that an edge on the
-same machine computes on.
+whatever the short way is not made for (several tokens of a sequence, masks with holes, gradients) goes the long way.
+Sequences of different lengths are padded on the left: a mask then says where each begins. Attention is done here rather
+than by torch because torch's second thread, waiting for more, would take the core that an edge on the same machine
+computes on.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from sliplm._core import native
+from sliplm.trusted.cache import grow
 from sliplm.trusted.group import ProtectedGroup
 from sliplm.trusted.linear import ProtectedLinear
 
@@ -56,13 +58,13 @@ class _Short:
         attention = layer.self_attn
         self._long = layer.forward
         self._qkv, self._o, self._gate_up, self._down = qkv, o, gate_up, down
-        self._layer = layer
         self._index = attention.layer_idx
         self._head = attention.head_dim
         self._scale = attention.scaling
         self._queries = attention.q_proj.out_features // self._head
         self._rotated = self._queries + attention.k_proj.out_features // self._head
         self._norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+        self._before, self._between, self._act = layer.input_layernorm, layer.post_attention_layernorm, layer.mlp.act_fn
 
     @classmethod
     def of(cls, layer: Any) -> _Short | None:
@@ -85,15 +87,21 @@ class _Short:
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs: Any,
     ) -> Any:
-        if (
-            hidden_states.shape[:2] != (1, 1)
-            or attention_mask is not None
-            or past_key_values is None
-            or position_embeddings is None
-            or hidden_states.dtype != torch.float32
-            or hidden_states.device.type != "cpu"
-            or torch.is_grad_enabled()
-        ):
+        starts: NDArray[np.int64] | None = None
+        short = (
+            hidden_states.shape[1] == 1
+            and past_key_values is not None
+            and position_embeddings is not None
+            and hidden_states.dtype == torch.float32
+            and hidden_states.device.type == "cpu"
+            and not torch.is_grad_enabled()
+        )
+        if short and attention_mask is not None:
+            # All that the cache will give for this token must be in the mask.
+            length, _ = past_key_values.get_mask_sizes(1, self._index)
+            starts = _starts(attention_mask, (len(hidden_states), 1, 1, length))
+            short = starts is not None
+        if not short:
             return self._long(
                 hidden_states,
                 attention_mask=attention_mask,
@@ -103,24 +111,42 @@ class _Short:
                 position_embeddings=position_embeddings,
                 **kwargs,
             )
-        assert native is not None  # or there would be no short way
-        x = hidden_states.reshape(1, -1).numpy()
-        layer, size = self._layer, self._head
-        heads = self._qkv.stacked(_norm(x, layer.input_layernorm)).reshape(-1, size)
-        for norm, part in zip(self._norms, (heads[: self._queries], heads[self._queries : self._rotated]), strict=True):
+        assert native is not None and position_embeddings is not None  # or there would be no short way
+        count, size = len(hidden_states), self._head
+        x = hidden_states.reshape(count, -1).numpy()
+        heads = self._qkv.stacked(_norm(x, self._before)).reshape(count, -1, size)
+        queries, fresh = heads[:, : self._queries], heads[:, self._queries : self._rotated]
+        for norm, part in zip(self._norms, (queries, fresh), strict=True):
             if norm is not None:
-                part[:] = _norm(part, norm)
+                part[:] = _norm(part.reshape(-1, size), norm).reshape(part.shape)
         cos, sin = position_embeddings
-        native.rotate(heads[: self._rotated], cos.numpy().reshape(-1), sin.numpy().reshape(-1))
-        fresh = torch.from_numpy(heads).view(1, -1, 1, size)
-        new = fresh[:, self._queries : self._rotated], fresh[:, self._rotated :]
-        keys, values = (t[0].contiguous().numpy() for t in past_key_values.update(*new, self._index))
-        seen = np.empty((self._queries, size), np.float32)
-        native.attend(heads[: self._queries], keys, values, self._scale, seen)
-        x = x + self._o.stacked(seen.reshape(1, -1))
-        gate, up = torch.from_numpy(self._gate_up.stacked(_norm(x, layer.post_attention_layernorm))).chunk(2, dim=1)
-        x += self._down.stacked((layer.mlp.act_fn(gate) * up).numpy())
-        return torch.from_numpy(x).view(1, 1, -1)
+        native.rotate(heads[:, : self._rotated], cos.numpy().reshape(-1, size), sin.numpy().reshape(-1, size))
+        new = torch.from_numpy(heads).unsqueeze(2)
+        grow(past_key_values, self._index)
+        keys, values = past_key_values.update(
+            new[:, self._queries : self._rotated], new[:, self._rotated :], self._index
+        )
+        seen = np.empty((count, self._queries, size), np.float32)
+        native.attend(queries, keys.numpy(), values.numpy(), starts, self._scale, seen)
+        x = x + self._o.stacked(seen.reshape(count, -1))
+        gate, up = torch.from_numpy(self._gate_up.stacked(_norm(x, self._between))).chunk(2, dim=1)
+        x += self._down.stacked((self._act(gate) * up).numpy())
+        return torch.from_numpy(x).unsqueeze(1)
+
+
+def _starts(mask: torch.Tensor, shape: tuple[int, ...]) -> NDArray[np.int64] | None:
+    """Where the keys begin that each of B sequences sees, (B,), by the `mask` of a decoding step: of booleans, or of
+    what is added to scores. None if one does not see all from there on, or if `shape`, (B, 1, 1, S), is another."""
+    assert native is not None
+    if mask.shape != shape:
+        return None
+    if mask.dtype != torch.bool:
+        seen = mask == 0
+        if not bool((seen | (mask == torch.finfo(mask.dtype).min)).all()):
+            return None
+        mask = seen
+    starts = np.empty(len(mask), np.int64)
+    return starts if native.first_seen(mask.flatten(1).numpy(), starts) else None
 
 
 def _norm(x: NDArray[np.float32], norm: Any) -> NDArray[np.float32]:

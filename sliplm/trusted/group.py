@@ -50,16 +50,16 @@ class ProtectedGroup:
         self._bt = functional.pad(b, (0, 0, 0, -len(b) % 16)).T.contiguous()  # the native product wants whole vectors
         self._at = [m.a.T.contiguous() for m in members]
         self._bias = [m.bias for m in members]
-        self._one: Any = None  # the native product for one token
+        self._low_rank: Any = None  # the native product
         if native is not None:
             bias = [None if b is None else b.numpy() for b in self._bias]
             if all(torch.equal(t.bfloat16().float(), t) for t in (self._bt, *self._at)):
                 # A split rounds the factors, and the edge's part takes up the difference: half the memory to read.
                 self._bt, *self._at = (t.bfloat16() for t in (self._bt, *self._at))
                 bt, *at = (t.view(torch.uint16).numpy() for t in (self._bt, *self._at))
-                self._one = native.LowRank16(bt, at, bias)
+                self._low_rank = native.LowRank16(bt, at, bias)
             else:
-                self._one = native.LowRank32(self._bt.numpy(), [a.numpy() for a in self._at], bias)
+                self._low_rank = native.LowRank32(self._bt.numpy(), [a.numpy() for a in self._at], bias)
         self._names = [m.name for m in members]
         self._pending = _Pending()
 
@@ -96,21 +96,20 @@ class ProtectedGroup:
 
     def _own(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         """A (B x) + b of all members side by side, (T, sum N)."""
-        if len(x) == 1 and self._one is not None:
-            y = np.empty((1, self._op.scales.shape[1]), np.float32)
-            self._one.apply(x[0], y[0])
-            return y
-        low = torch.from_numpy(x) @ self._bt.float()
-        out = torch.empty(len(x), self._op.scales.shape[1])
+        out = np.empty((len(x), self._op.scales.shape[1]), np.float32)
+        if self._low_rank is not None:
+            self._low_rank.apply(x, out)
+            return out
+        low, whole = torch.from_numpy(x) @ self._bt, torch.from_numpy(out)
         column = row = 0
         for a, bias in zip(self._at, self._bias, strict=True):
             rank, rows = a.shape
-            part = out[:, row : row + rows]
-            torch.mm(low[:, column : column + rank], a.float(), out=part)
+            part = whole[:, row : row + rows]
+            torch.mm(low[:, column : column + rank], a, out=part)
             if bias is not None:
                 part += bias
             column, row = column + rank, row + rows
-        return out.numpy()
+        return out
 
 
 def _equal(kept: torch.Tensor | None, x: torch.Tensor) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -20,17 +21,16 @@ from sliplm.trusted.linear import ProtectedLinear
 from sliplm.trusted.runtime import Runtime
 from sliplm.trusted.sums import SumGroup
 
+_OF_MEMBERS = {"factor_a", "factor_b", "bias"}
+
 
 def install(model: nn.Module, groups: list[Group], tensors: dict[str, torch.Tensor]) -> None:
     """Replace the layers that hold the matrices of `groups`, wherever `model` uses them.
 
     Args:
-        tensors: as `group_layout` names them; they may be on the meta device until a checkpoint is loaded.
+        tensors: as `group_layout` names them. Layers take their biases, which may be on the meta device until a
+            checkpoint is loaded.
     """
-    own: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
-    for name, tensor in tensors.items():
-        member, _, key = name.rpartition(".")
-        own[member][key] = tensor
     replaced: dict[nn.Module, nn.Module] = {}
     protected = {m.name for group in groups for m in group}
     for name, module in list(model.named_modules()):
@@ -38,7 +38,7 @@ def install(model: nn.Module, groups: list[Group], tensors: dict[str, torch.Tens
         if not found or found[0].name not in protected:
             continue
         dtype = model.get_parameter(found[0].weight).dtype
-        parts = [ProtectedLinear(m.columns, m.rows, dtype, own[m.name]) for m in found]
+        parts = [ProtectedLinear(m.columns, m.rows, dtype, tensors.get(f"{m.name}.bias")) for m in found]
         if is_experts(module):
             protect_experts(module, parts)
         else:
@@ -49,15 +49,24 @@ def install(model: nn.Module, groups: list[Group], tensors: dict[str, torch.Tens
                 parent._modules[key] = replaced[child]
 
 
-def bind(model: nn.Module, groups: list[Group], digest: bytes) -> Runtime:
-    """Move the loaded tensors out of the modules and into operators and groups; what they share is returned, and is
-    `model.slip`. `digest` names the split (32 bytes)."""
-    loaded = [[_copies(model.get_submodule(m.name).trusted_tensors()) for m in group] for group in groups]  # type: ignore[operator]
-    runtime = Runtime([Operator.load(number, tensors[0]) for number, tensors in enumerate(loaded)], digest)
-    for op, group, tensors in zip(runtime.operators, groups, loaded, strict=True):
+def bind(model: nn.Module, groups: list[Group], tensors: dict[str, torch.Tensor], digest: bytes) -> Runtime:
+    """Bind the installed layers of `groups` to what they compute with; what they share is returned, `model.slip`.
+
+    Args:
+        tensors: as `group_layout` names them. They are copied, a group at a time, as they may be views of a file.
+        digest: names the split (32 bytes).
+    """
+    own: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
+    for name, tensor in tensors.items():
+        member, _, key = name.rpartition(".")
+        own[member][key] = tensor
+    leaders = [own[group[0].name] for group in groups]
+    shared = (_copies(tensors, tensors.keys() - _OF_MEMBERS) for tensors in leaders)
+    runtime = Runtime([Operator.load(number, copies) for number, copies in enumerate(shared)], digest)
+    for op, group in zip(runtime.operators, groups, strict=True):
         weights = [
             MemberWeights(m.name, t["factor_a"], t["factor_b"], t.get("bias"))
-            for m, t in zip(group, tensors, strict=True)
+            for m, t in ((m, _copies(own[m.name], own[m.name].keys() & _OF_MEMBERS)) for m in group)
         ]
         bound = (SumGroup if isinstance(group, Sum) else ProtectedGroup)(op, weights, runtime)
         for i, m in enumerate(group):
@@ -68,6 +77,7 @@ def bind(model: nn.Module, groups: list[Group], digest: bytes) -> Runtime:
     return runtime
 
 
-def _copies(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """In memory of their own, the CPU's: the loader's are views of a mapped file, or already on a GPU."""
-    return {name: (t.float() if t.is_floating_point() else t).detach().cpu().clone() for name, t in tensors.items()}
+def _copies(tensors: dict[str, torch.Tensor], names: Iterable[str]) -> dict[str, torch.Tensor]:
+    """Those of `names`, in memory of their own, the CPU's; floating ones as float32."""
+    kinds = {name: torch.float32 if tensors[name].is_floating_point() else tensors[name].dtype for name in names}
+    return {name: tensors[name].detach().to("cpu", kind, copy=True) for name, kind in kinds.items()}

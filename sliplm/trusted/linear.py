@@ -46,27 +46,23 @@ def _mark(tensor: torch.Tensor, layer: str) -> Absent:
 class ProtectedLinear(nn.Module):
     """y = W x + b, with most of W on the edge.
 
-    While a checkpoint loads, it holds the trusted tensors as buffers (`factor_a`, `factor_b`, ...). `bind`
-    moves them into a `ProtectedGroup`, out of reach of casts that would spoil them, and leaves a copy of `bias` for
-    models that read it.
+    What it computes with is in a `ProtectedGroup`, out of reach of casts that would spoil it. `bias` is for models
+    that read it.
 
     Args:
         dtype: of the original's weight.
-        tensors: the trusted tensors, by the names that `group_layout` gives them.
     """
 
     bias: torch.Tensor | None
 
     def __init__(
-        self, in_features: int, out_features: int, dtype: torch.dtype, tensors: dict[str, torch.Tensor]
+        self, in_features: int, out_features: int, dtype: torch.dtype, bias: torch.Tensor | None = None
     ) -> None:
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
         self._dtype = dtype
-        self._loading = list(tensors)
-        for name, tensor in ({"bias": None} | tensors).items():
-            self.register_buffer(name, tensor)
+        self.register_buffer("bias", bias)
         self._group: ProtectedGroup | None = None
         self._member = 0
         self._name = "a layer"
@@ -90,16 +86,10 @@ class ProtectedLinear(nn.Module):
         super()._apply(fn, recurse)
         return self
 
-    def trusted_tensors(self) -> dict[str, torch.Tensor]:
-        """The tensors to bind; empty once that is done."""
-        return {name: self.get_buffer(name) for name in self._loading}
-
     def bind(self, group: ProtectedGroup, member: int, name: str) -> None:
         """Serve outputs of `member` of `group` from now on, the matrix `name` of the model."""
         bias = None if self.bias is None else self.bias.detach().clone()  # the loader's is a view of a mapped file
-        for tensor in {*self._loading, "bias"}:
-            delattr(self, tensor)
-        self._loading = []
+        del self.bias
         self.register_buffer("bias", bias, persistent=False)
         self._group, self._member, self._name = group, member, name
 

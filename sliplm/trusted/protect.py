@@ -67,7 +67,7 @@ def protect(
             else:
                 tensors[name] = tensor
     install(model, groups, tensors)
-    bind(model, groups, digest.digest()).attach(SelfSource(matrices))
+    bind(model, groups, tensors, digest.digest()).attach(SelfSource(matrices))
     protected: Module = model
     return protected
 

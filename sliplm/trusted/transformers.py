@@ -21,6 +21,7 @@ from sliplm.split.layers import members
 from sliplm.split.matrices import group_layout, guard
 from sliplm.split.plan import Options, read_plan
 from sliplm.split.tensors import Layout
+from sliplm.trusted.embedding import map_table
 from sliplm.trusted.install import bind, install
 
 
@@ -90,26 +91,37 @@ class SlipQuantizer(HfQuantizer):  # type: ignore[misc]
         layout: Layout = {}
         for group, of in zip(self._groups, read_plan({"plan": settings.plan}), strict=True):
             layout |= group_layout(group, of, options)
-        # Whatever dtype the model is asked to be: these few tensors carry the precision. Biases follow the model.
-        strict = set(model._keep_in_fp32_modules_strict or ())
-        kinds = {name.rpartition(".")[2] for name in layout} - {"bias"}
-        model._keep_in_fp32_modules_strict = strict | kinds
-        _check_layout(self._directory / "model.safetensors", layout, model)
+        file = self._directory / "model.safetensors"
+        _check_layout(file, layout, model)
+        self._own = set(layout)
         install(model, self._groups, {n: torch.empty(s, dtype=d, device="meta") for n, (d, s) in layout.items()})
-        ignored = set(model._keys_to_ignore_on_load_unexpected or ())
-        model._keys_to_ignore_on_load_unexpected = ignored | {f"^{re.escape(guard(self._groups))}$"}
         gone = protected_tensors(self._groups)
         for target, origin in list(model.all_tied_weights_keys.items()):
             if target in gone or origin in gone:
                 del model.all_tied_weights_keys[target]
-        _check_complete(self._directory / "model.safetensors", model)
+        _check_complete(file, model)
+        self._table = map_table(model, model.all_tied_weights_keys)
+        if self._table:
+            name, table = self._table
+            _check_layout(file, {name: (torch.float32, (table.num_embeddings, table.embedding_dim))}, model)
+        # What is ours is read by `bind`, from the mapped file: no loader shall convert it, or copy all of it at once.
+        unread = {guard(self._groups), *self._own, *([self._table[0]] if self._table else [])}
+        ignored = set(model._keys_to_ignore_on_load_unexpected or ())
+        model._keys_to_ignore_on_load_unexpected = ignored | {f"^({'|'.join(map(re.escape, sorted(unread)))})$"}
 
     def update_weight_conversions(self, weight_conversions: Any, model: Any) -> list[Any]:
         """None: a bundle's tensors have the names that they have in the model."""
         return []
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
-        bind(model, self._groups, bytes.fromhex(self._manifest.edge_digest))
+        file = self._directory / "model.safetensors"
+        with safe_open(file, "pt") as tensors:
+            own = {name: tensors.get_tensor(name) for name in self._own}
+        bind(model, self._groups, own, bytes.fromhex(self._manifest.edge_digest))
+        if self._table:
+            name, table = self._table
+            with safe_open(file, "pt") as tensors:  # a mapping of its own: the other one's memory is let go of
+                table.bind(tensors.get_tensor(name))
         return model
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
@@ -121,7 +133,7 @@ class SlipQuantizer(HfQuantizer):  # type: ignore[misc]
 
 
 def _check_layout(file: Path, layout: Layout, model: PreTrainedModel) -> None:
-    """Raises BundleError if the protected groups' tensors in `file` are not those of `layout`."""
+    """Raises BundleError if the tensors of `layout` are not in `file`, in their shapes; types may differ."""
     with safe_open(file, "pt") as tensors:
         stored = set(tensors.keys())
         for name, (_, shape) in layout.items():

@@ -12,13 +12,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import jinja2
+import numpy as np
 import pytest
 from loading import attached
 
 from sliplm.engine import builtin as engine_module
 from sliplm.engine.builtin import DEFAULT_CONTEXT, BuiltinEngine, _context, _keeps_positions
 from sliplm.engine.template import Chat
-from sliplm.errors import RequestError, SlipError, TooLongError, VerificationError
+from sliplm.errors import LinkError, RequestError, SlipError, TooLongError, VerificationError
 from sliplm.exchange.link import Link
 from sliplm.protocol.messages import MAX_TOKENS, Chunk, GenerateRequest, Message
 

@@ -24,7 +24,7 @@ from sliplm.split.blinding import Blinding
 from sliplm.trusted.group import MemberWeights, ProtectedGroup
 from sliplm.trusted.runtime import Runtime
 
-TRUSTED, EDGE = 25, 8
+TRUSTED, EDGE = 23, 9
 EXCHANGES = 10
 
 

@@ -10,13 +10,16 @@ import pytest
 from loading import pool_of
 
 from sliplm import kernels
-from sliplm.errors import BundleError, LinkError, VerificationError
+from sliplm.errors import BundleError, BusyError, LinkError, SlipError, VerificationError
 from sliplm.exchange import check
 from sliplm.exchange.link import InProcessLink, Link
 from sliplm.exchange.measured import Measured
 from sliplm.exchange.operator import Operator
-from sliplm.exchange.step import exchange
+from sliplm.exchange.step import STEPS, exchange
+from sliplm.field import P
+from sliplm.pads.pool import Pool
 from sliplm.pads.sources import SelfSource
+from sliplm.prg import expand
 from sliplm.split.blinding import Blinding, blind, unblind
 from sliplm.split.matrices import row_norm
 from sliplm.split.planes import dequantise, quantise
@@ -140,6 +143,80 @@ def test_a_part_whose_pad_is_wrong_is_done_again_with_another(monkeypatch: pytes
     assert not (link.seen[1] == link.seen[5]).any()
 
 
+class Maker:
+    """Makes pads of a party, wrong in one place if it is told to."""
+
+    def __init__(self, pool: Pool, party: str, wrong: bool) -> None:
+        self.pool, self.name, self.parties, self.wrong = pool, party, frozenset({party}), wrong
+        self.rejected = 0
+
+    def reject(self) -> None:
+        self.rejected += 1
+        self.pool.drop(self.name)
+
+    def fill(self, layer: Layer) -> None:
+        self.pool.hire(self)
+        while job := self.pool.job(self, 0):
+            images = layer.matrices[0].product(expand(job.key, 0, job.count, COLUMNS))
+            if self.wrong:
+                images[:, 7] = (images[:, 7] + 1) % P
+            self.pool.deliver(job, images)
+
+
+@pytest.mark.parametrize("how", [exchange, Measured().exchange])
+def test_a_makers_lie_costs_it_its_pads_and_nobody_the_result(how: Any) -> None:
+    layer, x = Layer(), inputs(20)
+    pool = Pool([layer.op.shape], depth=16, batch=16, patience=0.1)
+    pool.expected = True
+    liar, honest = Maker(pool, "liar", True), Maker(pool, "honest", False)
+    liar.fill(layer), honest.fill(layer)
+    link = Edge(layer.matrices)
+    pool.take(0, 3)  # so that the twenty rows come from both makers
+    with pytest.raises(BusyError):  # what was right of them is used up, too: pads are never used again
+        how(layer.op, x, pool, link, layer.own)
+    assert (liar.rejected, honest.rejected, link.closed) == (1, 0, False)
+    honest.fill(layer)
+    y = how(layer.op, x[:9], pool, link, layer.own)
+    assert np.allclose(y, layer.wanted(x[:9]), rtol=0, atol=2e-4)
+    assert len({row.tobytes() for seen in link.seen for row in seen}) == 29  # nothing was masked twice alike
+
+
+def test_the_edge_is_accused_before_the_maker() -> None:
+    layer = Layer()
+    pool = Pool([layer.op.shape], depth=16, batch=16, patience=0.1)
+    pool.expected = True
+    liar = Maker(pool, "liar", True)
+    liar.fill(layer)
+    link = Edge(layer.matrices, lie=True)
+    with pytest.raises(VerificationError):
+        exchange(layer.op, inputs(3), pool, link, layer.own)
+    assert link.closed and not liar.rejected
+
+
+def test_lies_that_cancel_leave_the_result_right() -> None:
+    """The edge's answer and the image are off by the same: what is used is right, so nobody needs to know."""
+
+    class Shifted(Edge):
+        def product(self, group: int, x: np.ndarray) -> np.ndarray:
+            y = super().product(group, x)
+            y[:, 7] = (y[:, 7] + 1) % P
+            return y
+
+    layer, x = Layer(), inputs(3)
+    pool = Pool([layer.op.shape], depth=16, batch=16, patience=0.1)
+    pool.expected = True
+    Maker(pool, "liar", True).fill(layer)
+    y = exchange(layer.op, x, pool, Shifted(layer.matrices), layer.own)
+    assert np.allclose(y, layer.wanted(x), rtol=0, atol=2e-4)
+
+
+def test_a_failure_without_a_liar_is_an_error_and_no_endless_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = Layer()
+    steps = STEPS._replace(decode=lambda *_: False)
+    with pytest.raises(SlipError, match="computes wrongly"):
+        exchange(layer.op, inputs(3), layer.pads, Edge(layer.matrices), layer.own, steps)
+
+
 def test_every_exchange_has_pads_of_its_own() -> None:
     layer, x = Layer(), inputs(4)
     link = Edge(layer.matrices)
@@ -225,7 +302,7 @@ def test_without_pads_nothing_is_sent() -> None:
 
 
 def test_whoever_makes_pads_gets_every_group_right_first() -> None:
-    """Images go into results, and no exchange checks them."""
+    """Or the first exchange would fail, and after it all."""
     runs = Runs()
     wrong = np.array(runs.layer.q)
     wrong[3, 4] += 1 if wrong[3, 4] < 127 else -1

@@ -147,6 +147,29 @@ def test_concurrent_products_do_not_disturb_each_other():
     assert not wrong
 
 
+@pytest.mark.skipif(not ISAS or sys.platform != "linux", reason="no native core, or no list of threads")
+def test_a_limit_of_one_thread_starts_no_other_and_can_be_lifted():
+    code = """
+import os, numpy as np
+from sliplm._core import native
+from sliplm.kernels.native import NativeMatrix
+def started(threads):
+    before = len(os.listdir("/proc/self/task"))
+    matrix.product(x, threads=threads)
+    return len(os.listdir("/proc/self/task")) - before
+every = native.threads()
+native.limit_threads(1)
+matrix, x = NativeMatrix(np.ones((4096, 512), np.int8)), np.ones((33, 512), np.uint32)
+assert native.threads() == 1 and started(0) == started(2) == 0
+native.limit_threads(every + 1)
+assert native.threads() == every
+native.limit_threads(0)
+assert native.threads() == every and started(0) == every - 1
+"""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, env=env)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork") or not ISAS, reason="no fork, or no native core: install a C++20 compiler")
 def test_products_work_in_a_forked_child():

@@ -127,7 +127,7 @@ def test_split_parts_add_up_to_the_original(tiny: Path, tiny_split: Path) -> Non
         for name, weight in original.items():
             if name.endswith("_proj.weight") or name.startswith("lm_head"):
                 layer = name.removesuffix(".weight")
-                low = kept.get_tensor(f"{layer}.factor_a") @ kept.get_tensor(f"{layer}.factor_b")
+                low = kept.get_tensor(f"{layer}.factor_a").float() @ kept.get_tensor(f"{layer}.factor_b").float()
                 assert torch.allclose(edge[name] + low, weight, atol=3e-4 * float(weight.abs().max())), name
                 assert not torch.allclose(edge[name], weight, atol=0.05)
             else:

@@ -16,7 +16,7 @@ from sliplm.engine.builtin import BuiltinEngine
 from sliplm.errors import BundleError, LinkError, NumericsError, RequestError, VerificationError
 from sliplm.exchange.link import Link
 from sliplm.field import P
-from sliplm.pads.pool import Pool
+from sliplm.pads.pad import Pad
 from sliplm.protocol.messages import Chunk, GenerateRequest, Message
 from sliplm.split.model import Options, split_model
 
@@ -307,15 +307,14 @@ def test_a_failing_edge_ends_the_stream_with_an_error_and_no_text(engine: Builti
 
 def test_pads_are_used_once_over_a_whole_generation(engine: BuiltinEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     masks = []
-    take = Pool.take
+    mask = Pad.mask
 
-    def noting(self: Pool, group: int, tokens: int) -> Any:
-        pad = take(self, group, tokens)
-        assert pad._mask is not None
-        masks.extend(row.tobytes() for row in pad._mask)
-        return pad
+    def noting(self: Pad) -> Any:
+        rows = mask(self)
+        masks.extend(row.tobytes() for row in rows)
+        return rows
 
-    monkeypatch.setattr(Pool, "take", noting)
+    monkeypatch.setattr(Pad, "mask", noting)
     ask(engine, prompt="Hello", max_tokens=10)
     ask(engine, prompt="Hello", max_tokens=10)
     assert len(masks) > 200 and len(set(masks)) == len(masks)
