@@ -24,7 +24,8 @@ from sliplm.errors import LinkError, SlipError, VerificationError
 from sliplm.exchange.link import Link
 from sliplm.field import P
 from sliplm.protocol import frames, tls
-from sliplm.protocol.channel import Channel, connect
+from sliplm.protocol.channel import Channel
+from sliplm.protocol.connect import connect
 from sliplm.protocol.frames import Kind, Role, Welcome
 from sliplm.protocol.messages import Chunk, GenerateRequest
 from sliplm.protocol.remote import RemoteLink

@@ -17,7 +17,8 @@ from bench.soak.tally import PATIENCE, Tally, until_closed
 from sliplm.bundle import EdgeBundle
 from sliplm.errors import IdentityError, SlipError
 from sliplm.protocol import tls
-from sliplm.protocol.channel import Channel, connect, parse_address
+from sliplm.protocol.channel import Channel
+from sliplm.protocol.connect import connect, parse_address
 from sliplm.protocol.frames import VERSIONS, Hello, Kind, Role, pack_hello
 
 PROMPT = "The capital of France is"

@@ -41,7 +41,7 @@ def edge(
     from sliplm.edge.options import read_key, read_name, read_origin
     from sliplm.edge.serve import ApiServer
     from sliplm.edge.side import Edge
-    from sliplm.protocol.channel import parse_address
+    from sliplm.protocol.connect import parse_address
 
     address = parse_address(api) if api else None
     key = read_key(api_key) if api_key else None

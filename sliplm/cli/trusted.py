@@ -73,7 +73,7 @@ def trusted(
     import torch
 
     from sliplm._core import native
-    from sliplm.protocol.channel import parse_address
+    from sliplm.protocol.connect import parse_address
     from sliplm.registry import Limits
     from sliplm.serve.monitor import Monitor, sample
     from sliplm.serve.rules import compose

@@ -13,7 +13,8 @@ from pathlib import Path
 from sliplm.edge.multiplier import Multiplier
 from sliplm.errors import BundleError, HandshakeError, IdentityError, LinkError, ProtocolError, SlipError
 from sliplm.protocol import tls
-from sliplm.protocol.channel import Address, Channel, connect, parse_address
+from sliplm.protocol.channel import Channel
+from sliplm.protocol.connect import Address, connect, parse_address
 from sliplm.protocol.frames import Header, Kind, Role
 
 IDLE_SECONDS = 15.0

@@ -15,7 +15,8 @@ import numpy as np
 from sliplm.edge.connection import IDLE_SECONDS, Lent
 from sliplm.edge.multiplier import Multiplier
 from sliplm.errors import ProtocolError
-from sliplm.protocol.channel import Address, Channel
+from sliplm.protocol.channel import Channel
+from sliplm.protocol.connect import Address
 from sliplm.protocol.frames import Header, Kind, Role
 from sliplm.protocol.messages import Chunk, GenerateRequest, decode_chunk, encode
 

@@ -25,7 +25,7 @@ from sliplm.engine.stops import StopTexts, end_tokens
 from sliplm.engine.template import Chat, unknown_token
 from sliplm.engine.tools import Syntax, find_syntax
 from sliplm.errors import BundleError, LinkError, RequestError, SlipError, TooLongError, VerificationError, locate
-from sliplm.exchange.link import Field, Link, Own, Question
+from sliplm.exchange.link import Field, Link, Own
 from sliplm.naming import model_name
 from sliplm.protocol.messages import MAX_TOKENS, Chunk, GenerateRequest, Message, Tool
 from sliplm.split.source import refuse_other_tasks
@@ -294,13 +294,15 @@ class _Cancellable(Link):
         self._check()
         return self._link.exchange(group, x, own)
 
-    def exchanges(self, group: int, questions: Iterator[Question[Own]]) -> Generator[tuple[Field, Own], None, None]:
-        return self._link.exchanges(group, self._until_cancelled(questions))
+    def exchanges(
+        self, group: int, questions: Iterator[Field], own: Callable[[], object]
+    ) -> Generator[Field, None, None]:
+        return self._link.exchanges(group, self._until_cancelled(questions), own)
 
-    def _until_cancelled(self, questions: Iterator[Question[Own]]) -> Iterator[Question[Own]]:
-        for question in questions:
+    def _until_cancelled(self, questions: Iterator[Field]) -> Iterator[Field]:
+        for x in questions:
             self._check()
-            yield question
+            yield x
 
     def _check(self) -> None:
         if self._cancelled.is_set():

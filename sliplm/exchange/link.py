@@ -19,8 +19,6 @@ Field = NDArray[np.uint32]
 Shape = tuple[int, int]
 """A group's matrix: (M, K), rows and columns."""
 Own = TypeVar("Own")
-Question = tuple[Field, Callable[[], Own]]
-"""What to multiply, and what to compute meanwhile."""
 
 
 class Products(Protocol):
@@ -46,18 +44,25 @@ class Link(abc.ABC):
         verified here.
         """
 
-    def exchanges(self, group: int, questions: Iterator[Question[Own]]) -> Generator[tuple[Field, Own], None, None]:
-        """The same for many inputs (x, own) of one group: the answers in their order. Several may be under way at once.
+    def exchanges(
+        self, group: int, questions: Iterator[Field], own: Callable[[], object]
+    ) -> Generator[Field, None, None]:
+        """The same for many inputs of one group: their answers, in order. Several may be under way at once; `own` is
+        called once, after the first was sent.
 
         What `questions` raises comes after the answers to the questions before it, and leaves the link as it is.
         Whoever stops early must close the generator, which ends a link that has questions under way.
         """
-        for x, own in questions:
-            yield self.exchange(group, x, own)
+        for x in questions:
+            yield self.exchange(group, x, own)[0]
+            own = _nothing
 
     @abc.abstractmethod
     def close(self) -> None:
         """End the link; a running exchange fails. May be called twice, and from any thread."""
+
+
+def _nothing() -> None: ...
 
 
 class InProcessLink(Link):

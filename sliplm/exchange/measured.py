@@ -7,7 +7,7 @@ from contextlib import closing
 from time import perf_counter_ns
 from typing import Any
 
-from sliplm.exchange.link import Field, Link, Own, Question
+from sliplm.exchange.link import Field, Link, Own
 from sliplm.exchange.operator import Operator
 from sliplm.exchange.step import STEPS, Pads, Rows, Steps, exchange
 from sliplm.pads.pad import Pad
@@ -54,22 +54,24 @@ class _TimedLink(Link):
         answer: tuple[Field, Own] = self._exchange(group, x, own)
         return answer
 
-    def exchanges(self, group: int, questions: Iterator[Question[Own]]) -> Generator[tuple[Field, Own], None, None]:
-        with closing(self._link.exchanges(group, self._apart(questions))) as answers:
+    def exchanges(
+        self, group: int, questions: Iterator[Field], own: Callable[[], object]
+    ) -> Generator[Field, None, None]:
+        with closing(self._link.exchanges(group, self._apart(questions), own)) as answers:
             following = self._measured._timed("link", next)
             while (answer := following(answers, None)) is not None:
                 yield answer
 
-    def _apart(self, questions: Iterator[Question[Own]]) -> Iterator[Question[Own]]:
+    def _apart(self, questions: Iterator[Field]) -> Iterator[Field]:
         """The link asks for the next question, and making that is no time of the link's."""
         while True:
             start = perf_counter_ns()
             try:
-                question = next(questions, None)
+                x = next(questions, None)
             finally:
                 self._measured.spent["link"] -= perf_counter_ns() - start
-            if question is None:
+            if x is None:
                 return
-            yield question
+            yield x
 
     def close(self) -> None: ...

@@ -16,9 +16,10 @@ from sliplm.exchange.masking import amplitude
 from sliplm.field import is_canonical
 from sliplm.split.blinding import SIDES, Blinding, stored
 
-ROWS, BYTES = 512, 32 << 20
+ROWS, BYTES = 128, 32 << 20
 """The most that one exchange carries: rows, and bytes each way. Longer inputs take several, so neither frames nor
-buffers grow with a prompt."""
+buffers grow with a prompt, and trusted side and edge work on it at the same time. Fewer rows would cost the edge more
+a row: its product takes them by some fifty."""
 
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 

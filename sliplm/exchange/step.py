@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from sliplm.errors import SlipError, VerificationError
 from sliplm.exchange import masking
 from sliplm.exchange.check import check
-from sliplm.exchange.link import Link, Question
+from sliplm.exchange.link import Link
 from sliplm.exchange.operator import Operator
 from sliplm.pads.pad import Pad
 
@@ -37,6 +37,9 @@ class Steps(NamedTuple):
 
 STEPS = Steps()
 
+PARTS = 8
+"""So many parts of a long input hold a link; then others, who wait for theirs, may have it."""
+
 
 def exchange(op: Operator, x: Rows, pads: Pads, link: Link, own: Callable[[Rows], Rows], steps: Steps = STEPS) -> Rows:
     """A group's output for x (T, K), float32: W_edge x by the edge, plus `own(x)` (T, N), the trusted part, which is
@@ -52,6 +55,10 @@ def exchange(op: Operator, x: Rows, pads: Pads, link: Link, own: Callable[[Rows]
         NumericsError: x is not finite. SlipError: the check failed, and neither edge nor maker lied.
     """
     try:
+        if len(x) > (most := PARTS * op.rows):
+            return np.concatenate(
+                [exchange(op, x[i : i + most], pads, link, own, steps) for i in range(0, len(x), most)]
+            )
         if len(x) > op.rows:
             return _in_parts(op, x, pads, link, own, steps)
         while True:
@@ -67,27 +74,26 @@ def exchange(op: Operator, x: Rows, pads: Pads, link: Link, own: Callable[[Rows]
 
 
 def _in_parts(op: Operator, x: Rows, pads: Pads, link: Link, own: Callable[[Rows], Rows], steps: Steps) -> Rows:
-    y = np.empty((len(x), op.scales.shape[1]), np.float32)
     asked: deque[tuple[slice, Pad, NDArray[np.uint32], NDArray[np.float64], NDArray[np.uint32]]] = deque()
+    ours: list[Rows] = []
     again = []
 
-    def questions() -> Iterator[Question[Rows]]:
+    def questions() -> Iterator[NDArray[np.uint32]]:
         for start in range(0, len(x), op.rows):
             part = slice(start, start + op.rows)
             pad = pads.take(op.number, len(x[part]), link.party)
             masked, inv_c, expected = steps.encode(op, x[part], pad.mask())
             asked.append((part, pad, masked, inv_c, expected))
-            yield masked, partial(own, x[part])
+            yield masked
 
-    with closing(link.exchanges(op.number, questions())) as answers:
-        for answer, mine in answers:
+    with closing(link.exchanges(op.number, questions(), lambda: ours.append(own(x)))) as answers:
+        for answer in answers:
             part, pad, masked, inv_c, expected = asked.popleft()
-            if steps.decode(op, answer, pad.image, inv_c, expected, mine):
-                y[part] = mine
-            else:
+            if not steps.decode(op, answer, pad.image, inv_c, expected, ours[0][part]):
                 _find_liar(op, masked, answer, pad)
                 again.append(part)
-    for part in again:
+    (y,) = ours
+    for part in again:  # decoding has spoiled them
         y[part] = exchange(op, x[part], pads, link, own, steps)
     return y
 

@@ -7,7 +7,6 @@ thread may call to make the others stop waiting.
 from __future__ import annotations
 
 import contextlib
-import hmac
 import select
 import socket
 import ssl
@@ -25,16 +24,10 @@ from sliplm.errors import (
     IdentityError,
     InternalError,
     LinkError,
-    MismatchError,
-    ProtocolError,
     SlipError,
 )
 from sliplm.protocol import frames, tls
-from sliplm.protocol.frames import HEADER, Header, Hello, Kind, Role, Welcome
-
-Address = tuple[str, int]
-
-CONNECT_SECONDS = 10.0
+from sliplm.protocol.frames import HEADER, Header, Kind
 
 SPIN_SECONDS = 2e-3
 """So long a side asks again and again whether the other's frame is there before it sleeps: waking up costs more than
@@ -53,10 +46,10 @@ SLOWEST = 1e6
 class Arrival:
     """A frame that is on its way: its header must be `header`, its payload goes into the C-contiguous array `into`."""
 
-    __slots__ = ("begun", "done", "header", "view")
+    __slots__ = ("array", "begun", "done", "header", "view")
 
     def __init__(self, header: tuple[int, ...], into: NDArray[np.uint32]) -> None:
-        self.header = header
+        self.header, self.array = header, into
         self.view = into.data.cast("B")
         self.begun = False
         self.done = 0  # bytes of the payload
@@ -214,10 +207,11 @@ class Channel:
         another one: `receive` that."""
         count = 0
         if not arrival.begun:
-            if self._end - self._start < HEADER.size:
-                self._compact()
-                count = self._receive_some(self._in[self._end :])
-                self._end += count
+            left = self._end - self._start
+            if left < HEADER.size:
+                self._in[:left] = self._in[self._start : self._end]
+                count = self._receive_some(self._in[left:])
+                self._start, self._end = 0, left + count
                 if self._end < HEADER.size:
                     return count > 0
             if HEADER.unpack_from(self._in, self._start) != arrival.header:
@@ -254,16 +248,13 @@ class Channel:
             self._fail(error)
 
     def _fetch_header(self, deadline: float) -> None:
-        self._compact()
+        left = self._end - self._start
+        self._in[:left] = self._in[self._start : self._end]
+        self._start, self._end = 0, left
         while self._end < HEADER.size:
             self._end += self._receive_some(self._in[self._end :])
             if self._end < HEADER.size and time.monotonic() > deadline:
                 self._fail(TimeoutError())
-
-    def _compact(self) -> None:
-        left = self._end - self._start
-        self._in[:left] = self._in[self._start : self._end]
-        self._start, self._end = 0, left
 
     def read(self, header: Header) -> bytes:
         """The payload of a frame without an array (so at most 1 MiB)."""
@@ -374,80 +365,3 @@ def drain_socket(sock: socket.socket) -> None:
                 break
     except (OSError, ValueError):
         pass
-
-
-def tune(sock: socket.socket) -> None:
-    """No Nagle delay, and let the kernel notice within half a minute a peer that lost its power or its
-    network."""
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)):
-        if hasattr(socket, option):
-            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
-
-
-def parse_address(text: str) -> Address:
-    """HOST:PORT, with an IPv6 address in brackets. Raises LinkError."""
-    host, colon, port = text.rpartition(":")
-    if host.startswith("[") and host.endswith("]"):
-        host = host[1:-1]
-    elif ":" in host:
-        host = ""
-    if not colon or not host or not (port.isascii() and port.isdigit()) or int(port) > 65535:
-        raise LinkError(f"{text!r} is not an address: write HOST:PORT")
-    return host, int(port)
-
-
-def connect(
-    address: Address, context: ssl.SSLContext, role: Role, digest: bytes, timeout: float
-) -> tuple[Channel, Welcome]:
-    """The edge's end of a new connection, after HELLO and WELCOME; `timeout` holds from then on.
-
-    Raises IdentityError, MismatchError or ProtocolError where trying again cannot help, HandshakeError where it might,
-    and LinkError, or InternalError, where it can.
-    """
-    peer = "the trusted side"
-    where = f"{address[0]}:{address[1]}"
-    try:
-        sock = socket.create_connection(address, CONNECT_SECONDS)
-    except socket.gaierror:
-        raise LinkError(f"the host of {where} is unknown") from None
-    except TimeoutError:
-        raise LinkError(f"{where} did not answer within {CONNECT_SECONDS:g} s") from None
-    except (OSError, UnicodeError) as error:
-        why = getattr(error, "strerror", None) or "not a host name"
-        raise LinkError(f"{peer} at {where} cannot be reached: {why}") from None
-    try:
-        tune(sock)
-        wrapped = context.wrap_socket(sock, server_hostname=tls.SERVER_NAME)
-    except ssl.SSLError as error:
-        sock.close()
-        raise tls.explain(error, peer) from None
-    except TimeoutError:
-        sock.close()
-        raise LinkError(f"{peer} at {where} did not answer within {CONNECT_SECONDS:g} s") from None
-    except OSError:
-        sock.close()
-        raise LinkError(f"{peer} at {where} broke off the handshake") from None
-    channel = Channel(wrapped, peer, CONNECT_SECONDS)
-    try:
-        channel.send(Kind.HELLO, frames.pack_hello(Hello(*frames.VERSIONS, role, digest)))
-        header = channel.receive()
-        if header.kind == Kind.ERROR:
-            raise channel.read_error(header)
-        if header.kind != Kind.WELCOME:
-            raise ProtocolError(f"{peer} answered HELLO with {Kind(header.kind).name}")
-        welcome = frames.parse_welcome(channel.read(header))
-        check_digest(digest, welcome.digest)
-        channel.version = welcome.version
-        channel.set_timeout(timeout)
-    except BaseException:
-        channel.close()
-        raise
-    return channel, welcome
-
-
-def check_digest(ours: bytes, theirs: bytes) -> None:
-    """Raises MismatchError unless both sides' bundles come from the same split."""
-    if not hmac.compare_digest(ours, theirs):
-        raise MismatchError("this edge bundle belongs to another split than the trusted bundle")

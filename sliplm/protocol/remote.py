@@ -5,13 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from time import perf_counter_ns
 
 import numpy as np
 
 from sliplm.errors import LinkError, ProtocolError
-from sliplm.exchange.link import Field, Link, Own, Question, Shape
+from sliplm.exchange.link import Field, Link, Own, Shape
 from sliplm.protocol.channel import SLOWEST, Arrival, Channel
 from sliplm.protocol.frames import MAX_ROWS, Header, Kind
 
@@ -53,12 +53,17 @@ class RemoteLink(Link):
 
     def exchange(self, group: int, x: Field, own: Callable[[], Own]) -> tuple[Field, Own]:
         """See Link. Raises ValueError, without a word to the edge, for a question that no frame can ask."""
-        y = self._room(group, x)
+        if not 0 <= group < len(self._shapes):
+            raise ValueError(f"there is no group {group}")
+        m, k = self._shapes[group]
+        if x.ndim != 2 or x.shape[1] != k or x.dtype != np.uint32 or not 0 < len(x) <= MAX_ROWS:
+            raise ValueError(f"group {group} takes (T, {k}) uint32, not {x.shape} {x.dtype}")
+        y = np.empty((len(x), m), np.uint32)
         self._take_turn()
         try:
             channel = self._channel
             self._sequence = sequence = (self._sequence + 1) & 0xFFFFFFFF
-            staged = channel.stage(*x.shape)
+            staged = channel.stage(len(x), k)
             staged[:] = x
             begin = perf_counter_ns()
             channel.send_staged(Kind.EXCHANGE, group, sequence, staged)
@@ -81,20 +86,24 @@ class RemoteLink(Link):
             self._lock.release()
         return y, mine
 
-    def exchanges(self, group: int, questions: Iterator[Question[Own]]) -> Generator[tuple[Field, Own], None, None]:
-        """See Link: AHEAD questions are under way, and what `own` gives is computed in between."""
+    def exchanges(
+        self, group: int, questions: Iterator[Field], own: Callable[[], object]
+    ) -> Generator[Field, None, None]:
+        """See Link: up to AHEAD questions are under way."""
         raised: list[Exception] = []
-        under_way: deque[tuple[Arrival, Field, Own]] = deque()
+        under_way: deque[Arrival] = deque()
+        first = True
         self._take_turn()
         try:
-            for x, own in _until_one_raises(questions, raised):
-                y = self._room(group, x)
-                arrival = self._ask(group, x, y, [earlier for earlier, _, _ in under_way])
-                under_way.append((arrival, y, own()))
+            for x in _until_one_raises(questions, raised):
+                under_way.append(self._ask(group, x, under_way))
+                if first:
+                    own()
+                    first = False
                 if len(under_way) == AHEAD:
-                    yield self._answer(*under_way.popleft())
+                    yield self._answer(under_way.popleft())
             while under_way:
-                yield self._answer(*under_way.popleft())
+                yield self._answer(under_way.popleft())
         except BaseException:
             self._give_up()
             raise
@@ -120,17 +129,8 @@ class RemoteLink(Link):
         finally:
             self._lock.release()
 
-    def _room(self, group: int, x: Field) -> Field:
-        """Where the answer goes."""
-        if not 0 <= group < len(self._shapes):
-            raise ValueError(f"there is no group {group}")
-        m, k = self._shapes[group]
-        if x.ndim != 2 or x.shape[1] != k or x.dtype != np.uint32 or not 0 < len(x) <= MAX_ROWS:
-            raise ValueError(f"group {group} takes (T, {k}) uint32, not {x.shape} {x.dtype}")
-        return np.empty((len(x), m), np.uint32)
-
-    def _ask(self, group: int, x: Field, y: Field, earlier: Sequence[Arrival]) -> Arrival:
-        """Send a question, taking what comes of the `earlier` answers meanwhile; its own is to go to `y`."""
+    def _ask(self, group: int, x: Field, earlier: Iterable[Arrival]) -> Arrival:
+        """Send a question, and take what comes of the `earlier` answers meanwhile; what its own answer will be."""
 
         def take() -> bool:
             for arrival in earlier:
@@ -139,15 +139,19 @@ class RemoteLink(Link):
                         return True
             return False
 
+        m, k = self._shapes[group]
+        if x.ndim != 2 or x.shape[1] != k or x.dtype != np.uint32 or not 0 < len(x) <= MAX_ROWS:
+            raise ValueError(f"group {group} takes (T, {k}) uint32, not {x.shape} {x.dtype}")
+        y = np.empty((len(x), m), np.uint32)
         self._sequence = (self._sequence + 1) & 0xFFFFFFFF
         begin = perf_counter_ns()
         self._channel.send_array(Kind.EXCHANGE, group, self._sequence, np.ascontiguousarray(x), take)
         self.sending += perf_counter_ns() - begin
         return Arrival((_RESULT, self._channel.version, group, len(x), self._sequence, y.nbytes), y)
 
-    def _answer(self, arrival: Arrival, y: Field, mine: Own) -> tuple[Field, Own]:
+    def _answer(self, arrival: Arrival) -> Field:
         """Wait for an answer."""
-        channel = self._channel
+        channel, y = self._channel, arrival.array
         deadline = time.monotonic() + self._timeout + y.nbytes / SLOWEST
         begin = perf_counter_ns()
         if not arrival.begun:
@@ -161,7 +165,7 @@ class RemoteLink(Link):
         self.last_used = time.monotonic()
         self.waiting += there - begin
         self.receiving += perf_counter_ns() - there
-        return y, mine
+        return y
 
     def _take_turn(self) -> None:
         """The channel to ourselves, for questions and their answers; whoever gets it releases the lock."""
@@ -195,7 +199,7 @@ class RemoteLink(Link):
         return f"RemoteLink({self._channel.peer}, {'alive' if self.alive else 'closed'})"
 
 
-def _until_one_raises(questions: Iterator[Question[Own]], raised: list[Exception]) -> Iterator[Question[Own]]:
+def _until_one_raises(questions: Iterator[Field], raised: list[Exception]) -> Iterator[Field]:
     """`questions` without an exception, which goes to `raised`: it is no failure of the link."""
     try:
         yield from questions

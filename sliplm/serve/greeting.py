@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 from sliplm.errors import LinkError, ProtocolError
 from sliplm.protocol import frames, tls
-from sliplm.protocol.channel import Channel, check_digest, drain_socket
+from sliplm.protocol.channel import Channel, drain_socket
+from sliplm.protocol.connect import check_digest
 from sliplm.protocol.frames import Kind, Role, Welcome
 from sliplm.registry import Device, authority
 from sliplm.serve.connections import Known

@@ -18,7 +18,8 @@ from pathlib import Path
 from sliplm.errors import BusyError, IdentityError, LinkError, SlipError, locate
 from sliplm.exchange.link import Shape
 from sliplm.protocol import frames, tls
-from sliplm.protocol.channel import Address, Channel, tune
+from sliplm.protocol.channel import Channel
+from sliplm.protocol.connect import Address, tune
 from sliplm.protocol.frames import Role
 from sliplm.protocol.remote import RemoteLink
 from sliplm.registry import Device, Limits, authority

@@ -8,7 +8,7 @@ from typing import Any
 from sliplm.engine.builtin import BuiltinEngine
 from sliplm.pads.keeping import Keeping
 from sliplm.pads.sources import SelfSource, find_source
-from sliplm.protocol.channel import parse_address
+from sliplm.protocol.connect import parse_address
 from sliplm.registry import Limits
 from sliplm.serve.limits import DEFAULTS
 from sliplm.serve.rules import Rules, SystemPrompt

@@ -12,13 +12,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import jinja2
+import numpy as np
 import pytest
 from loading import attached
 
 from sliplm.engine import builtin as engine_module
 from sliplm.engine.builtin import DEFAULT_CONTEXT, BuiltinEngine, _context, _keeps_positions
 from sliplm.engine.template import Chat
-from sliplm.errors import RequestError, SlipError, TooLongError, VerificationError
+from sliplm.errors import LinkError, RequestError, SlipError, TooLongError, VerificationError
 from sliplm.exchange.link import Link
 from sliplm.protocol.messages import MAX_TOKENS, Chunk, GenerateRequest, Message
 
@@ -63,6 +64,20 @@ def test_it_can_be_cancelled_before_the_first_token(engine: BuiltinEngine) -> No
     assert next(chunks) == prompt and not prompt.text and link.count < 9  # a token takes 9 exchanges
     chunks.close()
     assert link.count < 9 and not threads()
+
+
+def test_a_long_prompt_is_cancelled_between_its_parts(engine: BuiltinEngine) -> None:
+    link, cancelled, sent = engine.model.slip.default_link, threading.Event(), list[int]()
+    link = engine_module._Cancellable(link, cancelled)
+    x = np.ones((2, engine.model.slip.shapes[0][1]), np.uint32)
+    answers = link.exchanges(0, iter([x] * 9), lambda: sent.append(0))
+    next(answers)
+    cancelled.set()
+    with pytest.raises(LinkError, match="cancelled"):
+        next(answers)
+    assert sent == [0]
+    link = engine_module._Cancellable(engine.model.slip.default_link, threading.Event())
+    assert len(list(link.exchanges(0, iter([x] * 9), lambda: None))) == 9
 
 
 def running_ahead(engine: BuiltinEngine, tokens: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Slow, Any, set[Any]]:

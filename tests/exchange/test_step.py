@@ -106,6 +106,43 @@ def test_a_lie_ends_the_link_and_gives_nothing(how: Any) -> None:
     assert link.closed
 
 
+@pytest.mark.parametrize("how", [exchange, Measured().exchange])
+def test_a_lie_about_any_part_of_a_long_input_ends_it(how: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = Layer()
+    monkeypatch.setitem(vars(layer.op), "rows", 2)
+
+    class Late(Edge):
+        def product(self, group: int, x: np.ndarray) -> np.ndarray:
+            self.lie = len(self.seen) == 2
+            return super().product(group, x)
+
+    link = Late(layer.matrices)
+    with pytest.raises(VerificationError):
+        how(layer.op, inputs(9), layer.pads, link, layer.own)
+    assert link.closed and len(link.seen) == 3
+
+
+def test_a_part_whose_pad_is_wrong_is_done_again_with_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = Layer(), inputs(9)
+    monkeypatch.setitem(vars(layer.op), "rows", 2)
+    image, made = layer.pads.own.image, list[int]()
+
+    def lying(*arguments: Any) -> np.ndarray:
+        made.append(0)
+        right = image(*arguments)
+        right[0, 3] ^= np.uint32(len(made) == 2)
+        return right
+
+    rejected = list[bool]()
+    monkeypatch.setattr(layer.pads.own, "image", lying)
+    monkeypatch.setattr(layer.pads.own, "reject", lambda: rejected.append(True))
+    link = Edge(layer.matrices)
+    y = exchange(layer.op, x, layer.pads, link, layer.own)
+    assert np.allclose(y, layer.wanted(x), rtol=0, atol=2e-4)
+    assert rejected == [True] and not link.closed and [len(x) for x in link.seen] == [2, 2, 2, 2, 1, 2]
+    assert not (link.seen[1] == link.seen[5]).any()
+
+
 class Maker:
     """Makes pads of a party, wrong in one place if it is told to."""
 
@@ -217,15 +254,22 @@ def test_long_inputs_take_several_exchanges(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(vars(runs.layer.op), "rows", 16)
     runs.runtime.attach(SelfSource(runs.layer.matrices))
     link = Edge(runs.layer.matrices)
-    for rows, parts in ((0, [0]), (1, [1]), (16, [16]), (17, [16, 1]), (40, [16, 16, 8])):
+    for rows, parts, ours in (
+        (0, [], [0]),
+        (1, [1], [1]),
+        (16, [16], [16]),
+        (17, [16, 1], [17]),
+        (40, [16, 16, 8], [40]),
+        (150, [16] * 9 + [6], [128, 22]),  # others have the link in between
+    ):
         runs.asked.clear(), link.seen.clear()
         with runs.runtime.using(link):
             y = runs.product(rows)
-        assert runs.asked == parts and [len(x) for x in link.seen] == [n for n in parts if n]
+        assert runs.asked == ours and [len(x) for x in link.seen] == parts
         assert np.allclose(y, runs.layer.wanted(inputs(rows)), rtol=0, atol=2e-4)
     counters = runs.runtime.counters
-    assert (counters.exchanges, counters.rows) == (7, 74) and counters.exchange > 0
-    assert (counters.sent, counters.received) == (74 * 4 * COLUMNS, 74 * 8 * ROWS)
+    assert (counters.exchanges, counters.rows) == (17, 224) and counters.exchange > 0
+    assert (counters.sent, counters.received) == (224 * 4 * COLUMNS, 224 * 8 * ROWS)
 
 
 @pytest.mark.parametrize(("columns", "rows"), [(1, 1), (4096, 28672), (65535, 1 << 20)])

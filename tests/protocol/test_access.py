@@ -27,7 +27,7 @@ from sliplm.edge.connection import ATTEMPTS
 from sliplm.edge.worker import EdgeWorker
 from sliplm.errors import BundleError, IdentityError, LinkError, VersionError
 from sliplm.protocol import channel, frames, tls
-from sliplm.protocol.channel import connect
+from sliplm.protocol.connect import connect
 from sliplm.protocol.frames import Hello, Role
 from sliplm.registry import authority
 

@@ -35,7 +35,7 @@ from sliplm.exchange.operator import Operator
 from sliplm.exchange.step import exchange
 from sliplm.pads.pool import Pool
 from sliplm.protocol import tls
-from sliplm.protocol.channel import connect
+from sliplm.protocol.connect import connect
 from sliplm.protocol.frames import HEADER, Kind, PadsWanted, Role, pack_pads
 from sliplm.registry import authority
 from sliplm.serve.server import TrustedServer

@@ -25,7 +25,7 @@ from link_fakes import (
 
 from sliplm.errors import BusyError, Code, IdentityError, LinkError, RequestError
 from sliplm.protocol import channel, frames, tls
-from sliplm.protocol.channel import connect
+from sliplm.protocol.connect import connect
 from sliplm.protocol.frames import HEADER, Hello, Kind, Role
 from sliplm.registry import authority
 from sliplm.serve.connections import Connections

@@ -37,7 +37,7 @@ from sliplm.errors import (
     SlipError,
 )
 from sliplm.protocol import tls
-from sliplm.protocol.channel import connect, parse_address
+from sliplm.protocol.connect import connect, parse_address
 from sliplm.protocol.frames import Role
 from sliplm.serve.server import TrustedServer
 

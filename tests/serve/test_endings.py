@@ -28,7 +28,7 @@ from sliplm.edge.worker import EdgeWorker
 from sliplm.errors import BusyError, IdentityError, LinkError, RequestError
 from sliplm.exchange.link import Link
 from sliplm.protocol import tls
-from sliplm.protocol.channel import connect
+from sliplm.protocol.connect import connect
 from sliplm.protocol.frames import Kind, Role
 from sliplm.protocol.messages import Chunk, GenerateRequest
 from sliplm.registry import authority
