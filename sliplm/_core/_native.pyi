@@ -128,5 +128,6 @@ def attend(
     """out (B, H, D) = softmax(scale q K^T) V for queries (B, H, D), keys and values (B, G, S, D), H / G heads to each
     of G, sequence b seeing keys from starts[b] on. Each (H, D) of queries is contiguous, each (D,) of the others."""
 
-def wait_readable(fd: int, microseconds: float) -> bool:
-    """Whether the socket has something to read, or an end, or an error, within that time. Does not sleep."""
+def wait_readable(fd: int, sleep: float, spin: float) -> bool:
+    """Whether the socket has something to read, or an end, or an error. Sleeps for `sleep` microseconds at most, then
+    stays awake for `spin` more."""

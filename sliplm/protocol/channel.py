@@ -29,9 +29,15 @@ from sliplm.errors import (
 from sliplm.protocol import frames, tls
 from sliplm.protocol.frames import HEADER, Header, Kind
 
-SPIN_SECONDS = 2e-3
-"""So long a side asks again and again whether the other's frame is there before it sleeps: waking up costs more than
+SPIN_MICROSECONDS = 2e3
+"""So long an edge asks again and again whether the next question is there before it sleeps: waking up costs more than
 most exchanges take. It gives way to whoever else wants the core."""
+
+EARLY_MICROSECONDS = 50.0
+"""The trusted side, whose core is the dear one, sleeps until so long before it expects an answer, and then asks again
+and again for SHORT_MICROSECONDS at most. Where it expects to wait for longer than LONG_MICROSECONDS, it only sleeps:
+being woken late costs little then."""
+SHORT_MICROSECONDS, LONG_MICROSECONDS = 150.0, 800.0
 
 DRAIN_SECONDS = 1.0
 READ_BYTES = 1 << 15
@@ -183,7 +189,7 @@ class Channel:
             try:
                 session = self._sock._sslobj  # type: ignore[attr-defined]
                 if spin and native is not None and not session.pending():
-                    native.wait_readable(self._sock.fileno(), SPIN_SECONDS * 1e6)
+                    native.wait_readable(self._sock.fileno(), 0, SPIN_MICROSECONDS)
                 self._start, self._end = 0, session.read(READ_BYTES, self._in)
             except (OSError, ValueError, AttributeError) as error:
                 self._fail(error)
@@ -228,13 +234,19 @@ class Channel:
         arrival.done += count
         return count > 0
 
-    def await_input(self) -> None:
-        """Wait for input without sleeping, for at most SPIN_SECONDS; whether there is any will show when it is read."""
+    def await_input(self, expected: float) -> None:
+        """Wait for input that is expected in so many microseconds, for at most a second more; whether there is any will
+        show when it is read."""
         if native is None or self._end > self._start:
             return
         try:
-            if not self._sock._sslobj.pending():  # type: ignore[attr-defined]
-                native.wait_readable(self._sock.fileno(), SPIN_SECONDS * 1e6)
+            if self._sock._sslobj.pending():  # type: ignore[attr-defined]
+                return
+            handle = self._sock.fileno()
+            if expected > LONG_MICROSECONDS or not native.wait_readable(
+                handle, expected - EARLY_MICROSECONDS, SHORT_MICROSECONDS
+            ):
+                native.wait_readable(handle, 1e6, 0)
         except (OSError, ValueError, AttributeError) as error:
             self._fail(error)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
@@ -37,6 +38,7 @@ class RemoteLink(Link):
         self._shapes = list(shapes)
         self._timeout = timeout
         self._sequence = 0
+        self._expected: dict[tuple[int, int], float] = {}  # microseconds of waiting for an answer, by group and rows
         self._lock = threading.Lock()
         self._ended = False
         self._closed = threading.Event()  # for whoever waits for that
@@ -70,12 +72,14 @@ class RemoteLink(Link):
             sent = perf_counter_ns()
             mine = own()
             free = perf_counter_ns()
-            channel.await_input()
+            before = self._expected.get((group, len(x)), 0.0)
+            channel.await_input(before)
             there = perf_counter_ns()
             if not channel.comes((_RESULT, channel.version, group, len(x), sequence, y.nbytes)):
                 raise self._refuse(channel.receive())
             channel.read_array(y)
             self.last_used = time.monotonic()
+            self._expected[group, len(x)] = 0.75 * before + 0.25e-3 * (there - free)
             self.sending += sent - begin
             self.waiting += there - free
             self.receiving += perf_counter_ns() - there
@@ -155,7 +159,7 @@ class RemoteLink(Link):
         deadline = time.monotonic() + self._timeout + y.nbytes / SLOWEST
         begin = perf_counter_ns()
         if not arrival.begun:
-            channel.await_input()
+            channel.await_input(math.inf)
         there = perf_counter_ns()
         while not arrival.complete:
             if not channel.advance(arrival):

@@ -52,7 +52,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 BLOCKS = {name for name, shape in SHAPES.items() if shape["num_hidden_layers"] == 1}
 """One decoder block of a model too large to measure whole; its vocabulary is so small that embedding and head are
-half a percent of it at most."""
+one percent of it at most."""
 
 
 def find(name: str, keep: Path) -> str:

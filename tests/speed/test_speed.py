@@ -79,12 +79,15 @@ def test_the_bench_refuses_a_model_that_is_not_there(tmp_path: Path) -> None:
 def test_waiting_for_input_ends_with_input_with_the_end_and_with_the_time() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        assert not _core.native.wait_readable(ours.fileno(), 1000.0)
-        threading.Timer(0.05, theirs.send, [b"x"]).start()
-        assert _core.native.wait_readable(ours.fileno(), 30e6)
-        ours.recv(1)
+        for sleep, spin in ((1000.0, 0.0), (0.0, 1000.0), (500.0, 500.0), (-50.0, 100.0)):
+            assert not _core.native.wait_readable(ours.fileno(), sleep, spin)
+        for sleep, spin in ((30e6, 0.0), (0.0, 30e6), (1000.0, 30e6)):
+            threading.Timer(0.05, theirs.send, [b"x"]).start()
+            assert _core.native.wait_readable(ours.fileno(), sleep, spin)
+            ours.recv(1)
         theirs.close()
-        assert _core.native.wait_readable(ours.fileno(), 30e6)
+        assert _core.native.wait_readable(ours.fileno(), 30e6, 0.0)
+        assert _core.native.wait_readable(ours.fileno(), 0.0, 30e6)
 
 
 def test_a_forgotten_matrix_reads_the_same(tmp_path: Path, tiny: Path) -> None:
