@@ -11,18 +11,21 @@ which happens with probability below 2^-80 for K < 2^16, the key is refused.
 from __future__ import annotations
 
 import os
+import threading
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from numpy.typing import NDArray
 
+from sliplm._core import native
 from sliplm.field import P
 
 KEY_BYTES = 32
 MAX_ROW = 1 << 32
 """Rows of one key."""
 
-_ZEROS = bytes(1 << 20)
+_BLOCK = 16
+_ZEROS = memoryview(bytes(1 << 16))
 
 
 def fresh_key() -> bytes:
@@ -30,26 +33,54 @@ def fresh_key() -> bytes:
     return os.urandom(KEY_BYTES)
 
 
-def expand(key: bytes, first: int, count: int, width: int) -> NDArray[np.uint32]:
-    """Rows `first` to `first + count - 1` of `key`: (count, width), canonical.
+class Rows:
+    """The rows of `key`, of some width, from the row `first` on. Not thread-safe.
 
-    Raises ValueError for what is no key, no rows or no width, and for a row with more rejections than spare words.
+    Raises ValueError for what is no key, no row or no width.
     """
-    if len(key) != KEY_BYTES or first < 0 or count < 1 or first + count > MAX_ROW or width < 1:
-        raise ValueError("these are no rows of a key")
-    blocks = -(-width // 4) + 1
-    cipher = Cipher(algorithms.AES256(key), modes.CTR((first * blocks).to_bytes(16, "big"))).encryptor()
-    size = 16 * blocks * count
-    buffer = bytearray(size + 15)  # update_into wants room for one block beyond what it writes
-    view = memoryview(buffer)
-    for start in range(0, size, len(_ZEROS)):
-        cipher.update_into(_ZEROS[: size - start], view[start:])
-    words = np.frombuffer(buffer, "<u4", size // 4).reshape(count, 4 * blocks)
-    rows: NDArray[np.uint32] = words[:, :width] & np.uint32(P)
-    if rows.max() == P:
-        for row, spare in zip(rows, words[:, width:] & np.uint32(P), strict=True):
-            _replace(row, spare[spare != P])
-    return rows
+
+    def __init__(self, key: bytes, first: int, width: int) -> None:
+        if len(key) != KEY_BYTES or not 0 <= first < MAX_ROW or width < 1:
+            raise ValueError("these are no rows of a key")
+        self.next = first
+        self._width = width
+        self._blocks = -(-width // 4) + 1
+        counter = (first * self._blocks).to_bytes(_BLOCK, "big")
+        self._cipher = Cipher(algorithms.AES256(key), modes.CTR(counter)).encryptor()
+
+    def __repr__(self) -> str:
+        return "Rows(<secret>)"
+
+    def __reduce__(self) -> str:
+        raise TypeError("the rows of a key cannot be copied")
+
+    def take(self, count: int) -> NDArray[np.uint32]:
+        """The next `count` rows: (count, width), canonical. Raises ValueError for less than one row, for one beyond
+        the last, and for a row with more rejections than spare words."""
+        if count < 1 or self.next + count > MAX_ROW:
+            raise ValueError("these are no rows of a key")
+        self.next += count
+        size = _BLOCK * self._blocks * count
+        room = _room(size + _BLOCK - 1)  # the cipher wants room for one block beyond what it writes
+        view = room.data
+        for start in range(0, size, len(_ZEROS)):
+            self._cipher.update_into(_ZEROS[: size - start], view[start:])
+        words = room[:size].view("<u4").reshape(count, 4 * self._blocks)
+        rows: NDArray[np.uint32] = np.empty((count, self._width), np.uint32)
+        if native is None:
+            np.bitwise_and(words[:, : self._width], np.uint32(P), out=rows)
+            rejected = rows.max() == P
+        else:
+            rejected = native.low_bits(words, rows)
+        if rejected:
+            for row, spare in zip(rows, words[:, self._width :] & np.uint32(P), strict=True):
+                _replace(row, spare[spare != P])
+        return rows
+
+
+def expand(key: bytes, first: int, count: int, width: int) -> NDArray[np.uint32]:
+    """Rows `first` to `first + count - 1` of `key`: (count, width). Raises ValueError, see `Rows`."""
+    return Rows(key, first, width).take(count)
 
 
 def uniform(rows: int, width: int) -> NDArray[np.uint32]:
@@ -62,3 +93,14 @@ def _replace(row: NDArray[np.uint32], spare: NDArray[np.uint32]) -> None:
     if len(rejected) > len(spare):
         raise ValueError("too many rejections in a row")
     row[rejected] = spare[: len(rejected)]
+
+
+_of_thread = threading.local()
+
+
+def _room(size: int) -> NDArray[np.uint8]:
+    """Scratch memory of this thread, of which fresh pages would cost more than the cipher."""
+    room: NDArray[np.uint8] | None = getattr(_of_thread, "room", None)
+    if room is None or len(room) < size:
+        room = _of_thread.room = np.empty(size, np.uint8)
+    return room

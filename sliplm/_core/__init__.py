@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         limit_threads = staticmethod(_native.limit_threads)
         PackedMatrix = _native.PackedMatrix
         is_canonical = staticmethod(_native.is_canonical)
+        low_bits = staticmethod(_native.low_bits)
         project = staticmethod(_native.project)
         encode = staticmethod(_native.encode)
         verify = staticmethod(_native.verify)

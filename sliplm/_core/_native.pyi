@@ -39,6 +39,9 @@ class PackedMatrix:
 def is_canonical(x: Vector[np.uint32]) -> bool:
     """Whether every element of `x` (N,) is below p."""
 
+def low_bits(words: Matrix[np.uint32], out: Matrix[np.uint32], isa: str = "") -> bool:
+    """out (T, K) = the low 31 bits of the first K of words (T, K or more); whether any of them is p."""
+
 def project(u: Matrix[np.uint32], q: Matrix[np.int8], out: Matrix[np.uint32], isa: str = "") -> None:
     """out (C, K) = u (C, M) q (M, K) mod p."""
 

@@ -50,6 +50,8 @@ struct Isa {
     void (&combine)(const int32_t* acc, size_t stride, size_t rows, uint32_t* out);
 
     bool (&canonical)(const uint32_t* x, size_t n);
+    // out (n) = the low 31 bits of words; the largest of them.
+    uint32_t (&low_bits)(const uint32_t* words, size_t n, uint32_t* out);
     uint32_t (&dot)(const uint32_t* u, const uint32_t* y, size_t n);
     // acc[k] += u * q[k] for n columns.
     void (&project)(uint32_t u, const int8_t* q, size_t n, int64_t* acc);

@@ -23,6 +23,18 @@ bool is_canonical(Vector<const uint32_t> x) {
     return named("").canonical(x.data(), x.shape(0));
 }
 
+// out (T, K) = the low 31 bits of words (T, K or more); whether any of them is p.
+bool low_bits(Matrix<const uint32_t> words, Matrix<uint32_t> out, const std::string& isa) {
+    const size_t rows = out.shape(0), width = out.shape(1);
+    require(words.shape(0) == rows && words.shape(1) >= width, "shapes do not match");
+    const Isa& use = named(isa);
+    nb::gil_scoped_release release;
+    uint32_t most = 0;
+    for (size_t t = 0; t < rows; t++)
+        most = std::max(most, use.low_bits(words.data() + t * words.shape(1), width, out.data() + t * width));
+    return most == P;
+}
+
 // out (C, K) = u (C, M) q (M, K) mod p; |u q| < 2^38, so 2^24 rows fit 64-bit sums.
 void project(Matrix<const uint32_t> u, Matrix<const int8_t> q, Matrix<uint32_t> out, const std::string& isa) {
     const size_t checks = u.shape(0), rows = q.shape(0), cols = q.shape(1);
@@ -134,6 +146,7 @@ bool decode(Matrix<const uint32_t> answer, Matrix<const uint32_t> image, Matrix<
 
 void bind_exchange(nb::module_& m) {
     m.def("is_canonical", &is_canonical, "x"_a.noconvert());
+    m.def("low_bits", &low_bits, "words"_a.noconvert(), "out"_a.noconvert(), "isa"_a = "");
     m.def("project", &project, "u"_a.noconvert(), "q"_a.noconvert(), "out"_a.noconvert(), "isa"_a = "");
     m.def("encode", &encode, "x"_a.noconvert(), "r"_a.noconvert(), "length"_a, "blinding"_a.none(), "uq"_a.noconvert(),
           "masked"_a.noconvert(), "inv_c"_a.noconvert(), "expected"_a.noconvert(), "isa"_a = "");

@@ -25,6 +25,7 @@ constexpr Isa make(const char* name, bool (*supported)()) {
         .combine = combine,
 
         .canonical = canonical,
+        .low_bits = low_bits,
         .dot = dot,
         .project = project,
         .encode = encode,

@@ -8,6 +8,15 @@
 namespace slip {
 namespace {
 
+uint32_t low_bits(const uint32_t* words, size_t n, uint32_t* out) {
+    uint32_t most = 0;
+    for (size_t i = 0; i < n; i++) {
+        out[i] = words[i] & P;
+        most = out[i] > most ? out[i] : most;
+    }
+    return most;
+}
+
 bool canonical(const uint32_t* x, size_t n) {
     uint32_t bad = 0;
     for (size_t i = 0; i < n; i++) bad |= x[i] >= P;

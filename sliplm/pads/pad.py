@@ -14,12 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sliplm import field
-from sliplm.prg import expand
+from sliplm.prg import Rows
 
 Array = NDArray[np.uint32]
 
 AHEAD = 16
-"""Rows that are expanded at a time: one by one, setting the cipher up would take longer than its work."""
+"""Rows that are expanded at a time: one by one, the calls would take longer than the cipher."""
 
 
 class Maker(Protocol):
@@ -66,6 +66,7 @@ class Batch:
         self._lock = threading.Lock()
         self._ahead: Array = np.empty((0, width), np.uint32)
         self._first = 0  # of the rows in `_ahead`
+        self._rows: list[Rows] = []  # of every key, those after `_ahead`
 
     def __repr__(self) -> str:
         return f"Batch({self.count}, <secret>)"
@@ -78,8 +79,9 @@ class Batch:
         with self._lock:
             start = first - self._first
             if start < 0 or start + count > len(self._ahead):
-                rows = min(max(count, AHEAD), self.count - first)
-                parts = [expand(key, self._begin + first, rows, self._width) for key in self._keys]
+                if not self._rows or self._rows[0].next != self._begin + first:
+                    self._rows = [Rows(key, self._begin + first, self._width) for key in self._keys]
+                parts = [rows.take(min(max(count, AHEAD), self.count - first)) for rows in self._rows]
                 self._ahead, self._first, start = parts[0], first, 0
                 for part in parts[1:]:
                     self._ahead = field.add(self._ahead, part)

@@ -37,7 +37,7 @@ EARLY_MICROSECONDS = 50.0
 """The trusted side, whose core is the dear one, sleeps until so long before it expects an answer, and then asks again
 and again for SHORT_MICROSECONDS at most. Where it expects to wait for longer than LONG_MICROSECONDS, it only sleeps:
 being woken late costs little then."""
-SHORT_MICROSECONDS, LONG_MICROSECONDS = 150.0, 800.0
+SHORT_MICROSECONDS, LONG_MICROSECONDS = 150.0, 300.0
 
 DRAIN_SECONDS = 1.0
 READ_BYTES = 1 << 15
@@ -299,10 +299,17 @@ class Channel:
         if done == size:
             return
         deadline = time.monotonic() + self.timeout + size / SLOWEST
-        while done < size:
-            done += self._receive_some(view[done:])
-            if done < size and time.monotonic() > deadline:
-                self._fail(TimeoutError())
+        try:
+            read = self._sock._sslobj.read  # type: ignore[attr-defined]
+            while done < size:
+                count = read(size - done, view[done:])
+                if not count:
+                    raise LinkError(f"{self.peer} closed the connection")
+                done += count
+                if done < size and time.monotonic() > deadline:
+                    raise TimeoutError
+        except (OSError, ValueError, AttributeError) as error:
+            self._fail(error)
 
     def _receive_some(self, view: memoryview) -> int:
         """At least one byte, up to RECORD_BYTES; of a socket that does not wait, maybe none."""

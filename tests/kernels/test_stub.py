@@ -13,8 +13,9 @@ import pytest
 from sliplm import _core
 
 ROOM = Path(_core.__file__).parent
-KINDS = ("Vector", "Matrix", "Cube")  # arrays of one, two, three dimensions
-ARRAY = re.compile(r"ndarray\[dtype=(\w+), shape=\(([*, ]+)\), order='C', device='cpu'(?:, writable=False)?\]")
+KINDS = ("Vector", "Matrix", "Cube", "Four")  # arrays of one to four dimensions
+NAMES = {"bool": "bool_"}  # numpy's, where they are others
+ARRAY = re.compile(r"ndarray\[dtype=(\w+), shape=\(([*, ]+)\)(, order='C')?, device='cpu'(?:, writable=False)?\]")
 
 
 def declared(stub: str) -> dict[str, str]:
@@ -44,7 +45,8 @@ def built(module: ModuleType) -> dict[str, str]:
 
 def normal(doc: str) -> str:
     """One of nanobind's signatures, in the stub's words."""
-    text = ARRAY.sub(lambda m: f"{KINDS[m[2].count('*') - 1]}[np.{m[1]}]", doc.splitlines()[0])
+    # Which arrays have to be contiguous, the stub says in words.
+    text = ARRAY.sub(lambda m: f"{KINDS[m[2].count('*') - 1]}[np.{NAMES.get(m[1], m[1])}]", doc.splitlines()[0])
     text = "def f" + text[text.index("(") :].replace("collections.abc.", "") + ": ..."
     function = ast.parse(text).body[0]
     assert isinstance(function, ast.FunctionDef) and function.returns is not None
@@ -76,7 +78,7 @@ def test_what_users_import_has_everything_in_the_stub() -> None:
         ("    image: Matrix[np.uint32],\n", ""),
         ("length: float", "size: float"),
         ("uq: Matrix[np.uint32]", "uq: Matrix[np.int32]"),
-        ("keys: Cube", "keys: Matrix"),
+        ("keys: Four", "keys: Cube"),
         ("threads: int = 0", "threads: int = 1"),
         ("def isas()", "def sets()"),
         ("    @property\n    def nbytes(self) -> int: ...\n", ""),
