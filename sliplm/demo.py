@@ -1,4 +1,4 @@
-"""`slip demo`: a real model, split, served by two processes over TLS on this machine, and what a thief would have."""
+"""`slip demo`: a real model, split, served by three processes over TLS on this machine, and what a thief would have."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sliplm.edge.client import stream
 from sliplm.errors import UnsupportedModelError
 from sliplm.evaluate import agreement, text
 from sliplm.evaluate.report import edge_only
-from sliplm.processes import process
+from sliplm.processes import cpu_seconds, memory, process
 from sliplm.registry import authority
 from sliplm.split.model import split_model
 from sliplm.split.source import load_whole
@@ -44,34 +44,43 @@ def run(model: str | None, question: str, max_tokens: int, keep: Path | None, co
             f"   {summary.layers} layers in {summary.groups} groups, {result['split_seconds']} s, "
             f"edge bundle {summary.edge_bytes / 1e6:.0f} MB"
         )
-        say("2. Start the trusted side and an enrolled edge: two processes, TLS 1.3, mutual certificates")
+        say(
+            "2. Start the trusted side, an enrolled edge, and a helper of another party, which makes one-time pads: three"
+        )
+        say("   processes, TLS 1.3, mutual certificates; only the edge and the helper have the edge bundle")
         with ExitStack() as running:
-            identity = Path(scratch) / "demo.identity"
-            authority.add_device(directory / "trusted" / "authority", "demo", identity, days=1)
-            trusted = running.enter_context(
-                process(
-                    "trusted", directory / "trusted", "--pads", f"self:{directory / 'edge'}", "--listen", "127.0.0.1:0"
-                )
+            sides = _start(directory, Path(scratch), running)
+            edge = sides["edge"]
+            say(
+                f"   trusted side on {sides['trusted']['listening']}, edge's API on {edge['api']}, "
+                f"kernels: {edge['kernels']}"
             )
-            edge = running.enter_context(
-                process(
-                    "edge",
-                    directory / "edge",
-                    "--trusted",
-                    trusted["listening"],
-                    "--identity",
-                    identity,
-                    "--api",
-                    "127.0.0.1:0",
-                )
-            )
-            say(f"   trusted side on {trusted['listening']}, edge's API on {edge['api']}, kernels: {edge['kernels']}")
             say(f"3. Ask the edge: {question}")
+            before = {name: cpu_seconds(side["pid"]) for name, side in sides.items()}
             result |= _ask(edge["api"], question, max_tokens, console)
             say(f"   {result['completion_tokens']} tokens in {result['seconds']} s")
+            result["sides"] = {
+                name: {"cpu_seconds": cpu_seconds(side["pid"]) - before[name], "memory": memory(side["pid"])["now"]}
+                for name, side in sides.items()
+            }
+            for name, side in result["sides"].items():
+                say(f"   {name:8}{side['cpu_seconds']:5.1f} s of CPU, {side['memory'] / 1e6:5.0f} MB of memory")
         say("4. The original model, in float32, on the same question")
         result |= _compare(source, directory, question, max_tokens, say)
     return result
+
+
+def _start(directory: Path, scratch: Path, running: ExitStack) -> dict[str, dict[str, Any]]:
+    """The three sides' processes, by name."""
+    home = directory / "trusted" / "authority"
+    authority.add_device(home, "demo", scratch / "edge.identity", days=1)
+    authority.add_device(home, "helper", scratch / "helper.identity", days=1, edge=False, helper=True)
+    listen = ("--pads", "helpers", "--listen", "127.0.0.1:0")
+    trusted = running.enter_context(process("trusted", directory / "trusted", *listen))
+    common = (directory / "edge", "--trusted", trusted["listening"], "--identity")
+    helper = running.enter_context(process("helper", *common, scratch / "helper.identity"))
+    edge = running.enter_context(process("edge", *common, scratch / "edge.identity", "--api", "127.0.0.1:0"))
+    return {"trusted": trusted, "edge": edge, "helper": helper}
 
 
 def _ask(api: str, question: str, max_tokens: int, console: Console) -> dict[str, Any]:

@@ -30,7 +30,7 @@ import transformers
 from transformers.generation.streamers import BaseStreamer
 
 import sliplm.trusted  # noqa: F401 - teaches Transformers to load the bundle
-from sliplm.processes import process
+from sliplm.processes import cpu_seconds, memory, process
 from sliplm.protocol.remote import RemoteLink
 from sliplm.registry import authority
 from sliplm.serve.server import TrustedServer
@@ -63,26 +63,6 @@ class _Clock(BaseStreamer):
 
     def end(self) -> None:
         self.samples.append(self._sample())
-
-
-def cpu_seconds(pid: int) -> float:
-    """CPU time of another process so far; nan where the system does not tell as Linux does."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return float("nan")
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def memory(pid: int) -> dict[str, float]:
-    """What a process holds now, how much of that is no file's, and the most that it ever held, bytes; nan where the
-    system does not tell as Linux does."""
-    fields = {"now": "VmRSS", "anonymous": "RssAnon", "peak": "VmHWM"}
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return dict.fromkeys(fields, float("nan"))
-    return {name: 1024 * float(status.partition(f"{field}:")[2].split()[0]) for name, field in fields.items()}
 
 
 class Plain:
