@@ -28,8 +28,8 @@ from sliplm.kernels.cuda import TILE
 from sliplm.split.blinding import Blinding
 
 EXCLUDES = (
-    "excluded: packing (once, at start-up), the link, the pads; encoding with masking, and decoding with the check, are "
-    "timed apart: blinded, two planes, two checks"
+    "excluded: packing (once, at start-up), the link, the pads; encoding with masking, and decoding with the check, "
+    "are timed apart: blinded, two planes, two checks"
 )
 WORKING_SET = 1 << 27  # bytes per contender
 

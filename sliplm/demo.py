@@ -1,4 +1,4 @@
-"""`slip demo`: a real model, split, served by three processes over TLS on this machine, and what a thief would have."""
+"""`slip demo`: a real model, split, served by three processes over TLS here, and what a thief would have."""
 
 from __future__ import annotations
 
@@ -44,10 +44,8 @@ def run(model: str | None, question: str, max_tokens: int, keep: Path | None, co
             f"   {summary.layers} layers in {summary.groups} groups, {result['split_seconds']} s, "
             f"edge bundle {summary.edge_bytes / 1e6:.0f} MB"
         )
-        say(
-            "2. Start the trusted side, an enrolled edge, and a helper of another party, which makes one-time pads: three"
-        )
-        say("   processes, TLS 1.3, mutual certificates; only the edge and the helper have the edge bundle")
+        say("2. Start the trusted side, an enrolled edge, and a helper of another party that makes one-time pads:")
+        say("   three processes, TLS 1.3, mutual certificates; the trusted side has no edge bundle")
         with ExitStack() as running:
             sides = _start(directory, Path(scratch), running)
             edge = sides["edge"]

@@ -18,7 +18,7 @@ def demo(
     keep: Annotated[Path | None, typer.Option(help="Keep the bundles in this directory.")] = None,
     as_json: Json = False,
 ) -> None:
-    """All of it on one machine: split, run both sides over TLS, ask, and see what a thief would get."""
+    """All of it on one machine: split, run all sides over TLS, ask, and see what a thief would get."""
     set_up_logging(False)
     quiet_transformers()
     from sliplm.demo import run
