@@ -3,8 +3,8 @@
     python bench/blinding.py [--rounds 200]
 
 An exchange here is encode, the edge's product (two planes) and decode with its check, without the link, the low-rank
-part and the pads, so a real exchange is longer and the share smaller. Variants are interleaved; the fastest round of each
-counts, as others may use the machine.
+part and the pads, so a real exchange is longer and the share smaller. Variants are interleaved; the fastest round of
+each counts, as others may use the machine.
 """
 
 from __future__ import annotations
