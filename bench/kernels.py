@@ -21,10 +21,12 @@ import numpy as np
 import torch
 
 from sliplm import field, kernels
+from sliplm.edge.multiplier import Multiplier
 from sliplm.exchange import masking
 from sliplm.exchange.operator import Operator
 from sliplm.field import P
 from sliplm.kernels.cuda import TILE
+from sliplm.prg import expand, fresh_key, uniform
 from sliplm.split.blinding import Blinding
 
 EXCLUDES = (
@@ -159,6 +161,20 @@ def trusted(rows: int, cols: int, tokens: int, rounds: int) -> list[dict[str, ob
     return results
 
 
+def helper(rows: int, cols: int, tokens: int, rounds: int) -> list[dict[str, object]]:
+    """What a helper does for a pad, a key's rows times the matrix, beside an edge's product with as many rows."""
+    q = np.random.default_rng(2).integers(-128, 128, (rows, cols), np.int8)
+    multiplier, key, r = Multiplier([kernels.prepare(q)], bytes(32)), fresh_key(), uniform(tokens, cols)
+    contenders: dict[str, Contender] = {
+        "edge": lambda i: multiplier.product(0, r),
+        "helper": lambda i: multiplier.product(0, expand(key, 0, tokens, cols)),
+    }
+    return [
+        {"what": name, "tokens": tokens, "rows_per_second": tokens / seconds}
+        for name, seconds in medians(contenders, rounds).items()
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("rows", 11264), ("cols", 2048), ("tokens", 512), ("rounds", 41)):
@@ -173,6 +189,7 @@ def main() -> None:
         "products": products(**args),
         "gpu": gpu(args["rows"], args["cols"], args["rounds"]),
         "trusted": trusted(**args),
+        "helper": helper(**args),
     }
     if as_json:
         json.dump(report, sys.stdout, indent=1)
@@ -191,6 +208,8 @@ def main() -> None:
             print(f"{row['what']:12}{row['ms']:10.1f} ms")
         else:
             print(f"{row['what']:12}{row['tokens']:8} tokens{row['us_per_token']:10.2f} us a token")
+    for row in report["helper"]:
+        print(f"{row['what']:12}{row['tokens']:8} tokens{row['rows_per_second']:10.0f} rows/s")
 
 
 if __name__ == "__main__":
