@@ -19,6 +19,7 @@ pytestmark = pytest.mark.slow
 NOWHERE = "127.0.0.1:1"
 LIGHT = {  # a line that fails, but not for want of a package
     "edge": ["nothing", "--trusted", NOWHERE, "--identity", "nothing"],
+    "helper": ["nothing", "--trusted", NOWHERE, "--identity", "nothing"],
     "generate": ["hi", "--api", NOWHERE],
     "chat": ["--api", NOWHERE],
     "top": [NOWHERE, "--once", "--interval", "0.1", "--json"],

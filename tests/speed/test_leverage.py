@@ -36,7 +36,7 @@ def test_leverage_is_measured_and_is_what_its_parts_say(tmp_path: Path) -> None:
     assert [row["streams"] for row in result["streams"]] == [1, 3]
     for row in result["streams"]:
         parts = [row[name] for name in ("trusted_cpu_ms", "pads_cpu_ms", "unprotected_cpu_ms")]
-        assert min(parts) > 0 and row["pads"] == "self"
+        assert min(parts) > 0 and row["pads"] == "helpers"
         assert row["leverage"] == pytest.approx(parts[2] / (parts[0] + parts[1]))
     trusted = result["trusted"]
     parameters = 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 160 * 64 + 2 * 64) + 64 + 2 * 512 * 64
@@ -75,12 +75,12 @@ def test_stock_counts_as_many_pads_of_every_group_as_it_divides_by(
     with ExitStack() as running:
         trusted = runner.Protected(tiny_split, running)
         trusted.decode(4, 2)  # leaves more pads of the head, which sees a prompt's last token only, than of the rest
-        source, made = trusted.model.slip.pool.source, Counter[int]()
+        source, made = trusted.model.slip.pool.own, Counter[int]()
         image = source.image
 
-        def counted(group: int, r: np.ndarray, threads: int) -> np.ndarray:
-            made[group] += len(r)
-            return image(group, r, threads)
+        def counted(group: int, key: bytes, count: int, threads: int) -> np.ndarray:
+            made[group] += count
+            return image(group, key, count, threads)
 
         clock: list[Counter[int]] = []
         monkeypatch.setattr(source, "image", counted)
