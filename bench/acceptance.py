@@ -41,7 +41,7 @@ class Recording(Link):
     """Keeps what the edge sees."""
 
     def __init__(self, inner: Link) -> None:
-        self.inner = inner
+        self.inner, self.party = inner, inner.party
         self.seen: list[np.ndarray] = []
 
     def exchange(self, group: int, x: np.ndarray, own: Any) -> Any:

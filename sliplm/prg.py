@@ -59,7 +59,6 @@ class Rows:
         the last, and for a row with more rejections than spare words."""
         if count < 1 or self.next + count > MAX_ROW:
             raise ValueError("these are no rows of a key")
-        self.next += count
         size = _BLOCK * self._blocks * count
         room = _room(size + _BLOCK - 1)  # the cipher wants room for one block beyond what it writes
         view = room.data
@@ -75,6 +74,7 @@ class Rows:
         if rejected:
             for row, spare in zip(rows, words[:, self._width :] & np.uint32(P), strict=True):
                 _replace(row, spare[spare != P])
+        self.next += count
         return rows
 
 

@@ -14,7 +14,7 @@ class Counting(Link):
     """Notes the group of every exchange."""
 
     def __init__(self, inner: Any) -> None:
-        self.inner, self.groups = inner, []
+        self.inner, self.groups, self.party = inner, [], inner.party
 
     def exchange(self, group: int, x: np.ndarray, own: Any) -> Any:
         self.groups.append(group)

@@ -33,7 +33,7 @@ class Link(abc.ABC):
     `party` is who controls that edge and may know what it sees; None for one inside this process.
     """
 
-    party: str | None = None
+    party: str | None
 
     @abc.abstractmethod
     def exchange(self, group: int, x: Field, own: Callable[[], Own]) -> tuple[Field, Own]:
@@ -67,6 +67,8 @@ def _nothing() -> None: ...
 
 class InProcessLink(Link):
     """An edge in this very process: tests, notebooks, `slip evaluate`."""
+
+    party = None
 
     def __init__(self, products: Products) -> None:
         self._products = products

@@ -81,7 +81,9 @@ class Batch:
             if start < 0 or start + count > len(self._ahead):
                 if not self._rows or self._rows[0].next != self._begin + first:
                     self._rows = [Rows(key, self._begin + first, self._width) for key in self._keys]
-                parts = [rows.take(min(max(count, AHEAD), self.count - first)) for rows in self._rows]
+                rows, self._rows = self._rows, []  # one that raises may be anywhere
+                parts = [of_key.take(min(max(count, AHEAD), self.count - first)) for of_key in rows]
+                self._rows = rows
                 self._ahead, self._first, start = parts[0], first, 0
                 for part in parts[1:]:
                     self._ahead = field.add(self._ahead, part)
@@ -108,6 +110,9 @@ class Part:
 
     def __init__(self, batch: Batch, first: int, count: int) -> None:
         self.batch, self.first, self.count = batch, first, count
+
+    def __reduce__(self) -> str:
+        raise TypeError("a part of a batch of pads cannot be copied")
 
 
 class Pad:

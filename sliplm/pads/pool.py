@@ -78,8 +78,10 @@ class Pool:
         self._usable: dict[str | None, list[Stock]] = {}  # by the edge's party: those that it may use
         self._makers: dict[Maker, float] = {}  # and when each delivered last
         self._jobs: set[Job] = set()
+        self._late: set[Maker] = set()  # those that owe: nobody counts on them until they deliver
+        self._owing: set[str] = set()  # names of those that ever left, or stalled, with a job undone
         self._waiting: list[int] = []  # levels that callers of `wait` wait for
-        self._short = [0] * len(self._shapes)  # rows that callers of `take` wait for
+        self._short: dict[str | None, list[int]] = {}  # rows that callers of `take` wait for, by the edge's party
         self._pid = os.getpid()
         self._filler: threading.Thread | None = None
         self._closed = False
@@ -122,7 +124,8 @@ class Pool:
             return list(self._makers)
 
     def _totals(self) -> list[int]:
-        return [sum(levels) for levels in zip(*(s.levels for s in self._stocks.values()), strict=True)] or [0]
+        with self._lock:
+            return [sum(levels) for levels in zip(*(s.levels for s in self._stocks.values()), strict=True)] or [0]
 
     def _stock(self, maker: Maker) -> Stock:
         stock = self._stocks.get(maker.parties)
@@ -188,7 +191,7 @@ class Pool:
             raise LinkError(NOBODY)
         if any(stock.levels[group] for stock in self._stocks.values()):
             self.refused += 1
-        self._short[group] += missing
+        self._short.setdefault(edge, [0] * len(self._shapes))[group] += missing
         self._state.notify_all()
         try:
             while not (found := self._move(group, missing, edge)):
@@ -198,7 +201,7 @@ class Pool:
                     raise RuntimeError("the pool of pads is closed")
             return found
         finally:
-            self._short[group] -= missing
+            self._short[edge][group] -= missing
 
     def _loaded(self, batch: Batch) -> bool:
         """Whether the images of `batch` are in memory now. If they were lost on disk, none of its pads is used."""
@@ -262,13 +265,17 @@ class Pool:
         """Let `maker` ask for jobs."""
         with self._state:
             self._makers[maker] = time.monotonic()
+            if maker.name in self._owing:
+                self._late.add(maker)
             self._state.notify_all()
 
     def dismiss(self, maker: Maker) -> None:
         """No more jobs for `maker`; others do those that it has. Its finished pads stay."""
         with self._state:
             self._makers.pop(maker, None)
+            self._late.discard(maker)
             for job in [job for job in self._jobs if job.maker is maker]:
+                self._owing.add(maker.name)
                 self._forget(job)
             self._state.notify_all()
 
@@ -285,12 +292,14 @@ class Pool:
         """What `maker` should make next; None if there is nothing for `timeout` seconds, or nothing any more."""
         deadline = time.monotonic() + timeout
         with self._state:
-            while not self._closed and maker in self._makers:
+            while not self._closed:
                 self._expire()
-                if (next := self._lacking(self._stock(maker))) is not None:
-                    job = Job(maker, *next)
+                hired = maker in self._makers  # one that was dismissed waits in vain, and then sees that it has to go
+                if hired and (next := self._lacking(self._stock(maker), maker.parties)) is not None:
+                    job = Job(maker, *next, late=maker in self._late)
                     self._jobs.add(job)
-                    self._stock(maker).coming[job.group] += job.count
+                    if job.counted:
+                        self._stock(maker).coming[job.group] += job.count
                     return job
                 left = deadline - time.monotonic()
                 if left <= 0:
@@ -304,8 +313,11 @@ class Pool:
             if job not in self._jobs:
                 return
             self._makers[job.maker] = time.monotonic()
-            in_memory = self._stock(job.maker).rows(job.group, stored=False)
-            room = self._depth + self._short[job.group] - in_memory
+            self._late.discard(job.maker)
+            stock, short = self._stock(job.maker), self._short_of(job.maker.parties)[job.group]
+            if job.late:  # others have been asked for the same
+                images = images[: max(0, self.target + short - stock.levels[job.group])].copy()
+            room = self._depth + short - stock.rows(job.group, stored=False)
         batches = self._batches(job, images, room)
         with self._state:
             if job not in self._jobs:
@@ -319,13 +331,13 @@ class Pool:
         """What `job` brought, in one piece; or, if there is somewhere else for it, with `room` rows in memory and the
         rest in pieces of `depth`: loaded again, one of them takes no more memory than what is there anyway."""
         names = {half.maker.name for half in job.halves}
-        kept: list[tuple[int, Array | Images, int]] = [(0, images, job.count)]
-        if self.spill is not None and room < job.count:
+        kept: list[tuple[int, Array | Images, int]] = [(0, images, len(images))] if len(images) else []
+        if self.spill is not None and room < len(images):
             size = max(self._depth, self._batch)
             first = max(0, room)
             kept = [(0, images[:first].copy(), first)] if first else []
             try:
-                for begin in range(first, job.count, size):
+                for begin in range(first, len(images), size):
                     piece = images[begin : begin + size]
                     kept.append((begin, self.spill(piece), len(piece)))
             except OSError:
@@ -340,20 +352,25 @@ class Pool:
             self._stock(job.maker).coming[job.group] -= job.count
 
     def _expire(self) -> None:
-        """Count no more on what makers that have stalled were to bring; if it comes after all, it is welcome."""
+        """Count no more on what makers that have stalled were to bring, nor on them until they deliver."""
         now = time.monotonic()
         for job in self._jobs:
             if job.counted and now - max(job.issued, self._makers[job.maker]) > STALL_SECONDS:
-                job.counted = False
+                job.counted, job.late = False, True  # if it comes after all, what is lacking of it is welcome
+                self._late.add(job.maker)
+                self._owing.add(job.maker.name)
                 self._stock(job.maker).coming[job.group] -= job.count
 
-    def _lacking(self, stock: Stock) -> tuple[int, int] | None:
+    def _short_of(self, parties: frozenset[str]) -> list[int]:
+        """The rows that callers of `take` wait for who may use pads of these parties."""
+        mine = [short for edge, short in self._short.items() if may_use(parties, edge)]
+        return [sum(rows) for rows in zip(*mine, strict=True)] or [0] * len(self._shapes)
+
+    def _lacking(self, stock: Stock, parties: frozenset[str]) -> tuple[int, int] | None:
         """The group that lacks most, and how many rows to make of it; None if none lacks a batch, as small ones cost
         more a token."""
-        target = self.target
-        expected = [
-            have + coming - short for have, coming, short in zip(stock.levels, stock.coming, self._short, strict=True)
-        ]
+        target, short = self.target, self._short_of(parties)
+        expected = [have + coming - rows for have, coming, rows in zip(stock.levels, stock.coming, short, strict=True)]
         group = min(range(len(expected)), key=expected.__getitem__)
         level = expected[group]
         wanted = min(max(self._waiting, default=1), self._depth)

@@ -14,14 +14,18 @@ class Job:
     """`count` images of a group, the key's first rows, wanted from a maker. `halves` are the jobs whose sum it is:
     itself alone, or those of two helpers (`sliplm.pads.pairs`)."""
 
-    __slots__ = ("count", "counted", "group", "halves", "issued", "key", "maker")
+    __slots__ = ("count", "counted", "group", "halves", "issued", "key", "late", "maker")
 
-    def __init__(self, maker: Maker, group: int, count: int) -> None:
+    def __init__(self, maker: Maker, group: int, count: int, late: bool = False) -> None:
         self.maker, self.group, self.count = maker, group, count
         self.key = fresh_key()
         self.issued = time.monotonic()
-        self.counted = True  # as on its way
+        self.counted = not late  # as on its way
+        self.late = late  # others are asked for the same
         self.halves: tuple[Job, ...] = (self,)
+
+    def __reduce__(self) -> str:
+        raise TypeError("a job holds a key and cannot be copied")
 
     def __repr__(self) -> str:
         return f"Job(group={self.group}, count={self.count}, <secret>)"

@@ -234,6 +234,11 @@ class Channel:
         arrival.done += count
         return count > 0
 
+    @property
+    def has_header(self) -> bool:
+        """Whether a whole header lies in the buffer."""
+        return self._end - self._start >= HEADER.size
+
     def await_input(self, expected: float) -> None:
         """Wait for input that is expected in so many microseconds, for at most a second more; whether there is any will
         show when it is read."""

@@ -140,6 +140,8 @@ class RemoteLink(Link):
             for arrival in earlier:
                 while not arrival.complete:
                     if not self._channel.advance(arrival):
+                        if self._channel.has_header and not arrival.begun:
+                            raise ProtocolError("the edge's answer does not belong to the question")
                         return True
             return False
 

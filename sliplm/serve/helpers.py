@@ -47,6 +47,7 @@ class HelperLink:
         self.parties = frozenset({device.party})
         self.made, self.seconds = 0, 0.0
         self._channel, self._shapes, self._rejected = channel, shapes, rejected
+        channel.peer = "the helper"
         self._sequence = 0
         self._ended = threading.Event()
 
@@ -96,6 +97,7 @@ class HelperLink:
         self.made += job.count
 
     def _ping(self) -> None:
+        self._sequence = (self._sequence + 1) & 0xFFFFFFFF
         self._channel.send(Kind.PING, sequence=self._sequence)
         header = self._channel.receive()
         if header != (Kind.PONG, self._channel.version, 0, 0, self._sequence, 0):
@@ -109,7 +111,8 @@ class HelperLink:
 
 class Helpers:
     """The helpers of one server, over groups of `shapes`, doing `work`. One whose image was wrong is given to
-    `suspend`. `made` counts the rows of all that there were, `lies` the wrong images."""
+    `suspend`; one that is idle for `keepalive` seconds proves that it is alive, and `timeout` is what a job may take.
+    `made` counts the rows of all that there were, `lies` the wrong images."""
 
     def __init__(
         self,
@@ -117,10 +120,11 @@ class Helpers:
         work: Work,
         suspend: Callable[[Device, str], None],
         keepalive: float,
+        timeout: float,
         stopping: threading.Event,
     ) -> None:
         self._shapes, self._work, self._suspend = shapes, work, suspend
-        self._keepalive, self._stopping = keepalive, stopping
+        self._keepalive, self._timeout, self._stopping = keepalive, timeout, stopping
         self._lock = threading.Lock()
         self._links: list[HelperLink] = []
         self._known: set[str] = set()
@@ -143,6 +147,7 @@ class Helpers:
 
     def serve(self, channel: Channel, device: Device) -> None:
         """Keep a helper at work until its connection ends."""
+        channel.set_timeout(self._timeout)
         link = HelperLink(channel, device, self._shapes, self._rejected)
         with self._lock:
             self._links.append(link)
@@ -158,14 +163,15 @@ class Helpers:
 
     def close(self, fingerprint: str | None = None) -> None:
         """End the links of one device and forget its unused pads; or end the links of all."""
-        for link in self.alive():
-            if fingerprint in (None, link.name):
-                link.close()
-        if fingerprint is not None and fingerprint in self.fingerprints():
+        with self._lock:  # whoever comes later is known again, and cut off by the next look
+            links = [link for link in self._links if fingerprint in (None, link.name)]
+            known = fingerprint in self._known
+            self._known.discard(fingerprint or "")
+        for link in links:
+            link.close()
+        if fingerprint is not None and known:
             dropped = self._work.drop(fingerprint)
             _log.warning("a helper was cut off: %d unused pads of its are dropped", dropped)
-            with self._lock:
-                self._known.discard(fingerprint)
 
     def _rejected(self, link: HelperLink) -> None:
         with self._lock:

@@ -97,7 +97,10 @@ class TrustedServer:
         self._requests = Requests(
             self.service, self._links, self._watch.suspend, lambda: self.draining, self._stopping, exchange_timeout
         )
-        self.helpers = Helpers(list(shapes), pads, self._watch.suspend, keepalive, self._stopping) if pads else None
+        self.helpers = None
+        if pads is not None:
+            of_helpers = keepalive, exchange_timeout, self._stopping
+            self.helpers = Helpers(list(shapes), pads, self._watch.suspend, *of_helpers)
         bound = self._listener.getsockname()
         self.address: Address = (bound[0], bound[1])
 

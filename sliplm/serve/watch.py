@@ -34,7 +34,8 @@ class Watch:
         self._known: dict[str, Device] = {}
         self._version = -1
         self._unsuspended: dict[str, tuple[Device, str]] = {}  # those whose suspension is not in the registry yet
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # of the dictionary: nobody waits for the registry with it
+        self._writing = threading.Lock()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._looked_at = 0.0
@@ -86,6 +87,9 @@ class Watch:
     def _look(self) -> None:
         try:
             self._write()
+        except RegistryError as error:
+            _log.error("a suspension is not in the registry yet: %s", error)
+        try:
             if (version := self._devices.version()) != self._version:
                 self._known = {d.fingerprint: d for d in self._devices.all()}
                 self._version = version
@@ -108,7 +112,10 @@ class Watch:
                 self._cut(fingerprint, error)
 
     def _write(self) -> None:
-        with self._lock:
-            for fingerprint, (device, reason) in list(self._unsuspended.items()):
+        with self._writing:
+            with self._lock:
+                waiting = list(self._unsuspended.items())
+            for fingerprint, (device, reason) in waiting:
                 self._devices.suspend(device, reason)
-                del self._unsuspended[fingerprint]
+                with self._lock:
+                    self._unsuspended.pop(fingerprint, None)

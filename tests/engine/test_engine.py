@@ -40,6 +40,7 @@ class Slow(Link):
 
     def __init__(self, link: Link) -> None:
         self.link, self.count, self.go = link, 0, threading.Event()
+        self.party = link.party
 
     def exchange(self, group: int, x: Any, own: Any) -> Any:
         self.count += 1

@@ -213,7 +213,7 @@ def test_taking_waits_for_a_helper() -> None:
     got: list[Pad] = []
     thread = threading.Thread(target=lambda: got.append(pool.take(0, 30, "b")))
     thread.start()
-    assert wait_for(lambda: pool._short[0] > 0)
+    assert wait_for(lambda: pool._short_of(helper.parties)[0] > 0)
     helper.fill()  # more than the depth: somebody waits for it
     thread.join(10)
     assert got and got[0].mask().shape == (30, 6)
@@ -241,8 +241,8 @@ def test_what_a_stalled_helper_had_promised_is_made_by_others(monkeypatch: pytes
     time.sleep(0.1)
     b.fill()
     assert pool.level == 4
-    a.finish(job)  # late, and right
-    assert pool._totals() == [8, 4] and pool._stock(a).coming == [0, 0]
+    a.finish(job)  # late, right, and not lacking any more
+    assert pool._totals() == [4, 4] and pool._stock(a).coming == [0, 0]
 
 
 def test_a_liars_pads_are_all_dropped_and_only_its(monkeypatch: pytest.MonkeyPatch) -> None:

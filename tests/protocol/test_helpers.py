@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,7 @@ from sliplm.protocol import tls
 from sliplm.protocol.connect import connect
 from sliplm.protocol.frames import HEADER, Kind, PadsWanted, Role, pack_pads
 from sliplm.registry import authority
+from sliplm.serve.helpers import HelperLink, Helpers
 from sliplm.serve.server import TrustedServer
 
 torch = pytest.importorskip("torch")
@@ -212,6 +214,70 @@ def test_a_helper_that_left_is_revoked_all_the_same(home: Path, identity: Path) 
         assert pool.level == 40  # they are as good as before
         revoke_device(home, "h")
         wait_until(lambda: pool.level == 0, 3)
+
+
+class Silent:
+    """A channel that nobody answers."""
+
+    version = 3
+
+    def __init__(self) -> None:
+        self.looks = 0
+
+    def set_timeout(self, _: float) -> None: ...
+
+    def abort(self) -> None: ...
+
+    def peer_left(self) -> bool:
+        self.looks += 1
+        return False
+
+
+def test_a_link_that_was_dismissed_waits_and_does_not_spin() -> None:
+    pool, channel = Pool(SHAPES, depth=0), Silent()
+    device: Any = SimpleNamespace(fingerprint="f", party="x", name="h")
+    link = HelperLink(channel, device, SHAPES, lambda _: None)  # type: ignore[arg-type]
+    pool.hire(link)
+    with running(lambda: link.serve(pool, 60, threading.Event()), link.close):
+        pool.drop("f")
+        time.sleep(0.5)
+    assert channel.looks < 10
+
+
+def test_a_connection_that_comes_while_its_device_is_cut_off_leaves_no_pads(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = Pool(SHAPES, depth=8)
+    pool.expected = 1
+    helpers = Helpers(SHAPES, pool, lambda *_: None, 5, 5, threading.Event())
+    device: Any = SimpleNamespace(fingerprint="f", party="x", name="h")
+    hold, late = threading.Event(), threading.Event()
+
+    def serve(link: HelperLink, work: Pool, *_: Any) -> None:
+        if late.is_set():
+            while (job := work.job(link, 0)) is not None:
+                work.deliver(job, np.zeros((job.count, SHAPES[job.group][0]), np.uint32))
+        hold.wait(20)
+
+    monkeypatch.setattr(HelperLink, "serve", serve)
+    threads = [threading.Thread(target=helpers.serve, args=(Silent(), device)) for _ in range(2)]
+    threads[0].start()
+    wait_until(lambda: len(helpers.alive()) == 1)
+    drop = pool.drop
+
+    def drop_and_then_another_comes(name: str) -> int:
+        dropped = drop(name)
+        if not late.is_set():
+            late.set()
+            threads[1].start()
+            wait_until(lambda: pool.level == 8)
+        return dropped
+
+    monkeypatch.setattr(pool, "drop", drop_and_then_another_comes)
+    helpers.close("f")  # it is suspended
+    helpers.close("f")  # the watch looks again
+    hold.set()
+    for thread in threads:
+        thread.join(10)
+    assert pool.level == 0
 
 
 def refusal(server: TrustedServer, identity: Path, role: Role, digest: bytes = DIGEST) -> Exception:

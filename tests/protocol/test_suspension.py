@@ -7,12 +7,13 @@ import sqlite3
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from link_fakes import FakeEngine, ask, make_engine, running, serving, the_link, wait_until
 
 from sliplm.edge.worker import EdgeWorker
-from sliplm.errors import LinkError, VerificationError
+from sliplm.errors import LinkError, RegistryError, VerificationError
 from sliplm.exchange.link import Link
 from sliplm.protocol.messages import Chunk, GenerateRequest
 from sliplm.registry import Limits, authority
@@ -95,3 +96,42 @@ def test_a_watch_that_hangs_is_not_healthy(home: Path, identity: Path, monkeypat
         wait_until(lambda: not watch.healthy, 5)
         answers.set()
         wait_until(lambda: watch.healthy, 5)
+
+
+def test_a_registry_that_hangs_keeps_nobody_connected() -> None:
+    """The first suspension waits for it, the second one for nothing."""
+    answers, cut = threading.Event(), set[str]()
+
+    class Hanging:
+        def suspend(self, *_: object) -> None:
+            answers.wait(20)
+
+    def gone(fingerprint: str, _: Exception) -> None:
+        cut.add(fingerprint)
+
+    watch = Watch(Hanging(), set, gone)  # type: ignore[arg-type]
+    devices = [SimpleNamespace(fingerprint=name, name=name) for name in "ab"]
+    threads = [threading.Thread(target=watch.suspend, args=(device, "it lied")) for device in devices]
+    threads[0].start()
+    wait_until(lambda: "a" in cut)
+    threads[1].start()
+    wait_until(lambda: "b" in cut, 10)
+    answers.set()
+    for thread in threads:
+        thread.join(10)
+
+
+def test_revocations_are_seen_while_a_suspension_cannot_be_written(home: Path, identity: Path) -> None:
+    with authority.open_registry(home) as registry:
+        device, seen = registry.devices.get("laptop"), list[str]()
+        watch = Watch(registry.devices, lambda: {device.fingerprint}, lambda f, e: seen.append(str(e)))
+        registry.devices.revoke("laptop")
+
+        def fails(*_: object) -> None:
+            raise RegistryError("the registry does not answer")
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(registry.devices, "suspend", fails)
+            watch._unsuspended["other"] = device, "it lied"
+            watch._look()
+        assert seen == ["the device 'laptop' was revoked"]

@@ -26,6 +26,7 @@ class Watching(Link):
 
     def __init__(self, inner: Link, spoil: Any = None) -> None:
         self.inner, self.spoil, self.seen, self.closed = inner, spoil, [], False
+        self.party = inner.party
 
     def exchange(self, group: int, x: np.ndarray, own: Any) -> Any:
         if self.closed:
