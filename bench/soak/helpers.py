@@ -30,7 +30,11 @@ from sliplm.protocol.frames import PadsWanted
 PROMPT = "Hello there"
 TOKENS = 8
 PATIENCE = 60.0
-"""Seconds within which a wrong pad is used, and with that found."""
+"""Seconds within which a liar is connected again."""
+
+USED_SECONDS = 5.0
+"""Within this time a wrong pad is used, and with that found. If not, its batch came when nobody lacked it any more, as
+happens to who owed pads, and went nowhere; a wrong pad that was used and not found would show in the texts."""
 
 Field = NDArray[np.uint32]
 
@@ -135,10 +139,11 @@ def run(bundle: Path, size: int = 10_000, liars: int = 3, clients: int = 2, seed
         if complaints := trusted.complaints():
             problems.append(complaints)
         told = sum(worker.told for worker in workers)
-        if told != counts.caught.total():
-            problems.append(f"{told} lies were told, and {counts.caught.total()} caught")
+        if told != counts.caught.total() + counts.unused:
+            problems.append(f"{told} lies were told, {counts.caught.total()} caught, and {counts.unused} not used")
         return {
             "told": told,
+            "not used": counts.unused,
             "caught": dict(sorted(counts.caught.items())),
             "requests": counts.asked,
             "of them lost or wrong": counts.lost,
@@ -153,7 +158,7 @@ class _Counts:
         self.left = size
         self.over = False
         self.caught: collections.Counter[str] = collections.Counter()
-        self.asked = self.lost = 0
+        self.asked = self.lost = self.unused = 0
         self.problems: list[str] = []
 
     def next(self) -> bool:
@@ -187,13 +192,19 @@ def _lie(here: Site, name: str, worker: Liar, counts: _Counts, groups: int, seed
             time.sleep(0.01)
         lives = worker.counters.connections
         kind = rng.choice(LIES)
+        told, deadline = worker.told, time.monotonic() + PATIENCE
         worker.lie(kind, rng.randrange(groups) if rng.random() < 0.2 else 0)
-        deadline = time.monotonic() + PATIENCE
+        again = time.monotonic() + USED_SECONDS
         while here.registry.devices.get(name).state != "suspended":
             if time.monotonic() > deadline:
-                counts.problems.append(f"a lie ({kind}) was not found")
+                counts.problems.append(f"of {worker.told - told} lies ({kind}) none was found")
                 return
+            if worker.told > told and time.monotonic() > again:
+                worker.lie(kind, 0)
+                again = time.monotonic() + USED_SECONDS
             time.sleep(0.02)
+        with counts.lock:
+            counts.unused += worker.told - told - 1
         with counts.lock:
             counts.caught[kind] += 1
         here.registry.devices.resume(name)
