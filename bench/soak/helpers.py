@@ -18,12 +18,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.soak.liar import NUMBERS
+from bench.soak.liar import NUMBERS, Undeterred
 from bench.soak.processes import Site, site, text
 from sliplm.bundle import EdgeBundle
 from sliplm.edge.helper import HelperWorker
 from sliplm.edge.multiplier import Multiplier
-from sliplm.errors import IdentityError
 from sliplm.prg import expand
 from sliplm.protocol.frames import PadsWanted
 
@@ -41,7 +40,7 @@ Field = NDArray[np.uint32]
 LIES = [*NUMBERS, "of another key", "of the rows before"]
 
 
-class Liar(HelperWorker):
+class Liar(Undeterred, HelperWorker):
     """Makes pads rightly, but for one batch in each life, which is wrong in the way that was last asked for.
 
     Attributes:
@@ -58,14 +57,6 @@ class Liar(HelperWorker):
     def lie(self, kind: str, after: int) -> None:
         """Let `after` batches be right, and the next one that allows it a lie of this kind."""
         self._lie = kind, after
-
-    def run(self) -> None:
-        """Serve until `stop`; being suspended is a reason to try again."""
-        while not self._stopping.is_set():
-            try:
-                super().run()
-            except IdentityError:
-                self._stopping.wait(0.05)
 
     def _images(self, group: int, wanted: PadsWanted) -> Field:
         images = super()._images(group, wanted)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sliplm.edge.connection import Lent
 from sliplm.edge.multiplier import Multiplier
 from sliplm.edge.worker import EdgeWorker
 from sliplm.errors import IdentityError, SlipError
@@ -132,7 +133,19 @@ FRAMES: dict[str, Callable[[Channel, Header, Field], None]] = {
 LIES = [*NUMBERS, *FRAMES]
 
 
-class Liar(EdgeWorker):
+class Undeterred(Lent):
+    """One to whom being suspended is a reason to try again, as to a thief who hopes for better times."""
+
+    def run(self) -> None:
+        """Serve until `stop`."""
+        while not self._stopping.is_set():
+            try:
+                super().run()
+            except IdentityError:
+                self._stopping.wait(0.05)
+
+
+class Liar(Undeterred, EdgeWorker):
     """Answers rightly, until it is told to `lie`.
 
     Attributes:
@@ -147,14 +160,6 @@ class Liar(EdgeWorker):
         self._asked = threading.Lock()
         self._last: dict[tuple[int, tuple[int, ...]], Field] = {}
         self._first: dict[tuple[int, tuple[int, ...]], Field] = {}
-
-    def run(self) -> None:
-        """Serve until `stop`; being suspended is a reason to try again, as for a thief who hopes for better times."""
-        while not self._stopping.is_set():
-            try:
-                super().run()
-            except IdentityError:
-                self._stopping.wait(0.05)
 
     def lie(self, kind: str | None, after: int = 0) -> None:
         """From now on let `after` answers be right, and the next one that allows it a lie of this kind; or no more."""

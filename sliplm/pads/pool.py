@@ -20,6 +20,7 @@ import logging
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from sliplm.errors import BusyError, LinkError, locate
@@ -81,7 +82,8 @@ class Pool:
         self._late: set[Maker] = set()  # those that owe: nobody counts on them until they deliver
         self._owing: set[str] = set()  # names of those that ever left, or stalled, with a job undone
         self._waiting: list[int] = []  # levels that callers of `wait` wait for
-        self._short: dict[str | None, list[int]] = {}  # rows that callers of `take` wait for, by the edge's party
+        self._short = Counter[tuple[str | None, int]]()  # rows that callers of `take` wait for, by edge and group
+        self._dropped: list[str] = []  # the names that ever were, in order
         self._pid = os.getpid()
         self._filler: threading.Thread | None = None
         self._closed = False
@@ -116,12 +118,6 @@ class Pool:
     def target(self) -> int:
         """The level that makers aim at now."""
         return max(self._depth, self.reserve())
-
-    @property
-    def makers(self) -> list[Maker]:
-        """Who makes pads now."""
-        with self._state:
-            return list(self._makers)
 
     def _totals(self) -> list[int]:
         with self._lock:
@@ -161,7 +157,7 @@ class Pool:
 
     # --- using pads -----------------------------------------------------------------------------------------
 
-    def take(self, group: int, tokens: int, edge: str | None = None) -> Pad:
+    def take(self, group: int, tokens: int, edge: str | None) -> Pad:
         """Pads for `tokens` tokens of `group`, for an edge of the party `edge` (None: inside this process).
 
         The trusted side makes those that are lacking at once, if it is a maker; helpers are waited for.
@@ -172,6 +168,7 @@ class Pool:
             raise RuntimeError("a pool of pads does not survive fork")
         deadline = time.monotonic() + self._patience
         parts: list[Part] = []
+        dropped = len(self._dropped)
         while tokens:
             with self._lock:
                 found = self._move(group, tokens, edge) or self._await(group, tokens, edge, deadline)
@@ -179,6 +176,11 @@ class Pool:
                 if not part.batch.stored or self._loaded(part.batch):
                     parts.append(part)
                     tokens -= part.count
+            if len(self._dropped) > dropped:  # while this waited: what it had of them is forgotten, too
+                names = self._dropped[dropped:]
+                gone, dropped = set(names), dropped + len(names)
+                tokens += sum(part.count for part in parts if gone & part.batch.names)
+                parts = [part for part in parts if not gone & part.batch.names]
         return Pad(parts)
 
     def _await(self, group: int, missing: int, edge: str | None, deadline: float) -> list[Part]:
@@ -191,7 +193,7 @@ class Pool:
             raise LinkError(NOBODY)
         if any(stock.levels[group] for stock in self._stocks.values()):
             self.refused += 1
-        self._short.setdefault(edge, [0] * len(self._shapes))[group] += missing
+        self._short[edge, group] += missing
         self._state.notify_all()
         try:
             while not (found := self._move(group, missing, edge)):
@@ -201,7 +203,9 @@ class Pool:
                     raise RuntimeError("the pool of pads is closed")
             return found
         finally:
-            self._short[edge][group] -= missing
+            self._short[edge, group] -= missing
+            if not self._short[edge, group]:
+                del self._short[edge, group]
 
     def _loaded(self, batch: Batch) -> bool:
         """Whether the images of `batch` are in memory now. If they were lost on disk, none of its pads is used."""
@@ -282,6 +286,7 @@ class Pool:
     def drop(self, name: str) -> int:
         """Dismiss the makers of this name and forget every unused pad that they made or had a part in; how many."""
         with self._state:
+            self._dropped.append(name)
             for maker in [maker for maker in self._makers if maker.name == name]:
                 self.dismiss(maker)
             for job in [job for job in self._jobs if any(half.maker.name == name for half in job.halves)]:
@@ -361,16 +366,21 @@ class Pool:
                 self._owing.add(job.maker.name)
                 self._stock(job.maker).coming[job.group] -= job.count
 
-    def _short_of(self, parties: frozenset[str]) -> list[int]:
-        """The rows that callers of `take` wait for who may use pads of these parties."""
-        mine = [short for edge, short in self._short.items() if may_use(parties, edge)]
-        return [sum(rows) for rows in zip(*mine, strict=True)] or [0] * len(self._shapes)
+    def _short_of(self, parties: frozenset[str]) -> Counter[int]:
+        """The rows that callers of `take` wait for, by group, who may use pads of these parties."""
+        short = Counter[int]()
+        for (edge, group), rows in self._short.items():
+            if may_use(parties, edge):
+                short[group] += rows
+        return short
 
     def _lacking(self, stock: Stock, parties: frozenset[str]) -> tuple[int, int] | None:
         """The group that lacks most, and how many rows to make of it; None if none lacks a batch, as small ones cost
         more a token."""
         target, short = self.target, self._short_of(parties)
-        expected = [have + coming - rows for have, coming, rows in zip(stock.levels, stock.coming, short, strict=True)]
+        expected = [have + coming for have, coming in zip(stock.levels, stock.coming, strict=True)]
+        for group, rows in short.items():
+            expected[group] -= rows
         group = min(range(len(expected)), key=expected.__getitem__)
         level = expected[group]
         wanted = min(max(self._waiting, default=1), self._depth)

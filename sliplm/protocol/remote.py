@@ -41,7 +41,7 @@ class RemoteLink(Link):
         self._shapes = list(shapes)
         self._timeout = timeout
         self._sequence = 0
-        self._expected: dict[tuple[int, int], float] = {}  # microseconds of waiting for an answer, by group and rows
+        self._expected: dict[tuple[int, int], float] = {}  # microseconds of waiting, by group and number of (few) rows
         self._lock = threading.Lock()
         self._ended = False
         self._closed = threading.Event()  # for whoever waits for that
@@ -75,14 +75,16 @@ class RemoteLink(Link):
             sent = perf_counter_ns()
             mine = own()
             free = perf_counter_ns()
-            before = self._expected.get((group, len(x)), 0.0)
-            channel.await_input(before if len(x) < MANY_ROWS else math.inf)
+            few = len(x) < MANY_ROWS
+            before = self._expected.get((group, len(x)), 0.0) if few else math.inf
+            channel.await_input(before)
             there = perf_counter_ns()
             if not channel.comes((_RESULT, channel.version, group, len(x), sequence, y.nbytes)):
                 raise self._refuse(channel.receive())
             channel.read_array(y)
             self.last_used = time.monotonic()
-            self._expected[group, len(x)] = 0.75 * before + 0.25e-3 * (there - free)
+            if few:
+                self._expected[group, len(x)] = 0.75 * before + 0.25e-3 * (there - free)
             self.sending += sent - begin
             self.waiting += there - free
             self.receiving += perf_counter_ns() - there

@@ -39,13 +39,13 @@ class Work(Protocol):
 
 
 class HelperLink:
-    """The trusted end of a HELP connection, and a maker of pads. `made` counts rows, `seconds` how long they took."""
+    """The trusted end of a HELP connection, and a maker of pads. `made` counts rows."""
 
     def __init__(self, channel: Channel, device: Device, shapes: list[Shape], rejected: Callable[[HelperLink], None]):
         self.device = device
         self.name = device.fingerprint
         self.parties = frozenset({device.party})
-        self.made, self.seconds = 0, 0.0
+        self.made = 0
         self._channel, self._shapes, self._rejected = channel, shapes, rejected
         channel.peer = "the helper"
         self._sequence = 0
@@ -67,14 +67,12 @@ class HelperLink:
         under_way: deque[tuple[Job, int]] = deque()
         last = time.monotonic()
         while not self._ended.is_set() and not stopping.is_set():
-            begun = time.monotonic()
             while len(under_way) < AHEAD and (job := work.job(self, 0 if under_way else BEAT_SECONDS)) is not None:
                 self._ask(job)
                 under_way.append((job, self._sequence))
             if under_way:
                 last = time.monotonic()
                 self._receive(work, *under_way.popleft())
-                self.seconds += time.monotonic() - begun
             elif self._channel.peer_left():
                 raise LinkError("the helper closed the connection")
             elif time.monotonic() - last > keepalive:

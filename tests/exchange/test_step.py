@@ -171,7 +171,7 @@ def test_a_makers_lie_costs_it_its_pads_and_nobody_the_result(how: Any) -> None:
     liar, honest = Maker(pool, "liar", True), Maker(pool, "honest", False)
     liar.fill(layer), honest.fill(layer)
     link = Edge(layer.matrices)
-    pool.take(0, 3)  # so that the twenty rows come from both makers
+    pool.take(0, 3, None)  # so that the twenty rows come from both makers
     with pytest.raises(BusyError):  # what was right of them is used up, too: pads are never used again
         how(layer.op, x, pool, link, layer.own)
     assert (liar.rejected, honest.rejected, link.closed) == (1, 0, False)

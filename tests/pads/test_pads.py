@@ -29,7 +29,7 @@ from sliplm.prg import expand, fresh_key
 
 def test_an_image_is_q_times_its_mask() -> None:
     group = matrices((7, 5))
-    pad = pool_of(group, depth=0).take(0, 3)
+    pad = pool_of(group, depth=0).take(0, 3, None)
     assert np.array_equal(pad.image, group[0].product(pad.mask()))
 
 
@@ -45,7 +45,7 @@ def test_a_batch_gives_the_rows_of_its_keys_in_any_order(keys: int) -> None:
 
 
 def test_a_pad_gives_its_mask_once() -> None:
-    pad = pool_of(matrices((7, 5)), depth=0).take(0, 1)
+    pad = pool_of(matrices((7, 5)), depth=0).take(0, 1, None)
     pad.mask()
     with pytest.raises(RuntimeError, match="used"):
         pad.mask()
@@ -54,7 +54,7 @@ def test_a_pad_gives_its_mask_once() -> None:
 @pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps])
 def test_pads_and_batches_cannot_be_copied(duplicate: Callable[[object], object]) -> None:
     pool = pool_of(matrices((7, 5)), depth=0)
-    for thing in (pool.take(0, 1), pool.take(0, 1)._parts[0].batch):
+    for thing in (pool.take(0, 1, None), pool.take(0, 1, None)._parts[0].batch):
         with pytest.raises(TypeError):
             duplicate(thing)
 
@@ -78,7 +78,7 @@ def test_concurrent_takers_never_share_a_pad() -> None:
     def taker(seed: int) -> None:
         rng = np.random.default_rng(seed)
         for _ in range(200):
-            mask = pool.take(0, int(rng.integers(1, 9))).mask()
+            mask = pool.take(0, int(rng.integers(1, 9)), None).mask()
             with lock:
                 taken.append(mask)
 
@@ -99,7 +99,7 @@ def test_the_pool_fills_to_its_depth_and_serves_from_it() -> None:
     assert pool.level == 10
     pool.close()
     with pytest.raises(RuntimeError):
-        pool.take(0, 1)
+        pool.take(0, 1, None)
 
 
 @pytest.mark.slow
@@ -121,7 +121,7 @@ def test_a_forked_child_gets_no_pad() -> None:
     child = os.fork()
     if child == 0:
         try:
-            pool.take(0, 1)
+            pool.take(0, 1, None)
         except RuntimeError:
             os._exit(0)
         os._exit(1)
@@ -135,7 +135,7 @@ def test_a_small_stock_is_filled_again() -> None:
     for _ in range(3):
         assert pool.wait(5, 10)
         for _ in range(5):
-            pool.take(0, 1)
+            pool.take(0, 1, None)
         assert wait_for(lambda: pool.level == 5)
     pool.close()
 
@@ -202,9 +202,24 @@ def test_whatever_the_order_no_pad_meets_its_makers_party(steps: list[tuple[str,
     assert len(set(seen)) == len(seen)
 
 
+def test_who_waits_keeps_no_pads_of_a_maker_that_is_dropped_meanwhile() -> None:
+    """A machine that is revoked, and enrolled again as another party's edge, would meet pads that it has made."""
+    pool = Pool(SHAPES, depth=4, patience=20)
+    gone, honest = Helper(pool, "x", "gone"), Helper(pool, "y", "honest")
+    gone.fill()
+    got: list[Pad] = []
+    thread = threading.Thread(target=lambda: got.append(pool.take(0, 30, "edge")))
+    thread.start()
+    assert wait_for(lambda: pool._short_of(honest.parties)[0] == 26)  # it has four already
+    pool.drop("gone")
+    while thread.is_alive():
+        honest.fill()
+    assert {part.batch.maker for part in got[0]._parts} == {honest} and got[0].mask().shape == (30, 6)
+
+
 def test_without_makers_there_are_no_pads() -> None:
     with pytest.raises(LinkError, match="nobody makes one-time pads"):
-        Pool(SHAPES).take(0, 1)
+        Pool(SHAPES).take(0, 1, "edge")
 
 
 def test_taking_waits_for_a_helper() -> None:
@@ -259,7 +274,7 @@ def test_a_liars_pads_are_all_dropped_and_only_its(monkeypatch: pytest.MonkeyPat
     for group in (0, 1):
         pad = pool.take(group, 8, "y")
         assert {part.batch.maker for part in pad._parts} == {b}
-    assert a.take() is None and a not in pool.makers
+    assert a.take() is None and a not in pool._makers
 
 
 def test_blame_finds_the_part_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:

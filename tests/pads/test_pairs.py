@@ -81,7 +81,7 @@ def test_a_pad_is_the_sum_of_two_parties_and_used_with_a_third() -> None:
     pool, pairs = paired()
     a, b = Helper(pairs, "x", "a"), Helper(pairs, "y", "b")
     work(a, b)
-    assert pool.level == 8 and [maker.name for maker in pool.makers] == ["x+y"]
+    assert pool.level == 8 and [maker.name for maker in pool._makers] == ["x+y"]
     check_pad(pool, 0, 5, "z")
     for edge in ("x", "y", "X"):
         with pytest.raises(BusyError, match="no two helpers of two other parties than this edge's"):
@@ -92,10 +92,10 @@ def test_a_pad_is_the_sum_of_two_parties_and_used_with_a_third() -> None:
 def test_one_party_alone_makes_no_pads() -> None:
     pool, pairs = paired()
     a, b = Helper(pairs, "x", "a"), Helper(pairs, "X", "b")  # one party, written twice
-    assert a.ask() is None and b.ask() is None and not pool.makers
+    assert a.ask() is None and b.ask() is None and not pool._makers
     c = Helper(pairs, "y", "c")
     work(a, b, c)
-    assert {maker.name for maker in pool.makers} == {"x+y", "X+y"}
+    assert {maker.name for maker in pool._makers} == {"x+y", "X+y"}
 
 
 def test_the_second_half_is_for_the_other_party() -> None:
@@ -144,7 +144,7 @@ def test_the_last_of_a_party_takes_its_pairs_with_it() -> None:
     a.ask()
     b.ask()
     pairs.dismiss(b)
-    assert not pool.makers and not pairs._wholes and not pairs._given and not pool._jobs
+    assert not pool._makers and not pairs._wholes and not pairs._given and not pool._jobs
     b = Helper(pairs, "y", "b")
     work(a, b)
     assert pool.level == 4

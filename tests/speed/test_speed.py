@@ -148,11 +148,11 @@ def test_a_pool_that_is_switched_off_stays_as_it_is_and_can_be_waited_for_again(
     try:
         assert pool.wait(20, 30) and pool.level >= 20
         pool.resize(0)
-        pool.take(0, 3)
+        pool.take(0, 3, None)
         time.sleep(0.05)
         assert pool.level == 17
         pool.resize(20)
-        pool.take(1, 1)
+        pool.take(1, 1, None)
         assert pool.wait(20, 30) and pool.level >= 20
     finally:
         pool.close()
