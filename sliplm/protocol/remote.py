@@ -58,6 +58,7 @@ class RemoteLink(Link):
 
     def exchange(self, group: int, x: Field, own: Callable[[], Own]) -> tuple[Field, Own]:
         """See Link. Raises ValueError, without a word to the edge, for a question that no frame can ask."""
+        # Checked in place, here and in `_ask`: one row's exchange has few calls, and they are counted.
         if not 0 <= group < len(self._shapes):
             raise ValueError(f"there is no group {group}")
         m, k = self._shapes[group]
