@@ -96,6 +96,21 @@ def test_who_stalls_and_comes_back_does_not_keep_others_from_work(monkeypatch: p
         pool.take(0, pool.level, "edge")
 
 
+def test_nobody_counts_on_who_has_stalled_until_it_delivers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "STALL_SECONDS", 0.05)
+    pool = Pool(SHAPES, depth=64)
+    pool.expected = 1
+    slow, honest = Maker("slow", "x"), Maker("honest", "x")
+    pool.hire(slow), pool.hire(honest)
+    assert pool.job(slow, 0) is not None and pool.job(honest, 0) is None  # it is believed
+    time.sleep(0.1)
+    late = pool.job(slow, 0)
+    assert late is not None and finish(pool, honest) and pool.level == 64
+    pool.deliver(late, np.zeros((late.count, 8), np.uint32))
+    pool.take(0, 64, "edge")
+    assert pool.job(slow, 0) is not None and pool.job(honest, 0) is None  # it is believed again
+
+
 def test_a_lack_of_memory_does_not_shift_the_rows_of_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
     key = prg.fresh_key()
     batch = Batch(Maker("h", "h"), [key], 64, 8, np.zeros((64, 8), np.uint32))

@@ -100,3 +100,29 @@ def test_keys_are_fresh_and_rows_differ() -> None:
     assert len({fresh_key() for _ in range(1000)}) == 1000
     rows = uniform(100, 8)
     assert len(np.unique(rows, axis=0)) == 100 and not (rows == uniform(100, 8)).all(axis=1).any()
+
+
+class Scripted:
+    """A cipher whose keystream is given."""
+
+    def __init__(self, words: list[int]) -> None:
+        self.stream = np.array(words, "<u4").tobytes()
+
+    def update_into(self, data: memoryview, into: memoryview) -> None:
+        into[: len(data)], self.stream = self.stream[: len(data)], self.stream[len(data) :]
+
+
+@pytest.mark.parametrize("high", [0, 1 << 31])  # the bit that is not used
+def test_spare_words_that_are_rejected_themselves_are_left_out(high: int) -> None:
+    rows = prg.Rows(bytes(32), 0, 3)
+    rows._cipher = Scripted([w | high for w in (P, 5, P, P, 11, P, 13, 17, 1, 2, 3, 4, 5, 6, 7, 8)])  # type: ignore[assignment]
+    assert rows.take(2).tolist() == [[11, 5, 13], [1, 2, 3]]
+
+
+def test_rows_that_are_taken_one_after_the_other_know_where_they_are() -> None:
+    key = fresh_key()
+    rows = prg.Rows(key, 2**32 - 5, 7)
+    for first, count in ((2**32 - 5, 3), (2**32 - 2, 1)):
+        assert rows.next == first and (rows.take(count) == expand(key, first, count, 7)).all()
+    with pytest.raises(ValueError, match="no rows of a key"):
+        rows.take(2)
