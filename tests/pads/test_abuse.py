@@ -26,9 +26,9 @@ class Maker:
         raise AssertionError("it did nothing wrong")
 
 
-def finish(pool: Pool, maker: Maker) -> bool:
+def finish(pool: Pool, maker: Maker, timeout: float = 0) -> bool:
     """Whether there was a job, which is done."""
-    job = pool.job(maker, 0.05)
+    job = pool.job(maker, timeout)
     if job is not None:
         pool.deliver(job, np.zeros((job.count, 8), np.uint32))
     return job is not None
@@ -44,7 +44,7 @@ def test_what_an_edge_waits_for_fills_no_stock_that_it_may_not_use() -> None:
 
     def make() -> None:
         while not stop.is_set():
-            finish(pool, maker)
+            finish(pool, maker, 0.05)
 
     def want() -> None:
         with pytest.raises(BusyError):
@@ -104,8 +104,10 @@ def test_nobody_counts_on_who_has_stalled_until_it_delivers(monkeypatch: pytest.
     pool.hire(slow), pool.hire(honest)
     assert pool.job(slow, 0) is not None and pool.job(honest, 0) is None  # it is believed
     time.sleep(0.1)
-    late = pool.job(slow, 0)
-    assert late is not None and finish(pool, honest) and pool.level == 64
+    late, timely = pool.job(slow, 0), pool.job(honest, 0)
+    assert late is not None and timely is not None
+    pool.deliver(timely, np.zeros((timely.count, 8), np.uint32))
+    assert pool.level == 64
     pool.deliver(late, np.zeros((late.count, 8), np.uint32))
     pool.take(0, 64, "edge")
     assert pool.job(slow, 0) is not None and pool.job(honest, 0) is None  # it is believed again
