@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import logging
 import os
-import struct
 import tempfile
 import threading
 import time
@@ -38,7 +37,7 @@ QUIET_SECONDS = 3600.0
 """So long the log does not say again that it is."""
 
 NONCE = bytes(12)
-"""Every key encrypts once."""
+"""Every key encrypts once, and so belongs to one place and shape: nothing else needs to be bound to them."""
 
 _log = logging.getLogger(__name__)
 
@@ -89,7 +88,7 @@ class Spill:
             start = self._find(size)
         try:
             plain = np.ascontiguousarray(images).data.cast("B")
-            data = AESGCM(key).encrypt(NONCE, plain, _bind(start, images.shape))
+            data = AESGCM(key).encrypt(NONCE, plain, None)
             _write(self._file.fileno(), data, start)
         except BaseException as error:
             self._freed.append((start, start + size))
@@ -156,16 +155,12 @@ class _Stored:
         """The array, once. Raises OSError if it cannot be read as it was written."""
         try:
             data = _read(self._spill._file.fileno(), self._size, self._start)
-            plain = AESGCM(self._key).decrypt(NONCE, data, _bind(self._start, self._shape))
+            plain = AESGCM(self._key).decrypt(NONCE, data, None)
         except InvalidTag:
             raise OSError("what lies on disk is not what was written") from None
         finally:
             self._free()
         return np.frombuffer(plain, np.uint32).reshape(self._shape)
-
-
-def _bind(start: int, shape: tuple[int, ...]) -> bytes:
-    return struct.pack(">3Q", start, *shape)
 
 
 def _write(file: int, data: bytes, position: int) -> None:
