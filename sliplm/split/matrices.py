@@ -103,8 +103,8 @@ def split_group(
             else divide_anywhere(weight, trusted_rank(plan.rank, m.rows, m.columns, options.camouflage))
         )
         dtype = factor_dtype(m.name, options, first)
-        yield f"{m.name}.factor_a", a.to(dtype)
-        yield f"{m.name}.factor_b", b.to(dtype)
+        yield f"{m.name}.factor_a", _exactly(a, dtype)
+        yield f"{m.name}.factor_b", _exactly(b, dtype)
         if m.bias:
             yield f"{m.name}.bias", source.read(stored[m.bias], m.part, m.parts).float().reshape(m.rows)
         del weight, public
@@ -120,6 +120,15 @@ def split_group(
     op = Operator(number, (len(q), q.shape[1]), row_norm(q), scales.numpy(), inner, outer, *secrets)
     yield from ((f"{group[0].name}.{name}", tensor) for name, tensor in op.tensors().items())
     yield "q", q
+
+
+def _exactly(factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`factor` in another type. Raises RuntimeError if that changes it: the edge's part was made for the factor as it
+    is, and the two would be a slightly different model's."""
+    stored = factor.to(dtype)
+    if not torch.equal(stored.to(factor.dtype), factor):
+        raise RuntimeError(f"a factor would be changed by storing it as {dtype}")
+    return stored
 
 
 def row_norm(q: torch.Tensor) -> float:

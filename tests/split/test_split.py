@@ -19,7 +19,7 @@ from tiny import save_tiny
 
 from sliplm.errors import BundleError, SlipError, UnsupportedModelError
 from sliplm.evaluate.report import edge_only
-from sliplm.split import camouflage, factors, planes, source
+from sliplm.split import camouflage, factors, matrices, planes, source
 from sliplm.split.groups import find_groups
 from sliplm.split.matrices import row_norm
 from sliplm.split.model import Options, split_model
@@ -264,3 +264,11 @@ def test_a_full_disk_leaves_nothing(tiny: Path, tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1 and "File too large" in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_factor_that_storing_would_change_is_no_bundle() -> None:
+    """Which factors are rounded is decided in one place, and relied on in another."""
+    whole = torch.tensor([1.5, -0.25])
+    assert torch.equal(matrices._exactly(whole, torch.bfloat16).float(), whole)
+    with pytest.raises(RuntimeError, match="would be changed"):
+        matrices._exactly(torch.tensor([0.1]), torch.bfloat16)
