@@ -1,9 +1,8 @@
 """Where each decoder block of a model is computed (`slip split --plan`, `slip plan`): the words for it.
 
-    all               every block masked: the protocol, and the theorem's case
-    first:N, last:N   those masked, the rest open
-    blocks:0-3,28     those masked, the rest open
-    trusted:N         the first N whole on the trusted side, the rest open
+- all: every block masked: the protocol, and the theorem's case.
+- first:N, last:N, blocks:0-3,28: those masked, the rest open.
+- trusted:N: the first N whole on the trusted side, the rest open.
 """
 
 from __future__ import annotations
