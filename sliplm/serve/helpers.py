@@ -9,10 +9,9 @@ from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
-import numpy as np
-
 from sliplm.errors import LinkError, ProtocolError
 from sliplm.exchange.link import Shape
+from sliplm.pads.buffers import Buffers
 from sliplm.pads.pad import Array, Maker
 from sliplm.pads.pool import BEAT_SECONDS
 from sliplm.pads.stock import Job
@@ -49,6 +48,7 @@ class HelperLink:
         self._channel, self._shapes, self._rejected = channel, shapes, rejected
         channel.peer = "the helper"
         self._sequence = 0
+        self._buffers = Buffers()
         self._ended = threading.Event()
 
     def __repr__(self) -> str:
@@ -85,7 +85,7 @@ class HelperLink:
         self._channel.send(Kind.PADS, payload, group=job.group, sequence=self._sequence)
 
     def _receive(self, work: Work, job: Job, sequence: int) -> None:
-        images = np.empty((job.count, self._shapes[job.group][0]), np.uint32)
+        images = self._buffers.array(job.count, self._shapes[job.group][0])
         header = self._channel.receive()
         wanted = Header(Kind.IMAGES, self._channel.version, job.group, job.count, sequence, images.nbytes)
         if header != wanted:
