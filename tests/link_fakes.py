@@ -29,6 +29,7 @@ from sliplm.protocol.connect import connect
 from sliplm.protocol.frames import Kind, Role, Welcome
 from sliplm.protocol.messages import Chunk, GenerateRequest
 from sliplm.protocol.remote import RemoteLink
+from sliplm.protocol.session import Session
 from sliplm.registry import Device, authority
 from sliplm.serve.server import TrustedServer
 
@@ -228,11 +229,11 @@ class Pair:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             a = socket.create_connection(listener.getsockname(), 10)
             b = listener.accept()[0]
-        sides: list[ssl.SSLSocket] = []
+        sides: list[Session] = []
         server = server_context(home)
-        thread = threading.Thread(target=lambda: sides.append(server.wrap_socket(b, server_side=True)))
+        thread = threading.Thread(target=lambda: sides.append(Session(b, server, server_side=True)))
         thread.start()
-        edge = tls.client_context(identity).wrap_socket(a, server_hostname=tls.SERVER_NAME)
+        edge = Session(a, tls.client_context(identity))
         thread.join(10)
         self.edge = Channel(edge, "the trusted side", timeout)
         self.trusted = Channel(sides[0], "the edge", timeout)
@@ -274,7 +275,7 @@ def scripted(home: Path, script, role_context=server_context):
                 except TimeoutError:
                     continue
                 try:
-                    c = Channel(context.wrap_socket(sock, server_side=True), "the edge", 10)
+                    c = Channel(Session(sock, context, server_side=True), "the edge", 10)
                     c.read(c.receive())
                     c.send(Kind.WELCOME, frames.pack_welcome(Welcome(VERSION, DIGEST, "scripted")))
                     c.version = VERSION

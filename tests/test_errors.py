@@ -27,6 +27,7 @@ from sliplm.errors import (
 )
 from sliplm.protocol.channel import Channel
 from sliplm.protocol.frames import Kind
+from sliplm.protocol.session import Session
 from sliplm.serve.metrics import OUTCOMES
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -57,8 +58,8 @@ def raised(kind: type[SlipError]) -> SlipError:
 
 
 def over_the_wire(error: Exception) -> SlipError:
-    here, there = (plain.Socket(fileno=end.detach()) for end in socket.socketpair())
-    with contextlib.closing(here), contextlib.closing(there):
+    here, there = (Session(end, plain.Context()) for end in socket.socketpair())
+    with contextlib.closing(here.socket), contextlib.closing(there.socket):
         Channel(cast(Any, here), "the edge", 5.0).tell(error)
         receiver = Channel(cast(Any, there), "the trusted side", 5.0)
         header = receiver.receive()

@@ -15,11 +15,12 @@ from bench.soak.malformed import VERSION, frame, mutate, refused_request
 from bench.soak.processes import Site
 from bench.soak.tally import PATIENCE, Tally, until_closed
 from sliplm.bundle import EdgeBundle
-from sliplm.errors import IdentityError, SlipError
+from sliplm.errors import IdentityError, LinkError, SlipError
 from sliplm.protocol import tls
 from sliplm.protocol.channel import Channel
 from sliplm.protocol.connect import connect, parse_address
 from sliplm.protocol.frames import VERSIONS, Hello, Kind, Role, pack_hello
+from sliplm.protocol.session import Session
 
 PROMPT = "The capital of France is"
 
@@ -56,15 +57,15 @@ class HostileEdge(threading.Thread):
 
     def _finish(self, channel: Channel, data: bytes) -> float | None:
         try:
-            with contextlib.suppress(OSError):
-                channel._sock.sendall(data)
+            with contextlib.suppress(LinkError):
+                channel._write(data)
             return until_closed(channel)
         finally:
             channel.close()
 
     def _hello(self) -> float | None:
         sock = socket.create_connection(self._address, PATIENCE)
-        channel = Channel(self._context.wrap_socket(sock, server_hostname="sliplm-trusted"), "it", PATIENCE)
+        channel = Channel(Session(sock, self._context), "it", PATIENCE)
         hello = frame(Kind.HELLO, 0, pack_hello(Hello(*VERSIONS, Role.REQUEST, self._digest)))
         return self._finish(channel, mutate(hello, self._rng))
 

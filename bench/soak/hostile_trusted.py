@@ -10,12 +10,12 @@ import socket
 import threading
 from typing import Any
 
-from bench.soak import plain
 from bench.soak.malformed import VERSION, frame, mutate
 from bench.soak.tally import PATIENCE, Tally, until_closed
-from sliplm.errors import Code, SlipError
+from sliplm.errors import Code, LinkError, SlipError
 from sliplm.protocol.channel import Channel
 from sliplm.protocol.frames import Kind, Role, Welcome, pack_welcome
+from sliplm.protocol.session import Session
 
 
 class HostileTrusted:
@@ -40,10 +40,7 @@ class HostileTrusted:
     def _converse(self, sock: socket.socket) -> None:
         sock.settimeout(PATIENCE)
         try:
-            wrapped = self._context.wrap_socket(sock, server_side=True)
-            if isinstance(self._context, plain.Context):
-                wrapped.do_handshake()
-            channel = Channel(wrapped, "the edge", PATIENCE)
+            channel = Channel(Session(sock, self._context, server_side=True), "the edge", PATIENCE)
         except OSError:
             sock.close()
             return
@@ -80,8 +77,8 @@ class HostileTrusted:
                 frame(Kind.ERROR, VERSION, b"no such thing", rng.randrange(len(Code))),
             )
         )
-        with contextlib.suppress(OSError):
-            channel._sock.sendall(mutate(question, rng))
+        with contextlib.suppress(LinkError):
+            channel._write(mutate(question, rng))
         self._tally.record("EXCHANGE", until_closed(channel))
 
     def _request(self, channel: Channel, welcome: bytes) -> None:
@@ -96,6 +93,6 @@ class HostileTrusted:
             channel.read(channel.receive())
             text = json.dumps({"text": "x", "finish_reason": rng.choice((None, "stop"))}).encode()
             data, what = mutate(frame(rng.choice((Kind.TEXT, Kind.DONE)), VERSION, text), rng), "TEXT"
-        with contextlib.suppress(OSError):
-            channel._sock.sendall(data)
+        with contextlib.suppress(LinkError):
+            channel._write(data)
         self._tally.record(what, until_closed(channel))

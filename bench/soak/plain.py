@@ -6,7 +6,7 @@ ones that encrypt nothing and believe a peer who says what its certificate is. A
 
 from __future__ import annotations
 
-import socket
+import ssl
 from pathlib import Path
 from typing import Any
 
@@ -14,55 +14,56 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 
-class Socket(socket.socket):
-    """What the link uses of `ssl.SSLSocket`."""
+class Plain:
+    """What `protocol.session.Session` uses of a TLS session: two bytes with a length and this side's certificate, then
+    bytes as they are."""
 
-    theirs = b""
-
-    def do_handshake(self) -> None:
-        count = int.from_bytes(self._exactly(2), "little")
-        self.theirs = self._exactly(count)
-
-    def _exactly(self, count: int) -> bytes:
-        data = b""
-        while len(data) < count:
-            piece = self.recv(count - len(data))
-            if not piece:
-                raise ConnectionResetError
-            data += piece
-        return data
+    def __init__(self, incoming: ssl.MemoryBIO, outgoing: ssl.MemoryBIO, certificate: bytes, server: bool) -> None:
+        self._in, self._out = incoming, outgoing
+        self._server, self._hello = server, b""
+        if certificate and not server:
+            outgoing.write(len(certificate).to_bytes(2, "little") + certificate)
 
     @property
-    def _sslobj(self) -> Socket | None:
-        """What stands for the TLS session: itself, while it is open."""
-        return self if self.fileno() >= 0 else None
+    def _sslobj(self) -> Plain:
+        return self
+
+    def do_handshake(self) -> None:
+        while missing := self._missing():
+            data = self._in.read(missing)
+            if not data:
+                raise ssl.SSLEOFError if self._in.eof else ssl.SSLWantReadError
+            self._hello += data
+
+    def _missing(self) -> int:
+        size = 2 + int.from_bytes(self._hello[:2], "little") if len(self._hello) >= 2 else 2
+        return size - len(self._hello) if self._server else 0
 
     def pending(self) -> int:
         return 0
 
     def read(self, size: int, into: memoryview) -> int:
-        return self.recv_into(into, size)
+        data = self._in.read(size)
+        if not data and not self._in.eof:
+            raise ssl.SSLWantReadError
+        into[: len(data)] = data
+        return len(data)
 
     def write(self, data: memoryview) -> int:
-        return self.send(data)
+        return self._out.write(data)
 
-    def getpeercert(self, binary_form: bool = False) -> bytes:
-        return self.theirs
+    def getpeercert(self, _: bool) -> bytes:
+        return self._hello[2:]
 
 
 class Context:
-    """What the link uses of `ssl.SSLContext`. `certificate` is this side's, in DER form."""
+    """What it uses of `ssl.SSLContext`. `certificate` is this side's, in DER form."""
 
     def __init__(self, certificate: bytes = b"") -> None:
         self._certificate = certificate
 
-    def wrap_socket(self, sock: socket.socket, server_side: bool = False, **_: Any) -> Socket:
-        timeout = sock.gettimeout()
-        wrapped = Socket(fileno=sock.detach())
-        wrapped.settimeout(timeout)
-        if not server_side:
-            wrapped.sendall(len(self._certificate).to_bytes(2, "little") + self._certificate)
-        return wrapped
+    def wrap_bio(self, incoming: ssl.MemoryBIO, outgoing: ssl.MemoryBIO, server_side: bool, **_: Any) -> Plain:
+        return Plain(incoming, outgoing, self._certificate, server_side)
 
 
 def context(identity: Path | str) -> Context:

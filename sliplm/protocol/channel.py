@@ -28,6 +28,7 @@ from sliplm.errors import (
 )
 from sliplm.protocol import frames, tls
 from sliplm.protocol.frames import HEADER, Header, Kind
+from sliplm.protocol.session import Session
 
 SPIN_MICROSECONDS = 2e3
 """So long an edge asks again and again whether the next question is there before it sleeps: waking up costs more than
@@ -41,7 +42,6 @@ SHORT_MICROSECONDS, LONG_MICROSECONDS = 400.0, 3000.0
 
 DRAIN_SECONDS = 1.0
 READ_BYTES = 1 << 15
-WRITE_BYTES = 1 << 20
 RECORD_BYTES = 1 << 14
 """TLS takes and delivers that much at a time."""
 
@@ -66,21 +66,20 @@ class Arrival:
 
 
 class Channel:
-    """Frames over a connected TLS socket, which the channel owns from now on.
+    """Frames over a TLS session, which the channel owns from now on.
 
     `timeout` (seconds) limits how long the peer may be silent, and how long a header may take; a payload may take
     that long plus a second per megabyte. All methods raise LinkError when the connection fails, and ProtocolError
     when the peer breaks the rules; after either the channel can only be closed.
 
-    Frames of exchanges take as few Python calls as they can: more of them would cost more than the arithmetic. So the
-    channel reads and writes the socket's TLS session itself, `_sslobj`, which `ssl.SSLSocket` would do after several
-    calls of its own; that session is None once the socket is closed.
+    Frames of exchanges take as few Python calls as they can: more of them would cost more than the arithmetic.
     """
 
-    def __init__(self, sock: ssl.SSLSocket, peer: str, timeout: float) -> None:
+    def __init__(self, session: Session, peer: str, timeout: float) -> None:
         self.peer = peer
         self.version = 0
-        self._sock = sock
+        self._session = session
+        self._sock = session.socket
         self._in = memoryview(bytearray(READ_BYTES))
         self._start = self._end = 0  # the part of `_in` that has not been used yet
         self._out = np.empty(READ_BYTES, np.uint8)
@@ -114,8 +113,8 @@ class Channel:
         HEADER.pack_into(self._out.data, 0, kind, self.version, group, len(staged), sequence, size)
         data = self._out.data[: HEADER.size + size]
         try:
-            done = self._sock._sslobj.write(data[:WRITE_BYTES])  # type: ignore[attr-defined]
-        except (OSError, ValueError, AttributeError) as error:
+            done = self._session.write(data)
+        except (OSError, ValueError) as error:
             self._fail(error)
         if done < len(data):
             self._write(data[done:])
@@ -139,12 +138,15 @@ class Channel:
 
     def _write_by_turns(self, data: bytes | memoryview, take: Callable[[], bool], deadline: float) -> None:
         done = 0
-        while done < len(data):
+        while done < len(data) or self._session.unsent:
             try:
-                done += self._sock._sslobj.write(data[done : done + WRITE_BYTES])  # type: ignore[attr-defined]
-            except (ssl.SSLWantWriteError, ssl.SSLWantReadError):
+                if done < len(data):
+                    done += self._session.write(data[done:])
+                else:
+                    self._session.flush()
+            except BlockingIOError:
                 self._wait(select.POLLOUT | (select.POLLIN if take() else 0), deadline)
-            except (OSError, ValueError, AttributeError) as error:
+            except (OSError, ValueError) as error:
                 self._fail(error)
 
     def _wait(self, events: int, deadline: float) -> None:
@@ -175,8 +177,8 @@ class Channel:
         done = 0
         try:
             while done < len(data):  # piece by piece, because the timeout holds for one call
-                done += self._sock._sslobj.write(data[done : done + WRITE_BYTES])  # type: ignore[attr-defined]
-        except (OSError, ValueError, AttributeError) as error:
+                done += self._session.write(data[done:])
+        except (OSError, ValueError) as error:
             self._fail(error)
 
     # --- receiving ------------------------------------------------------------------------------------------
@@ -187,11 +189,10 @@ class Channel:
         deadline = time.monotonic() + self.timeout
         if self._end == self._start:
             try:
-                session = self._sock._sslobj  # type: ignore[attr-defined]
-                if spin and native is not None and not session.pending():
+                if spin and native is not None and not self._session.waiting:
                     native.wait_readable(self._sock.fileno(), 0, SPIN_MICROSECONDS)
-                self._start, self._end = 0, session.read(READ_BYTES, self._in)
-            except (OSError, ValueError, AttributeError) as error:
+                self._start, self._end = 0, self._session.read(READ_BYTES, self._in)
+            except (OSError, ValueError) as error:
                 self._fail(error)
         if self._end - self._start < HEADER.size:
             self._fetch_header(deadline)
@@ -245,14 +246,14 @@ class Channel:
         if native is None or self._end > self._start:
             return
         try:
-            if self._sock._sslobj.pending():  # type: ignore[attr-defined]
+            if self._session.waiting:
                 return
             handle = self._sock.fileno()
             if expected > LONG_MICROSECONDS or not native.wait_readable(
                 handle, expected - EARLY_MICROSECONDS, SHORT_MICROSECONDS
             ):
                 native.wait_readable(handle, 1e6, 0)
-        except (OSError, ValueError, AttributeError) as error:
+        except (OSError, ValueError) as error:
             self._fail(error)
 
     def has_input(self) -> bool:
@@ -260,7 +261,7 @@ class Channel:
         if self._end > self._start:
             return True
         try:
-            return self._sock.pending() > 0 or bool(select.select([self._sock], [], [], 0)[0])
+            return self._session.waiting or bool(select.select([self._sock], [], [], 0)[0])
         except (OSError, ValueError) as error:
             self._fail(error)
 
@@ -305,7 +306,7 @@ class Channel:
             return
         deadline = time.monotonic() + self.timeout + size / SLOWEST
         try:
-            read = self._sock._sslobj.read  # type: ignore[attr-defined]
+            read = self._session.read
             while done < size:
                 count = read(size - done, view[done:])
                 if not count:
@@ -313,16 +314,16 @@ class Channel:
                 done += count
                 if done < size and time.monotonic() > deadline:
                     raise TimeoutError
-        except (OSError, ValueError, AttributeError) as error:
+        except (OSError, ValueError) as error:
             self._fail(error)
 
     def _receive_some(self, view: memoryview) -> int:
         """At least one byte, up to RECORD_BYTES; of a socket that does not wait, maybe none."""
         try:
-            count: int = self._sock._sslobj.read(len(view), view)  # type: ignore[attr-defined]
-        except ssl.SSLWantReadError:
+            count: int = self._session.read(len(view), view)
+        except BlockingIOError:
             return 0
-        except (OSError, ValueError, AttributeError) as error:
+        except (OSError, ValueError) as error:
             self._fail(error)
         if not count:
             raise LinkError(f"{self.peer} closed the connection")
@@ -332,9 +333,9 @@ class Channel:
         """Whether the peer closed the connection, or spoke although it was not its turn. Does not wait."""
         try:
             self._sock.settimeout(0)
-            self._sock.recv(1)
+            self._session.read(1, memoryview(bytearray(1)))
             return True
-        except (ssl.SSLWantReadError, BlockingIOError):
+        except BlockingIOError:
             return False
         except (OSError, ValueError):
             return True
@@ -353,7 +354,7 @@ class Channel:
 
     def certificate(self) -> bytes:
         """The peer's certificate in DER form."""
-        der = self._sock.getpeercert(binary_form=True)
+        der = self._session.certificate()
         if not der:
             raise IdentityError(f"{self.peer} has no certificate")
         return der
@@ -361,11 +362,10 @@ class Channel:
     def abort(self) -> None:
         """Cut the connection, from any thread; whoever waits on the channel gets a LinkError at once.
 
-        This shuts down TCP below TLS. `SSLSocket.shutdown` would drop the TLS state under the other thread's
-        feet, and that thread would go on in plain text.
+        This shuts down TCP, below TLS, whose state is the other thread's.
         """
         with contextlib.suppress(OSError):
-            socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
+            self._sock.shutdown(socket.SHUT_RDWR)
 
     def close(self, drain: bool = False) -> None:
         """Close. With `drain`, first let the peer read what was sent last: closing a socket with unread input
@@ -382,10 +382,10 @@ def drain_socket(sock: socket.socket) -> None:
     """Say that nothing more will be sent, then swallow what still arrives, for at most a second."""
     deadline = time.monotonic() + DRAIN_SECONDS
     try:
-        socket.socket.shutdown(sock, socket.SHUT_WR)  # below TLS, see Channel.abort
+        sock.shutdown(socket.SHUT_WR)  # below TLS, see Channel.abort
         while (left := deadline - time.monotonic()) > 0:
             sock.settimeout(left)
-            if not socket.socket.recv(sock, 1 << 16):
+            if not sock.recv(1 << 16):
                 break
     except (OSError, ValueError):
         pass

@@ -10,6 +10,7 @@ from sliplm.errors import LinkError, MismatchError, ProtocolError
 from sliplm.protocol import frames, tls
 from sliplm.protocol.channel import Channel
 from sliplm.protocol.frames import Hello, Kind, Role, Welcome
+from sliplm.protocol.session import Session
 
 Address = tuple[str, int]
 
@@ -59,7 +60,7 @@ def connect(
         raise LinkError(f"{peer} at {where} cannot be reached: {why}") from None
     try:
         tune(sock)
-        wrapped = context.wrap_socket(sock, server_hostname=tls.SERVER_NAME)
+        session = Session(sock, context)
     except ssl.SSLError as error:
         sock.close()
         raise tls.explain(error, peer) from None
@@ -69,7 +70,7 @@ def connect(
     except OSError:
         sock.close()
         raise LinkError(f"{peer} at {where} broke off the handshake") from None
-    channel = Channel(wrapped, peer, CONNECT_SECONDS)
+    channel = Channel(session, peer, CONNECT_SECONDS)
     try:
         channel.send(Kind.HELLO, frames.pack_hello(Hello(*frames.VERSIONS, role, digest)))
         header = channel.receive()

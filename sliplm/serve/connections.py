@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import socket
-import ssl
 import threading
 import time
 from collections import Counter
@@ -23,7 +22,7 @@ CUT_SECONDS = 0.4
 class Known:
     """A connection whose device is known; `reason` and `expelled` say why and since when it is being cut off."""
 
-    def __init__(self, sock: ssl.SSLSocket, fingerprint: str, role: Role) -> None:
+    def __init__(self, sock: socket.socket, fingerprint: str, role: Role) -> None:
         self.sock, self.fingerprint, self.role = sock, fingerprint, role
         self.reason: IdentityError | None = None
         self.expelled = 0.0
@@ -39,7 +38,7 @@ class Connections:
         self._max_workers = max_workers
         self._max_requests = max_requests  # those that wait included
         self._lock = threading.Lock()
-        self._strangers: dict[threading.Thread, tuple[ssl.SSLSocket, bytes]] = {}  # oldest first, with their network
+        self._strangers: dict[threading.Thread, tuple[socket.socket, bytes]] = {}  # oldest first, with their network
         self._known: dict[threading.Thread, Known] = {}
 
     def __len__(self) -> int:
@@ -49,7 +48,7 @@ class Connections:
     def strangers(self) -> int:
         return len(self._strangers)
 
-    def admit(self, thread: threading.Thread, sock: ssl.SSLSocket, host: str) -> None:
+    def admit(self, thread: threading.Thread, sock: socket.socket, host: str) -> None:
         """Take a stranger in. If there are too many, the oldest one of the network that has most is cut: whoever floods
         the server evicts itself."""
         with self._lock:
@@ -59,7 +58,7 @@ class Connections:
                 cut(self._strangers.pop(oldest)[0])
             self._strangers[thread] = sock, _network(host)
 
-    def identify(self, sock: ssl.SSLSocket, fingerprint: str, role: Role) -> Known:
+    def identify(self, sock: socket.socket, fingerprint: str, role: Role) -> Known:
         """Count this thread's connection as its device's from now on. Raises BusyError if that has too many, or all
         have."""
         me = threading.current_thread()
@@ -105,16 +104,16 @@ class Connections:
             elif time.monotonic() - known.expelled > CUT_SECONDS:
                 cut(known.sock)
 
-    def all(self) -> dict[threading.Thread, ssl.SSLSocket]:
+    def all(self) -> dict[threading.Thread, socket.socket]:
         with self._lock:
             strangers = {thread: sock for thread, (sock, _) in self._strangers.items()}
             return strangers | {thread: known.sock for thread, known in self._known.items()}
 
 
-def cut(sock: ssl.SSLSocket) -> None:
+def cut(sock: socket.socket) -> None:
     """End a connection under the thread that waits on it (see Channel.abort)."""
     with contextlib.suppress(OSError):
-        socket.socket.shutdown(sock, socket.SHUT_RDWR)
+        sock.shutdown(socket.SHUT_RDWR)
 
 
 def _network(host: str) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 import ssl
 from collections.abc import Callable
 
@@ -11,23 +12,24 @@ from sliplm.protocol import frames, tls
 from sliplm.protocol.channel import Channel, drain_socket
 from sliplm.protocol.connect import check_digest
 from sliplm.protocol.frames import Kind, Role, Welcome
+from sliplm.protocol.session import Session
 from sliplm.registry import Device, authority
 from sliplm.serve.connections import Known
 
 HANDSHAKE_SECONDS = 10.0
 
 
-def shake_hands(sock: ssl.SSLSocket) -> Channel:
+def shake_hands(sock: socket.socket, context: ssl.SSLContext) -> Channel:
     """The channel over a connection just accepted. Raises HandshakeError or LinkError."""
     try:
         sock.settimeout(HANDSHAKE_SECONDS)
-        sock.do_handshake()
+        session = Session(sock, context, server_side=True)
     except (OSError, ValueError) as error:
         drain_socket(sock)  # so that the alert arrives, which tells the edge what is wrong
         if isinstance(error, ssl.SSLError):
             raise tls.explain(error, "the edge") from None
         raise LinkError("the peer did not complete the handshake") from None
-    return Channel(sock, "the edge", HANDSHAKE_SECONDS)
+    return Channel(session, "the edge", HANDSHAKE_SECONDS)
 
 
 def greet(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import socket
-import ssl
 import threading
 import time
 from collections.abc import Sequence
@@ -208,24 +207,23 @@ class TrustedServer:
         where = f"{address[0]}:{address[1]}"
         try:
             tune(sock)
-            wrapped = self._context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
-        except (OSError, ValueError):
+        except OSError:
             _log.warning("%s: the peer left at once", where)
             sock.close()
             return
-        thread = threading.Thread(target=self._connection, args=(wrapped, where), name=f"slip {where}", daemon=True)
-        self._connections.admit(thread, wrapped, address[0])
+        thread = threading.Thread(target=self._connection, args=(sock, where), name=f"slip {where}", daemon=True)
+        self._connections.admit(thread, sock, address[0])
         try:
             thread.start()
         except RuntimeError:  # no more threads; those that end make room
             _log.warning("%s: refused, too many threads", where)
             self._connections.leave(thread)
-            wrapped.close()
+            sock.close()
 
-    def _connection(self, sock: ssl.SSLSocket, where: str) -> None:
+    def _connection(self, sock: socket.socket, where: str) -> None:
         channel: Channel | None = None
         try:
-            channel = shake_hands(sock)
+            channel = shake_hands(sock, self._context)
             device, known = greet(
                 channel,
                 self._digest,
@@ -251,7 +249,7 @@ class TrustedServer:
             sock.close()
             self._connections.leave(threading.current_thread())
 
-    def _identify(self, sock: ssl.SSLSocket, device: Device, role: Role) -> Known:
+    def _identify(self, sock: socket.socket, device: Device, role: Role) -> Known:
         if role != Role.HELP:
             device.require_edge()
         elif self.helpers is None:

@@ -24,7 +24,7 @@ from sliplm.split.blinding import Blinding
 from sliplm.trusted.group import MemberWeights, ProtectedGroup
 from sliplm.trusted.runtime import Runtime
 
-TRUSTED, EDGE = 23, 9
+TRUSTED, EDGE = 27, 11
 EXCHANGES = 10
 
 

@@ -35,7 +35,6 @@ from link_fakes import (
 from sliplm.edge.worker import EdgeWorker
 from sliplm.errors import Code, IdentityError, LinkError, ProtocolError, TooLongError, VerificationError
 from sliplm.exchange.link import InProcessLink
-from sliplm.protocol import channel
 from sliplm.protocol.channel import Channel
 from sliplm.protocol.frames import HEADER, Kind
 from sliplm.registry import authority
@@ -176,7 +175,7 @@ def result(edge: Channel, header, sequence=0, group=0, extra_rows=0, extra_cols=
         (lambda e, h: e.close(), LinkError, "closed the connection"),
         (lambda e, h: e.abort(), LinkError, "closed the connection"),
         (
-            lambda e, h: channel.socket.socket.sendall(e._sock, b"not TLS at all, sorry"),
+            lambda e, h: e._sock.sendall(b"not TLS at all, sorry"),
             LinkError,
             "encrypted",
         ),
@@ -311,7 +310,7 @@ def test_a_header_that_trickles_in_is_given_up(home, identity):
             for piece in (header[:1], header[1:2], header[2:]):
                 time.sleep(0.4)
                 with contextlib.suppress(OSError):
-                    pair.trusted._sock.sendall(piece)
+                    pair.trusted._write(piece)
 
         with running(trickle, lambda: None), pytest.raises(LinkError, match="did not answer"):
             pair.edge.receive()

@@ -199,7 +199,7 @@ def test_a_wrong_answer_and_then_silence_cost_no_time_of_ours(home: Any, identit
     """More of it lies there while we write: it must not be looked at again and again until the time is up."""
     with Pair(home, identity, 10.0) as pair:
         link = wide(pair)
-        pair.edge._sock.sendall(HEADER.pack(Kind.RESULT, VERSION, 0, 1, 77, 32) + bytes(16384))
+        pair.edge._write(HEADER.pack(Kind.RESULT, VERSION, 0, 1, 77, 32) + bytes(16384))
         time.sleep(0.2)
         questions = iter([np.zeros((1, WIDE), np.uint32), np.zeros((MANY, WIDE), np.uint32)])
         begin = time.thread_time()

@@ -22,6 +22,7 @@ from sliplm.protocol import frames
 from sliplm.protocol.channel import Channel
 from sliplm.protocol.frames import HEADER, Hello, Kind, PadsWanted, Role, Welcome
 from sliplm.protocol.messages import decode_chunk, decode_request, encode
+from sliplm.protocol.session import Session
 
 VECTORS: dict[str, Any] = json.loads(Path(__file__).with_name("vectors.json").read_text("utf-8"))
 SPECIFICATION = (Path(__file__).parents[2] / "docs" / "protocol.md").read_text("utf-8")
@@ -41,7 +42,7 @@ class Wire:
 
     def __init__(self, version: int) -> None:
         ours, self._theirs = socket.socketpair()
-        self.channel: Any = Channel(plain.Socket(fileno=ours.detach()), "the other side", 5)  # type: ignore[arg-type]
+        self.channel: Any = Channel(Session(ours, plain.Context()), "the other side", 5)  # type: ignore[arg-type]
         self.channel.version = version
 
     def sent(self) -> str:

@@ -1,0 +1,156 @@
+"""TLS through memory, against Python's own sockets at the other end."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import socket
+import ssl
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from link_fakes import server_context
+
+from sliplm.protocol import tls
+from sliplm.protocol.session import MOST_BYTES, Session
+from sliplm.registry import authority
+
+
+@contextlib.contextmanager
+def connected(home: Path, identity: Path) -> Iterator[tuple[Session, ssl.SSLSocket]]:
+    """Our end, the trusted side's, and the edge's as Python makes it."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        there = socket.create_connection(listener.getsockname(), 10)
+        here = listener.accept()[0]
+    here.settimeout(10)
+    made: list[Any] = []
+    context = tls.client_context(identity)
+    thread = threading.Thread(target=lambda: made.append(context.wrap_socket(there, server_hostname=tls.SERVER_NAME)))
+    thread.start()
+    session = Session(here, server_context(home), server_side=True)
+    thread.join(10)
+    with here, made[0]:
+        yield session, made[0]
+
+
+def exactly(session: Session, size: int) -> bytes:
+    data, done = memoryview(bytearray(size)), 0
+    while done < size:
+        count = session.read(size - done, data[done:])
+        assert count
+        done += count
+    return bytes(data)
+
+
+def test_bytes_of_any_number_come_as_they_were_sent(home: Path, identity: Path) -> None:
+    with connected(home, identity) as (ours, theirs):
+
+        @settings(max_examples=30, deadline=None)
+        @given(st.lists(st.integers(1, 3 * MOST_BYTES) | st.integers(1, 40), min_size=1, max_size=4), st.randoms())
+        def both_ways(sizes: list[int], rng: random.Random) -> None:
+            data = [rng.randbytes(size) for size in sizes]
+            thread = threading.Thread(target=lambda: [theirs.sendall(piece) for piece in data])
+            thread.start()
+            assert exactly(ours, sum(sizes)) == b"".join(data)
+            thread.join(10)
+            thread = threading.Thread(target=lambda: [write(ours, piece) for piece in data])
+            thread.start()
+            got = b""
+            while len(got) < sum(sizes):
+                got += theirs.recv(1 << 20)
+            thread.join(10)
+            assert got == b"".join(data) and not ours.waiting and not ours.unsent
+
+        both_ways()
+
+
+def write(session: Session, data: bytes) -> None:
+    done = 0
+    while done < len(data):
+        done += session.write(memoryview(data)[done:])
+
+
+def test_a_socket_that_does_not_wait_keeps_what_it_has_no_room_for(home: Path, identity: Path) -> None:
+    data = random.Random(0).randbytes(20 << 20)
+    with connected(home, identity) as (ours, theirs):
+        ours.socket.settimeout(0)
+        with pytest.raises(BlockingIOError):
+            ours.read(1, memoryview(bytearray(1)))
+        done = 0
+        with pytest.raises(BlockingIOError):
+            while True:
+                done += ours.write(memoryview(data)[done:])
+        assert ours.unsent and done < len(data)
+        got = b""
+        while len(got) < done:
+            got += theirs.recv(1 << 20)
+            with contextlib.suppress(BlockingIOError):
+                ours.flush()
+        assert got == data[:done] and not ours.unsent
+
+
+def test_the_end_is_the_end_also_within_a_record(home: Path, identity: Path) -> None:
+    with connected(home, identity) as (ours, theirs):
+        theirs.sendall(b"all")
+        socket.socket.shutdown(theirs, socket.SHUT_WR)
+        assert exactly(ours, 3) == b"all"
+        with pytest.raises(ssl.SSLEOFError):
+            ours.read(1, memoryview(bytearray(1)))
+    with connected(home, identity) as (ours, theirs):
+        theirs.settimeout(1)
+        with contextlib.suppress(OSError):
+            theirs.unwrap()  # says that it ends, and would wait for us to
+        assert ours.read(1, memoryview(bytearray(1))) == 0
+    with connected(home, identity) as (ours, theirs):
+        socket.socket.send(theirs, bytes([23, 3, 3, 0, 100]) + bytes(50))  # a record that stops in its middle
+        socket.socket.shutdown(theirs, socket.SHUT_WR)
+        with pytest.raises(ssl.SSLError):
+            ours.read(1, memoryview(bytearray(1)))
+
+
+def test_what_was_changed_on_its_way_is_refused(home: Path, identity: Path) -> None:
+    with connected(home, identity) as (ours, theirs):
+        socket.socket.send(theirs, bytes([23, 3, 3, 0, 50]) + bytes(50))
+        with pytest.raises(ssl.SSLError):
+            ours.read(1, memoryview(bytearray(1)))
+
+
+def test_the_peer_is_told_why_its_certificate_is_refused(home: Path, identity: Path, tmp_path: Path) -> None:
+    authority.add_device(tmp_path / "other", "stranger", tmp_path / "stranger.pem")
+    stranger = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    stranger.check_hostname, stranger.verify_mode = False, ssl.CERT_NONE
+    stranger.load_cert_chain(tmp_path / "stranger.pem")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        there = socket.create_connection(listener.getsockname(), 10)
+        here = listener.accept()[0]
+    said: list[str] = []
+
+    def connect() -> None:
+        try:
+            with stranger.wrap_socket(there, server_hostname=tls.SERVER_NAME) as sock:
+                sock.recv(1)
+        except ssl.SSLError as error:
+            said.append(error.reason or "")
+
+    thread = threading.Thread(target=connect)
+    thread.start()
+    here.settimeout(10)
+    with here, pytest.raises(ssl.SSLCertVerificationError):
+        Session(here, server_context(home), server_side=True)
+    thread.join(10)
+    assert said and "ALERT" in said[0]
+
+
+def test_a_session_shows_no_secret(home: Path, identity: Path) -> None:
+    with connected(home, identity) as (ours, theirs):
+        assert repr(ours) == "Session(<secret>)"
+        own, *_ = x509.load_pem_x509_certificates(identity.read_bytes())
+        assert ours.certificate() == own.public_bytes(Encoding.DER)
+        assert theirs.version() == "TLSv1.3"
