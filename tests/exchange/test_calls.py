@@ -24,7 +24,7 @@ from sliplm.split.blinding import Blinding
 from sliplm.trusted.group import MemberWeights, ProtectedGroup
 from sliplm.trusted.runtime import Runtime
 
-TRUSTED, EDGE = 27, 11
+TRUSTED, EDGE = 28, 12
 EXCHANGES = 10
 
 
