@@ -139,9 +139,7 @@ class Ragged:
     def __init__(
         self, memories: Sequence[Five[np.float32]], owners: Vector[np.int64], positions: Vector[np.int64]
     ) -> None: ...
-    def attend(
-        self, layer: int, heads: Cube[np.float32], scale: float, out: Cube[np.float32], isa: str = ""
-    ) -> None:
+    def attend(self, layer: int, heads: Cube[np.float32], scale: float, out: Cube[np.float32], isa: str = "") -> None:
         """Write the keys and values of heads (N, H + 2 G, D), which has the rows' queries, keys and values, to their
         places; then out (N, H, D) = softmax(scale q K^T) V, each row seeing its sequence's positions up to its own."""
 

@@ -12,7 +12,7 @@ from sliplm.trusted.packed import Packed, Part
 from sliplm.trusted.padded import Padded, only_appends
 
 CLOSE = 1e-2
-"""Logits may differ by so much of their standard deviation: rounding is far below it, a wrong mask or position above."""
+"""Logits may differ by so much of their standard deviation: rounding is far below, a wrong mask or position above."""
 
 _log = logging.getLogger(__name__)
 
@@ -54,7 +54,9 @@ def rehearse(model: Any, way: Together) -> bool:
             way.forward([Part(a, 0, first[:4], False)])
             way.forward([Part(a, 4, first[4:7], False), Part(b, 0, second[:3], True)])
             got = [way.forward([Part(a, 7, first[7:8], True), Part(b, 3, second[3:4], True)])]
-            got.append(way.forward([Part(b, 4, second[4:], True), Part(c, 0, third, True), Part(a, 8, first[8:], True)]))
+            got.append(
+                way.forward([Part(b, 4, second[4:], True), Part(c, 0, third, True), Part(a, 8, first[8:], True)])
+            )
             texts = [first[:8], second[:4], second, third, first]
             want = [model(input_ids=torch.tensor([text]), use_cache=False).logits[0, -1] for text in texts]
     except Exception as error:  # models may take other arguments, or have ideas of their own about caches
