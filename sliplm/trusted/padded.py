@@ -95,5 +95,8 @@ def only_appends(model: Any) -> bool:
     """Whether all that `model` keeps of a text is keys and values of every token, by Transformers' own cache."""
     if not model._supports_default_dynamic_cache():
         return False
-    layers = DynamicCache(config=model.config).layers
+    try:
+        layers = DynamicCache(config=model.config).layers
+    except Exception:  # a configuration of a kind that Transformers' cache does not know
+        return False
     return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
