@@ -25,7 +25,7 @@ ONE_BY_ONE = {"Mistral", "Gemma 2", "Gemma 3", "gpt-oss (biased, interleaved exp
 
 
 def test_every_family_has_its_way() -> None:
-    assert PACKED | PADDED | ONE_BY_ONE == {n for n, family in zoo.FAMILIES.items() if family.auto is zoo.CAUSAL}
+    assert {n for n, family in zoo.FAMILIES.items() if family.auto is zoo.CAUSAL} == PACKED | PADDED | ONE_BY_ONE
 
 
 @pytest.mark.parametrize("name", sorted(PACKED | PADDED | ONE_BY_ONE))
@@ -78,7 +78,7 @@ class Wrong:
     [
         {"position_ids": lambda p: p + 1 - p % 2},
         {"attention_mask": torch.ones_like},
-        {"part": lambda p: p._replace(tokens=p.tokens[:-1] + [p.tokens[-1] ^ 1])},
+        {"part": lambda p: p._replace(tokens=[*p.tokens[:-1], p.tokens[-1] ^ 1])},
     ],
 )
 def test_the_rehearsal_notices_what_is_wrong(model: Any, wrong: dict[str, Any]) -> None:
