@@ -39,10 +39,13 @@ class Batches:
         """Generate `sequence` from now on, together with all others over `link`."""
         with self.lock:
             batch = self.running.get(id(link))  # which holds the link, so there is no other one of that number
-            if batch is None:
-                batch = self.running[id(link)] = Batch(self, link)
-                batch.start()
+            if batch is not None:
+                batch.take(sequence)
+                return
+            batch = Batch(self, link)
             batch.take(sequence)
+            batch.start()  # which may fail
+            self.running[id(link)] = batch
 
     def close(self) -> None:
         """End all answers. Returns when no thread is left."""

@@ -31,8 +31,11 @@ def shared(tiny_split: Path) -> BuiltinEngine:
     return attached(BuiltinEngine(tiny_split / "trusted", stock=0))
 
 
-@pytest.fixture
-def engine(shared: BuiltinEngine, monkeypatch: pytest.MonkeyPatch) -> BuiltinEngine:
+@pytest.fixture(params=["together", "alone"])
+def engine(request: pytest.FixtureRequest, shared: BuiltinEngine, monkeypatch: pytest.MonkeyPatch) -> BuiltinEngine:
+    """As it is, and as with a model that computes one answer at a time."""
+    if request.param == "alone":
+        monkeypatch.setattr(shared, "_batches", None)
     monkeypatch.setattr(answer_module, "BEAT_SECONDS", 0.02)
     return shared
 
