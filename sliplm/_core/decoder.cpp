@@ -188,8 +188,8 @@ public:
         for (size_t r = 0; r < rows(); r++)
             for (size_t part = 0; part < 2; part++)
                 for (size_t g = 0; g < groups; g++)
-                    std::memcpy(at(r, layer, part, g) + positions_(r) * size,
-                                &heads(r, queries + part * groups + g, 0), size * sizeof(float));
+                    std::memcpy(at(r, layer, part, g) + positions_(r) * size, &heads(r, queries + part * groups + g, 0),
+                                size * sizeof(float));
         const size_t shared = queries / groups;
         parallel(rows() * groups, threads_for(work_ * queries * size, 1 << 19), [&](size_t task) {
             const size_t r = task / groups, g = task % groups, count = positions_(r) + 1;
@@ -221,8 +221,7 @@ void bind_decoder(nb::module_& m) {
     nb::class_<Ragged>(m, "Ragged")
         .def(nb::init<std::vector<Ragged::Memory>, Vector<const int64_t>, Vector<const int64_t>>(), "memories"_a,
              "owners"_a, "positions"_a)
-        .def("attend", &Ragged::attend, "layer"_a, "heads"_a.noconvert(), "scale"_a, "out"_a.noconvert(),
-             "isa"_a = "");
+        .def("attend", &Ragged::attend, "layer"_a, "heads"_a.noconvert(), "scale"_a, "out"_a.noconvert(), "isa"_a = "");
     m.def("rms_norm", &rms_norm, "x"_a.noconvert(), "weight"_a.noconvert(), "eps"_a, "out"_a.noconvert(), "isa"_a = "");
     m.def("rotate", &rotate, "heads"_a.noconvert(), "cos"_a.noconvert(), "sin"_a.noconvert(), "isa"_a = "");
     m.def("first_seen", &first_seen, "mask"_a.noconvert(), "out"_a.noconvert());

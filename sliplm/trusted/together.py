@@ -32,12 +32,11 @@ class Together(Protocol):
 def find_way(model: Any) -> Together | None:
     """The shortest way that has been rehearsed with this protected model: its code may treat positions or masks in ways
     that no class tells. None: its sequences are computed one by one."""
-    if not only_appends(model):
-        return None
-    for way in (Packed.of(model), Padded(model)):
-        if way is not None and rehearse(model, way):
-            return way
-    _log.warning("%s: requests are computed one by one: in a batch they disturb each other", type(model).__name__)
+    if only_appends(model):
+        for way in (Packed.of(model), Padded(model)):
+            if way is not None and rehearse(model, way):
+                return way
+    _log.info("%s: requests are computed one by one, since its state allows no others beside it", type(model).__name__)
     return None
 
 
