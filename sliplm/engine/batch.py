@@ -146,11 +146,13 @@ class Batch(threading.Thread):
 
 def _shares(sequences: list[Sequence]) -> Iterator[tuple[Sequence, Part]]:
     """What each brings to the next pass: those that have begun all they have, which is a token; prompts share the room
-    that is left, in the order in which they came."""
-    begun = sum(s.pending for s in sequences if s.begun)
-    room = max(1, ROWS - begun) if begun else ROWS_ALONE
-    for sequence in sequences:
-        part = sequence.part(sequence.pending if sequence.begun else room)
+    that is left evenly, so that a short one need not wait for a long one."""
+    begun = [s for s in sequences if s.begun]
+    room = max(1, ROWS - len(begun)) if begun else ROWS_ALONE
+    for sequence in begun:
+        yield sequence, sequence.part(sequence.pending)
+    prompts = sorted((s for s in sequences if not s.begun), key=lambda s: s.pending)
+    for i, sequence in enumerate(prompts):
+        part = sequence.part(room // (len(prompts) - i))
+        room -= len(part.tokens)
         yield sequence, part
-        if not sequence.begun:
-            room -= len(part.tokens)

@@ -161,16 +161,52 @@ def test_many_share_a_pass(engine: BuiltinEngine) -> None:
     link = Through(engine, lambda _: go.wait(10))
     with ThreadPoolExecutor(3) as pool:
         answers = [pool.submit(ask, engine, link, prompt=word, max_tokens=20) for word in WORDS[:3]]
-        while len(engine._batches.running) < 1 or sum(map(len, joined(engine))) < 3:
-            time.sleep(0.01)
+        wait_for(engine, 3)
         go.set()
         assert all(a.result().tokens == 20 for a in answers)
     assert link.count <= 9 * 22
 
 
-def joined(engine: BuiltinEngine) -> tuple[list[Sequence], list[Sequence]]:
+def wait_for(engine: BuiltinEngine, count: int) -> None:
+    """Until so many have joined a batch, which cannot go on meanwhile."""
+    while not engine._batches.running:
+        time.sleep(0.01)
     (running,) = engine._batches.running.values()
-    return running._sequences, running._joining
+    while len(running._sequences) + len(running._joining) < count:
+        time.sleep(0.01)
+
+
+def test_prompts_share_the_room_that_tokens_leave(engine: BuiltinEngine) -> None:
+    def make(tokens: int, begun: bool = False) -> Sequence:
+        one = Sequence([65] * tokens, 9, (), engine.decoding.processors(GenerateRequest(prompt="x"), 1), None, None)
+        one.begun, one._known = begun, (tokens - 1) * begun
+        return one
+
+    def shares(*sequences: Sequence) -> list[int]:
+        found = {s: len(part.tokens) for s, part in batch._shares(list(sequences))}
+        return [found[s] for s in sequences]
+
+    decoding = [make(300, begun=True) for _ in range(8)]
+    assert shares(*decoding) == [1] * 8
+    assert shares(make(5000), make(10), *decoding) == [batch.ROWS - 8 - 10, 10, *[1] * 8]
+    assert shares(make(5000), make(5000), make(30), *decoding) == [45, 45, 30, *[1] * 8]
+    assert shares(make(5000), make(20)) == [batch.ROWS_ALONE - 20, 20]
+    assert sum(shares(*(make(50) for _ in range(16)))) == batch.ROWS_ALONE
+
+
+def test_a_short_prompt_need_not_wait_for_a_long_one(engine: BuiltinEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ROWS", "ROWS_ALONE"):
+        monkeypatch.setattr(batch, name, 4)
+    go, passes = threading.Event(), list[int]()
+    link = Through(engine, lambda count: go.wait(10))
+    with ThreadPoolExecutor(2) as pool:
+        long = pool.submit(ask, engine, link, prompt="x" * 100, max_tokens=1)
+        short = pool.submit(ask, engine, link, prompt="abc", max_tokens=3)
+        short.add_done_callback(lambda _: passes.append(link.count // 9))
+        wait_for(engine, 2)
+        go.set()
+        assert short.result().tokens == 3 and long.result().tokens == 1
+    assert passes[0] < 25  # that the long one takes alone
 
 
 def test_links_do_not_share(engine: BuiltinEngine) -> None:
