@@ -28,7 +28,14 @@ ROWS_ALONE = 512
 
 
 class Batches:
-    """The batches of a model, one for every link in use."""
+    """The batches of a model, one for every link in use.
+
+    Attributes:
+        model: the protected model.
+        way: how it computes several sequences.
+        lock: held where sequences join, and where a batch decides that it is over.
+        running: the batches, by the `id` of their link.
+    """
 
     def __init__(self, model: Any, way: Together) -> None:
         self.model, self.way = model, way

@@ -116,8 +116,9 @@ class BuiltinEngine:
         return self._grammars().constraint(request, self.syntax if request.tools else None, prompt_tokens)
 
     def generate(self, request: GenerateRequest, link: Link) -> Iterator[Chunk]:
-        """Stream the answer to `request`, with its exchanges over `link`. Closing the iterator stops the generation;
-        so that it can be closed, an empty chunk comes every half second without text.
+        """Stream the answer to `request`, with its exchanges over `link`; together with all others that are given the
+        same object, where the model allows it. Closing the iterator stops the generation; so that it can be closed, an
+        empty chunk comes every half second without text.
 
         Raises:
             TooLongError: the prompt does not fit the model.
