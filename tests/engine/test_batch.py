@@ -491,6 +491,7 @@ def test_memory_is_flat_after_a_thousand_requests(engine: BuiltinEngine, monkeyp
     monkeypatch.setattr(answer, "AHEAD", 3)
     waiting = engine.generate(GenerateRequest(prompt="Hello", max_tokens=100), engine.model.slip.default_link)
     next(waiting)
+    next(waiting)  # begun
 
     def many(count: int) -> float:
         generator = random.Random(1)
