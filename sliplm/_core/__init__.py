@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         decode = staticmethod(_native.decode)
         LowRank32 = _native.LowRank32
         LowRank16 = _native.LowRank16
+        Ragged = _native.Ragged
         rms_norm = staticmethod(_native.rms_norm)
         rotate = staticmethod(_native.rotate)
         first_seen = staticmethod(_native.first_seen)

@@ -14,6 +14,7 @@ Vector: TypeAlias = np.ndarray[tuple[int], np.dtype[_T]]
 Matrix: TypeAlias = np.ndarray[tuple[int, int], np.dtype[_T]]
 Cube: TypeAlias = np.ndarray[tuple[int, int, int], np.dtype[_T]]
 Four: TypeAlias = np.ndarray[tuple[int, int, int, int], np.dtype[_T]]
+Five: TypeAlias = np.ndarray[tuple[int, int, int, int, int], np.dtype[_T]]
 
 Blinding: TypeAlias = tuple[Matrix[np.int32], Cube[np.float32], Vector[np.float32]]
 """Permutations (4, N), turns (4, 2, N / 2), diagonal (N,)."""
@@ -130,6 +131,17 @@ def attend(
 ) -> None:
     """out (B, H, D) = softmax(scale q K^T) V for queries (B, H, D), keys and values (B, G, S, D), H / G heads to each
     of G, sequence b seeing keys from starts[b] on. Each (H, D) of queries is contiguous, each (D,) of the others."""
+
+class Ragged:
+    """The N rows of one pass: row r is the token at positions[r] of sequence owners[r], whose keys and values (L, 2, G,
+    S, D), of L layers, are memories[owners[r]]. Refers to the arrays that it is given."""
+
+    def __init__(
+        self, memories: Sequence[Five[np.float32]], owners: Vector[np.int64], positions: Vector[np.int64]
+    ) -> None: ...
+    def attend(self, layer: int, heads: Cube[np.float32], scale: float, out: Cube[np.float32], isa: str = "") -> None:
+        """Write the keys and values of heads (N, H + 2 G, D), which has the rows' queries, keys and values, to their
+        places; then out (N, H, D) = softmax(scale q K^T) V, each row seeing its sequence's positions up to its own."""
 
 def wait_readable(fd: int, sleep: float, spin: float) -> bool:
     """Whether the socket has something to read, or an end, or an error. Sleeps for `sleep` microseconds at most, then

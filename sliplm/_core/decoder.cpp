@@ -155,11 +155,73 @@ void attend(Strided<const float, 3> queries, Strided<const float, 4> keys, Strid
     });
 }
 
+// The rows of one pass: row r is the token at positions[r] of sequence owners[r], whose keys and values (L, 2, G, S, D)
+// have memory of their own. It refers to the arrays that it is given.
+class Ragged {
+public:
+    using Memory = nb::ndarray<float, nb::ndim<5>, nb::c_contig, nb::device::cpu>;
+
+    Ragged(std::vector<Memory> memories, Vector<const int64_t> owners, Vector<const int64_t> positions)
+        : memories_(std::move(memories)), owners_(std::move(owners)), positions_(std::move(positions)) {
+        require(!memories_.empty() && owners_.shape(0) == positions_.shape(0), "shapes do not match");
+        for (const Memory& m : memories_)
+            require(m.shape(0) == layers() && m.shape(1) == 2 && m.shape(2) == groups() && m.shape(4) == size(),
+                    "shapes do not match");
+        for (size_t r = 0; r < rows(); r++) {
+            require(owners_(r) >= 0 && size_t(owners_(r)) < memories_.size(), "a row is of no sequence");
+            require(positions_(r) >= 0 && size_t(positions_(r)) < memories_[owners_(r)].shape(3),
+                    "a position is outside its memory");
+            work_ += positions_(r) + 1;
+        }
+    }
+
+    // heads (N, H + 2 G, D) are the rows' queries, keys and values, side by side. Writes keys and values where they
+    // belong; then out (N, H, D) is what each row sees of its sequence up to itself.
+    void attend(size_t layer, Cube<const float> heads, float scale, Cube<float> out, const std::string& isa) {
+        const size_t queries = out.shape(1), groups = this->groups(), size = this->size();
+        require(layer < layers() && groups && queries && queries % groups == 0 && heads.shape(0) == rows() &&
+                    out.shape(0) == rows() && heads.shape(1) == queries + 2 * groups && heads.shape(2) == size &&
+                    out.shape(2) == size,
+                "shapes do not match");
+        const Isa& use = named(isa);
+        nb::gil_scoped_release release;
+        for (size_t r = 0; r < rows(); r++)
+            for (size_t part = 0; part < 2; part++)
+                for (size_t g = 0; g < groups; g++)
+                    std::memcpy(at(r, layer, part, g) + positions_(r) * size, &heads(r, queries + part * groups + g, 0),
+                                size * sizeof(float));
+        const size_t shared = queries / groups;
+        parallel(rows() * groups, threads_for(work_ * queries * size, 1 << 19), [&](size_t task) {
+            const size_t r = task / groups, g = task % groups, count = positions_(r) + 1;
+            std::unique_ptr<float[]> scores(new float[4 * (count + 16)]);
+            use.attend(&heads(r, g * shared, 0), shared, at(r, layer, 0, g), at(r, layer, 1, g), count, size, size,
+                       size, scale, scores.get(), &out(r, g * shared, 0));
+        });
+    }
+
+private:
+    size_t rows() const { return owners_.shape(0); }
+    size_t layers() const { return memories_[0].shape(0); }
+    size_t groups() const { return memories_[0].shape(2); }
+    size_t size() const { return memories_[0].shape(4); }
+    float* at(size_t row, size_t layer, size_t part, size_t group) const {
+        return &memories_[owners_(row)](layer, part, group, 0, 0);
+    }
+
+    std::vector<Memory> memories_;
+    Vector<const int64_t> owners_, positions_;
+    size_t work_ = 0;  // keys that all rows see
+};
+
 }  // namespace
 
 void bind_decoder(nb::module_& m) {
     LowRank<float>::bind(m, "LowRank32");
     LowRank<uint16_t>::bind(m, "LowRank16");
+    nb::class_<Ragged>(m, "Ragged")
+        .def(nb::init<std::vector<Ragged::Memory>, Vector<const int64_t>, Vector<const int64_t>>(), "memories"_a,
+             "owners"_a, "positions"_a)
+        .def("attend", &Ragged::attend, "layer"_a, "heads"_a.noconvert(), "scale"_a, "out"_a.noconvert(), "isa"_a = "");
     m.def("rms_norm", &rms_norm, "x"_a.noconvert(), "weight"_a.noconvert(), "eps"_a, "out"_a.noconvert(), "isa"_a = "");
     m.def("rotate", &rotate, "heads"_a.noconvert(), "cos"_a.noconvert(), "sin"_a.noconvert(), "isa"_a = "");
     m.def("first_seen", &first_seen, "mask"_a.noconvert(), "out"_a.noconvert());

@@ -1,50 +1,45 @@
-"""Text in, text out: generation with the protected model for several requests at a time, each over its own link."""
+"""Text in, text out: generation with the protected model for several requests at a time, those over one link together
+where the model allows it."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import queue
-import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
-from transformers.generation.streamers import BaseStreamer
 
 import sliplm.trusted  # noqa: F401 - teaches Transformers to load the bundle
 from sliplm import bundle
+from sliplm.engine.alone import Alone
+from sliplm.engine.answer import Answer
+from sliplm.engine.batch import Batches
 from sliplm.engine.constraint import Constraint, Grammars
 from sliplm.engine.decoding import Decoding
 from sliplm.engine.detokenise import UNFINISHED, Text, special_tokens
-from sliplm.engine.logprobs import Logprobs, Scored, Scores
+from sliplm.engine.logprobs import Logprobs, Scores
 from sliplm.engine.once import Once
+from sliplm.engine.sequence import Sequence
 from sliplm.engine.stops import StopTexts, end_tokens
 from sliplm.engine.template import Chat, unknown_token
 from sliplm.engine.tools import Syntax, find_syntax
-from sliplm.errors import BundleError, LinkError, RequestError, SlipError, TooLongError, VerificationError, locate
-from sliplm.exchange.link import Field, Link, Own
+from sliplm.errors import BundleError, RequestError, SlipError, TooLongError
+from sliplm.exchange.link import Link
 from sliplm.naming import model_name
 from sliplm.protocol.messages import MAX_TOKENS, Chunk, GenerateRequest, Message, Tool
 from sliplm.split.source import refuse_other_tasks
 from sliplm.split.tokenizer import has_tokenizer
+from sliplm.trusted.together import find_way
 
 GENERATIONS = 16
 """So many may run at a time; each holds a cache as long as its text."""
-
-BEAT_SECONDS = 0.5
-AHEAD = 64
-"""Tokens that wait for a slow reader before the generation waits for it, too."""
 
 MAX_CONTEXT = 1 << 20
 DEFAULT_CONTEXT = 1 << 15
 """Tokens of a model that names no limit of its own."""
 
 _log = logging.getLogger(__name__)
-
-_Token = tuple[int, Scored | None]
 
 
 class BuiltinEngine:
@@ -84,7 +79,10 @@ class BuiltinEngine:
         self._silent = special_tokens(self.tokenizer) | set(ends)
         self._markers = [t for t in self.tokenizer.convert_ids_to_tokens(sorted(self._silent)) if t]
         self._room = _context(self.model.config.get_text_config(), self.tokenizer)
-        self.capacity = 1 if _keeps_positions(self.model.config.to_dict()) else GENERATIONS
+        adapts = _keeps_positions(self.model.config.to_dict())
+        self.capacity = 1 if adapts else GENERATIONS
+        way = None if adapts else find_way(self.model)
+        self._batches = None if way is None else Batches(self.model, way)
         self._allow_logprobs = allow_logprobs
         self._syntax = Once(lambda: find_syntax(self.chat.example))
         self._grammars = Once(lambda: Grammars(self.tokenizer, self.decoding.ends))
@@ -106,7 +104,9 @@ class BuiltinEngine:
         return self._syntax()
 
     def close(self) -> None:
-        """End the process that tries schemas, if one runs."""
+        """End all answers that are computed together, and the process that tries schemas, if one runs."""
+        if self._batches is not None:
+            self._batches.close()
         if (grammars := self._grammars.made) is not None:
             grammars.close()
 
@@ -116,8 +116,9 @@ class BuiltinEngine:
         return self._grammars().constraint(request, self.syntax if request.tools else None, prompt_tokens)
 
     def generate(self, request: GenerateRequest, link: Link) -> Iterator[Chunk]:
-        """Stream the answer to `request`, with its exchanges over `link`. Closing the iterator stops the generation;
-        so that it can be closed, an empty chunk comes every half second without text.
+        """Stream the answer to `request`, with its exchanges over `link`; together with all others that are given the
+        same object, where the model allows it. Closing the iterator stops the generation; so that it can be closed, an
+        empty chunk comes every half second without text.
 
         Raises:
             TooLongError: the prompt does not fit the model.
@@ -135,13 +136,25 @@ class BuiltinEngine:
             raise _too_long(request, prompt_tokens, self._room)
         constraint = self._constraint(request, prompt_tokens)
         yield Chunk("", None, prompt_tokens)
-        run = _Run(self, prompt, request, limit, link, constraint)
-        run.start()
+        answer = self._begin(request, prompt, limit, constraint, link)
         try:
-            last = yield from self._stream(run, request, prompt)
+            last = yield from self._stream(answer, request, prompt)
         finally:
-            run.cancel()
+            answer.cancel()
         yield last
+
+    def _begin(
+        self, request: GenerateRequest, prompt: list[int], limit: int, constraint: Constraint | None, link: Link
+    ) -> Answer:
+        processors = self.decoding.processors(request, len(prompt), constraint)
+        scores = None if request.logprobs is None else Scores(request.logprobs)
+        if scores:
+            processors.insert(0, scores)
+        if self._batches is None:
+            return Alone(self.model, prompt, self.decoding.plain(limit), processors, scores, link)
+        sequence = Sequence(prompt, limit, self.decoding.ends, processors, scores, self._batches.way.cache())
+        self._batches.join(sequence, link)
+        return sequence
 
     def rehearse(self, system: str) -> None:
         """Try a chat that begins with the owner's text `system`. Raises SlipError, if none with it can be answered."""
@@ -178,7 +191,7 @@ class BuiltinEngine:
             raise RequestError(f"the token {strange} in the prompt is none of this model's.")
         return tokens
 
-    def _stream(self, run: _Run, request: GenerateRequest, prompt: list[int]) -> Generator[Chunk, None, Chunk]:
+    def _stream(self, answer: Answer, request: GenerateRequest, prompt: list[int]) -> Generator[Chunk, None, Chunk]:
         """Yield text as it becomes certain, or none; return the last chunk."""
         silent = self._silent - self.syntax.tokens(self.tokenizer) if request.tools else self._silent
         # A chat's answer is a text of its own; a plain prompt is continued.
@@ -186,7 +199,7 @@ class BuiltinEngine:
         stops = StopTexts([*request.stop, *self.decoding.stop], self._markers)
         logprobs = Logprobs(self.tokenizer, prompt[-1], silent)
         sent = 0
-        for token in run.tokens():
+        for token in answer.tokens():
             if token is None:
                 yield Chunk("", None, len(prompt), text.count)
                 continue
@@ -201,132 +214,9 @@ class BuiltinEngine:
         if (end := stops.find(text)) is not None:
             return Chunk(text.shown[sent:end], "stop", len(prompt), text.count, logprobs.before(end))
         rest = logprobs.before(len(text.shown) + 1)
-        if run.ended:
+        if answer.ended:
             return Chunk(text.shown[sent:], "stop", len(prompt), text.count, rest)
         return Chunk(text.shown[sent:].rstrip(UNFINISHED), "length", len(prompt), text.count, rest)
-
-
-class _Run(threading.Thread):
-    """`model.generate` in a thread of its own, its tokens in a queue."""
-
-    def __init__(
-        self,
-        engine: BuiltinEngine,
-        prompt: list[int],
-        request: GenerateRequest,
-        limit: int,
-        link: Link,
-        constraint: Constraint | None = None,
-    ) -> None:
-        super().__init__(name="generate", daemon=True)
-        self._engine, self._prompt, self._request, self._limit = engine, prompt, request, limit
-        self._constraint = constraint
-        self._queue: queue.Queue[_Token | BaseException | None] = queue.Queue(AHEAD)
-        self._cancelled = threading.Event()
-        self._link = _Cancellable(link, self._cancelled)
-        self._lie: VerificationError | None = None
-        self.ended = False
-
-    def run(self) -> None:
-        model = self._engine.model
-        try:
-            processors = self._engine.decoding.processors(self._request, len(self._prompt), self._constraint)
-            scores = None if self._request.logprobs is None else Scores(self._request.logprobs)
-            if scores:
-                processors.insert(0, scores)
-            ids = torch.tensor([self._prompt])
-            with model.slip.using(self._link), torch.inference_mode():
-                out = model.generate(
-                    ids,
-                    attention_mask=torch.ones_like(ids),
-                    generation_config=self._engine.decoding.plain(self._limit),
-                    logits_processor=processors,
-                    streamer=_Tokens(self._put, scores),
-                    stopping_criteria=[lambda ids, _: torch.full((len(ids),), self._cancelled.is_set())],
-                )
-            self.ended = int(out[0, -1]) in self._engine.decoding.ends
-            self._put(None)
-        except SlipError as error:
-            if isinstance(error, VerificationError):
-                self._lie = error  # the reader may have gone, or stop before it comes to the error
-            self._put(error)
-        except BaseException as error:  # whatever it is, the reader must not wait for ever
-            # Its text might quote a prompt or a weight, so neither the log nor the requester gets it.
-            _log.error("the generation failed: %s", locate(error))
-            self._put(SlipError(f"the generation failed: {locate(error)}"))
-
-    def _put(self, item: _Token | BaseException | None) -> None:
-        """Hand `item` to the reader; wait while it has too many already, unless it has gone."""
-        while not self._cancelled.is_set():
-            with contextlib.suppress(queue.Full):
-                return self._queue.put(item, timeout=BEAT_SECONDS)
-
-    def tokens(self) -> Iterator[_Token | None]:
-        """The tokens, with their scores if asked for; None every half second in which there is none."""
-        while True:
-            try:
-                item = self._queue.get(timeout=BEAT_SECONDS)
-            except queue.Empty:
-                yield None
-                continue
-            if item is None:
-                return
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-
-    def cancel(self) -> None:
-        """End the thread. Raises VerificationError if the edge has lied, whether or not `tokens` came that far."""
-        self._cancelled.set()
-        self.join()
-        if self._lie is not None:
-            raise self._lie
-
-
-class _Cancellable(Link):
-    """`link`, until `cancelled`: a long prompt is many exchanges before the first token."""
-
-    def __init__(self, link: Link, cancelled: threading.Event) -> None:
-        self._link, self._cancelled = link, cancelled
-        self.party = link.party
-
-    def exchange(self, group: int, x: Field, own: Callable[[], Own]) -> tuple[Field, Own]:
-        self._check()
-        return self._link.exchange(group, x, own)
-
-    def exchanges(
-        self, group: int, questions: Iterator[Field], own: Callable[[], object]
-    ) -> Generator[Field, None, None]:
-        return self._link.exchanges(group, self._until_cancelled(questions), own)
-
-    def _until_cancelled(self, questions: Iterator[Field]) -> Iterator[Field]:
-        for x in questions:
-            self._check()
-            yield x
-
-    def _check(self) -> None:
-        if self._cancelled.is_set():
-            raise LinkError("the request was cancelled")
-
-    def close(self) -> None:
-        self._link.close()
-
-
-class _Tokens(BaseStreamer):
-    """Pass on generated tokens; the first call brings the prompt."""
-
-    def __init__(self, out: Callable[[_Token], None], scores: Scores | None) -> None:
-        self._out, self._scores = out, scores
-        self._prompt = True
-
-    def put(self, value: torch.Tensor) -> None:
-        if not self._prompt:
-            for token in value.reshape(-1).tolist():
-                self._out((token, self._scores.of(token) if self._scores else None))
-        self._prompt = False
-
-    def end(self) -> None:
-        """`_Run` says when it is over."""
 
 
 def _tokenizer(path: Path) -> Any:

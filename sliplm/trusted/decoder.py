@@ -11,6 +11,8 @@ computes on.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -33,7 +35,7 @@ def shorten(model: nn.Module) -> int:
         return count
     for layer in model.modules():
         if type(layer).__name__ in LAYOUTS and type(layer).__module__.startswith("transformers.models."):
-            short = _Short.of(layer)
+            short = Short.of(layer)
             if short is not None:
                 layer.forward = short
                 count += 1
@@ -49,8 +51,12 @@ def _group(modules: list[nn.Module]) -> ProtectedGroup | None:
     return first if [m._member for m in modules] == list(range(len(modules))) else None
 
 
-class _Short:
-    """The forward of one layer."""
+class Short:
+    """The forward of one layer.
+
+    Attributes:
+        groups, size: of the layer's keys, as many heads of so many numbers.
+    """
 
     def __init__(
         self, layer: Any, qkv: ProtectedGroup, o: ProtectedGroup, gate_up: ProtectedGroup, down: ProtectedGroup
@@ -59,15 +65,16 @@ class _Short:
         self._long = layer.forward
         self._qkv, self._o, self._gate_up, self._down = qkv, o, gate_up, down
         self._index = attention.layer_idx
-        self._head = attention.head_dim
+        self.size: int = attention.head_dim
         self._scale = attention.scaling
-        self._queries = attention.q_proj.out_features // self._head
-        self._rotated = self._queries + attention.k_proj.out_features // self._head
+        self._queries = attention.q_proj.out_features // self.size
+        self._rotated = self._queries + attention.k_proj.out_features // self.size
+        self.groups = self._rotated - self._queries
         self._norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
         self._before, self._between, self._act = layer.input_layernorm, layer.post_attention_layernorm, layer.mlp.act_fn
 
     @classmethod
-    def of(cls, layer: Any) -> _Short | None:
+    def of(cls, layer: Any) -> Short | None:
         attention, mlp = layer.self_attn, layer.mlp
         groups = [
             _group([attention.q_proj, attention.k_proj, attention.v_proj]),
@@ -87,6 +94,10 @@ class _Short:
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs: Any,
     ) -> Any:
+        if native is not None and isinstance(past_key_values, native.Ragged):
+            assert position_embeddings is not None
+            seen = partial(self._ragged, past_key_values)
+            return self._short(hidden_states, position_embeddings, seen)
         starts: NDArray[np.int64] | None = None
         short = (
             hidden_states.shape[1] == 1
@@ -111,27 +122,44 @@ class _Short:
                 position_embeddings=position_embeddings,
                 **kwargs,
             )
-        assert native is not None and position_embeddings is not None  # or there would be no short way
-        count, size = len(hidden_states), self._head
-        x = hidden_states.reshape(count, -1).numpy()
-        heads = self._qkv.stacked(_norm(x, self._before)).reshape(count, -1, size)
+        assert position_embeddings is not None
+        return self._short(hidden_states, position_embeddings, partial(self._cached, past_key_values, starts))
+
+    def _short(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attend: Callable[[NDArray[np.float32], NDArray[np.float32]], None],
+    ) -> torch.Tensor:
+        """The layer for rows that see only what is `attend`'s to say: it is given their queries, keys and values side
+        by side (N, H + 2 G, D), and writes what they see, (N, H, D)."""
+        assert native is not None  # or there would be no short way
+        x, size = hidden_states.reshape(-1, hidden_states.shape[-1]).numpy(), self.size
+        heads = self._qkv.stacked(_norm(x, self._before)).reshape(len(x), -1, size)
         queries, fresh = heads[:, : self._queries], heads[:, self._queries : self._rotated]
         for norm, part in zip(self._norms, (queries, fresh), strict=True):
             if norm is not None:
                 part[:] = _norm(part.reshape(-1, size), norm).reshape(part.shape)
         cos, sin = position_embeddings
         native.rotate(heads[:, : self._rotated], cos.numpy().reshape(-1, size), sin.numpy().reshape(-1, size))
-        new = torch.from_numpy(heads).unsqueeze(2)
-        grow(past_key_values, self._index)
-        keys, values = past_key_values.update(
-            new[:, self._queries : self._rotated], new[:, self._rotated :], self._index
-        )
-        seen = np.empty((count, self._queries, size), np.float32)
-        native.attend(queries, keys.numpy(), values.numpy(), starts, self._scale, seen)
-        x = x + self._o.stacked(seen.reshape(count, -1))
+        seen = np.empty((len(x), self._queries, size), np.float32)
+        attend(heads, seen)
+        x = x + self._o.stacked(seen.reshape(len(x), -1))
         gate, up = torch.from_numpy(self._gate_up.stacked(_norm(x, self._between))).chunk(2, dim=1)
         x += self._down.stacked((self._act(gate) * up).numpy())
-        return torch.from_numpy(x).unsqueeze(1)
+        return torch.from_numpy(x).view(hidden_states.shape)
+
+    def _cached(
+        self, cache: Any, starts: NDArray[np.int64] | None, heads: NDArray[np.float32], seen: NDArray[np.float32]
+    ) -> None:
+        assert native is not None
+        new = torch.from_numpy(heads).unsqueeze(2)
+        grow(cache, self._index)
+        keys, values = cache.update(new[:, self._queries : self._rotated], new[:, self._rotated :], self._index)
+        native.attend(heads[:, : self._queries], keys.numpy(), values.numpy(), starts, self._scale, seen)
+
+    def _ragged(self, rows: Any, heads: NDArray[np.float32], seen: NDArray[np.float32]) -> None:
+        rows.attend(self._index, heads, self._scale, seen)
 
 
 def _starts(mask: torch.Tensor, shape: tuple[int, ...]) -> NDArray[np.int64] | None:

@@ -16,7 +16,9 @@ import numpy as np
 import pytest
 from loading import attached
 
+from sliplm.engine import answer as answer_module
 from sliplm.engine import builtin as engine_module
+from sliplm.engine.answer import Cancellable
 from sliplm.engine.builtin import DEFAULT_CONTEXT, BuiltinEngine, _context, _keeps_positions
 from sliplm.engine.template import Chat
 from sliplm.errors import LinkError, RequestError, SlipError, TooLongError, VerificationError
@@ -29,9 +31,12 @@ def shared(tiny_split: Path) -> BuiltinEngine:
     return attached(BuiltinEngine(tiny_split / "trusted", stock=0))
 
 
-@pytest.fixture
-def engine(shared: BuiltinEngine, monkeypatch: pytest.MonkeyPatch) -> BuiltinEngine:
-    monkeypatch.setattr(engine_module, "BEAT_SECONDS", 0.02)
+@pytest.fixture(params=["together", "alone"])
+def engine(request: pytest.FixtureRequest, shared: BuiltinEngine, monkeypatch: pytest.MonkeyPatch) -> BuiltinEngine:
+    """As it is, and as with a model that computes one answer at a time."""
+    if request.param == "alone":
+        monkeypatch.setattr(shared, "_batches", None)
+    monkeypatch.setattr(answer_module, "BEAT_SECONDS", 0.02)
     return shared
 
 
@@ -69,7 +74,7 @@ def test_it_can_be_cancelled_before_the_first_token(engine: BuiltinEngine) -> No
 
 def test_a_long_prompt_is_cancelled_between_its_parts(engine: BuiltinEngine) -> None:
     link, cancelled, sent = engine.model.slip.default_link, threading.Event(), list[int]()
-    link = engine_module._Cancellable(link, cancelled)
+    link = Cancellable(link, cancelled.is_set)
     x = np.ones((2, engine.model.slip.shapes[0][1]), np.uint32)
     answers = link.exchanges(0, iter([x] * 9), lambda: sent.append(0))
     next(answers)
@@ -77,13 +82,13 @@ def test_a_long_prompt_is_cancelled_between_its_parts(engine: BuiltinEngine) -> 
     with pytest.raises(LinkError, match="cancelled"):
         next(answers)
     assert sent == [0]
-    link = engine_module._Cancellable(engine.model.slip.default_link, threading.Event())
+    link = Cancellable(engine.model.slip.default_link, threading.Event().is_set)
     assert len(list(link.exchanges(0, iter([x] * 9), lambda: None))) == 9
 
 
 def running_ahead(engine: BuiltinEngine, tokens: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Slow, Any, set[Any]]:
     """A fast link, a generation of 40 tokens over it that has begun, and the threads that there were before."""
-    monkeypatch.setattr(engine_module, "AHEAD", tokens)
+    monkeypatch.setattr(answer_module, "AHEAD", tokens)
     link = Slow(engine.model.slip.default_link)
     link.go.set()
     before = set(threads())

@@ -20,7 +20,7 @@ from loading import attached
 
 from sliplm import _core
 from sliplm.split.model import Options, split_model
-from sliplm.trusted.decoder import _Short
+from sliplm.trusted.decoder import Short
 
 pytestmark = pytest.mark.skipif(_core.native is None, reason="no native core: install a C++20 compiler")
 
@@ -62,9 +62,9 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
     """Notes for every call of a shortened layer whether it went the long way."""
     calls: list[bool] = []
-    real = _Short.__call__
+    real = Short.__call__
 
-    def call(self: _Short, *args: Any, **kwargs: Any) -> Any:
+    def call(self: Short, *args: Any, **kwargs: Any) -> Any:
         calls.append(False)
         long = self._long
 
@@ -79,7 +79,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
             self._long = long
 
     with monkeypatch.context() as patch:
-        patch.setattr(_Short, "__call__", call)
+        patch.setattr(Short, "__call__", call)
         yield calls
 
 

@@ -1,0 +1,505 @@
+"""Answers that are generated together: each is what it is alone, whatever happens to the others."""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from loading import attached
+
+from sliplm.engine import answer, batch
+from sliplm.engine.batch import Batch, Batches
+from sliplm.engine.builtin import BuiltinEngine
+from sliplm.engine.sequence import Sequence
+from sliplm.errors import LinkError, NumericsError, RequestError, SlipError, VerificationError
+from sliplm.exchange.link import Link
+from sliplm.processes import memory
+from sliplm.protocol.messages import Chunk, GenerateRequest
+from sliplm.trusted.packed import Packed
+
+WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "runs", "away", "from", "it"]
+
+
+@pytest.fixture(scope="module")
+def shared(tiny_split: Path) -> BuiltinEngine:
+    return attached(BuiltinEngine(tiny_split / "trusted", stock=0, allow_logprobs=True))
+
+
+@pytest.fixture
+def engine(shared: BuiltinEngine, monkeypatch: pytest.MonkeyPatch) -> Iterator[BuiltinEngine]:
+    monkeypatch.setattr(answer, "BEAT_SECONDS", 0.02)
+    yield shared
+    assert not threads() and not shared._batches.running
+
+
+def threads() -> list[threading.Thread]:
+    return [t for t in threading.enumerate() if t.name == "generate"]
+
+
+class Through(Link):
+    """Another link, with something that happens at every exchange."""
+
+    party = None
+
+    def __init__(self, engine: BuiltinEngine, happens: Callable[[int], object] = lambda count: None) -> None:
+        self.link, self.happens, self.count = engine.model.slip.default_link, happens, 0
+
+    def exchange(self, group: int, x: Any, own: Any) -> Any:
+        self.count += 1
+        self.happens(self.count)
+        return self.link.exchange(group, x, own)
+
+    def close(self) -> None: ...
+
+
+@dataclass
+class Got:
+    """All of an answer, however it was cut into chunks."""
+
+    text: str = ""
+    tokens: int = 0
+    reason: str | None = None
+    logprobs: list[Any] = field(default_factory=list)
+
+
+def gather(chunks: Iterator[Chunk]) -> Got:
+    got = Got()
+    for chunk in chunks:
+        got.text += chunk.text
+        got.tokens, got.reason = chunk.completion_tokens, chunk.finish_reason
+        got.logprobs += [(e.token, e.logprob, *e.top) for e in chunk.logprobs]
+    return got
+
+
+def ask(engine: BuiltinEngine, link: Link | None = None, **what: Any) -> Got:
+    request = GenerateRequest(**{"prompt": "Hello", "max_tokens": 12, **what})
+    return gather(engine.generate(request, link or engine.model.slip.default_link))
+
+
+def alone(engine: BuiltinEngine, monkeypatch: pytest.MonkeyPatch, asked: list[dict[str, Any]]) -> list[Got]:
+    """What they get one after the other, from Transformers' `generate`."""
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_batches", None)
+        return [ask(engine, **what) for what in asked]
+
+
+def at_once(engine: BuiltinEngine, asked: list[dict[str, Any]], generator: random.Random) -> list[Got]:
+    """In any order, with pauses, 16 at a time."""
+    order = generator.sample(range(len(asked)), len(asked))
+    pauses = [generator.random() * 0.05 for _ in asked]
+
+    def one(i: int) -> tuple[int, Got]:
+        time.sleep(pauses[i])
+        return i, ask(engine, **asked[i])
+
+    with ThreadPoolExecutor(16) as pool:
+        return [got for _, got in sorted(pool.map(one, order), key=lambda pair: pair[0])]
+
+
+def assert_same(got: list[Got], want: list[Got], close: float) -> None:
+    """But for rounding of the log-probabilities."""
+    for ours, theirs in zip(got, want, strict=True):
+        assert (ours.text, ours.tokens, ours.reason) == (theirs.text, theirs.tokens, theirs.reason)
+        assert [entry[0] for entry in ours.logprobs] == [entry[0] for entry in theirs.logprobs]
+        for mine, other in zip(ours.logprobs, theirs.logprobs, strict=True):
+            assert [mine[1], *(p for _, p in mine[2:])] == pytest.approx(
+                [other[1], *(p for _, p in other[2:])], abs=close
+            )
+
+
+def requests(generator: random.Random, count: int) -> list[dict[str, Any]]:
+    """Of all kinds."""
+    kinds: list[dict[str, Any]] = [
+        {},
+        {"logprobs": 2},
+        {"temperature": 1.5, "seed": 3},
+        {"temperature": 0.8, "seed": 4, "top_p": 0.9},
+        {"temperature": 1.2, "seed": 5, "top_k": 20, "logprobs": 0},
+        {"frequency_penalty": 1.5, "presence_penalty": 0.5},
+        {"stop": ["e", "\n"]},
+    ]
+    return [
+        {
+            "prompt": " ".join(generator.choices(WORDS, k=generator.randint(1, 12))),
+            "max_tokens": generator.randint(1, 30),
+            **kinds[i % len(kinds)],
+        }
+        for i in range(count)
+    ]
+
+
+@pytest.mark.parametrize("rows", [batch.ROWS, 7])
+def test_answers_are_those_that_each_gets_alone(
+    engine: BuiltinEngine, monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    monkeypatch.setattr(batch, "ROWS", rows)
+    monkeypatch.setattr(batch, "ROWS_ALONE", 2 * rows)
+    generator = random.Random(rows)
+    asked = requests(generator, 32)
+    got = at_once(engine, asked, generator)
+    assert_same(got, alone(engine, monkeypatch, asked), 1e-3)
+    if isinstance(engine._batches.way, Packed):
+        assert got == [ask(engine, **what) for what in asked]  # in no company: to the last bit
+
+
+def test_many_share_a_pass(engine: BuiltinEngine) -> None:
+    """Three answers of 20 tokens take the exchanges of one, and few more."""
+    go = threading.Event()
+    link = Through(engine, lambda _: go.wait(10))
+    with ThreadPoolExecutor(3) as pool:
+        answers = [pool.submit(ask, engine, link, prompt=word, max_tokens=20) for word in WORDS[:3]]
+        wait_for(engine, 3)
+        go.set()
+        assert all(a.result().tokens == 20 for a in answers)
+    assert link.count <= 9 * 22
+
+
+def wait_for(engine: BuiltinEngine, count: int) -> None:
+    """Until so many have joined a batch, which cannot go on meanwhile."""
+    while not engine._batches.running:
+        time.sleep(0.01)
+    (running,) = engine._batches.running.values()
+    while len(running._sequences) + len(running._joining) < count:
+        time.sleep(0.01)
+
+
+def test_prompts_share_the_room_that_tokens_leave(engine: BuiltinEngine) -> None:
+    def make(tokens: int, begun: bool = False) -> Sequence:
+        one = Sequence([65] * tokens, 9, (), engine.decoding.processors(GenerateRequest(prompt="x"), 1), None, None)
+        one.begun, one._known = begun, (tokens - 1) * begun
+        return one
+
+    def shares(*sequences: Sequence) -> list[int]:
+        found = {s: len(part.tokens) for s, part in batch._shares(list(sequences))}
+        return [found[s] for s in sequences]
+
+    decoding = [make(300, begun=True) for _ in range(8)]
+    assert shares(*decoding) == [1] * 8
+    assert shares(make(5000), make(10), *decoding) == [batch.ROWS - 8 - 10, 10, *[1] * 8]
+    assert shares(make(5000), make(5000), make(30), *decoding) == [45, 45, 30, *[1] * 8]
+    assert shares(make(5000), make(20)) == [batch.ROWS_ALONE - 20, 20]
+    assert sum(shares(*(make(50) for _ in range(16)))) == batch.ROWS_ALONE
+
+
+def test_a_short_prompt_need_not_wait_for_a_long_one(engine: BuiltinEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ROWS", "ROWS_ALONE"):
+        monkeypatch.setattr(batch, name, 4)
+    go, passes = threading.Event(), list[int]()
+    link = Through(engine, lambda count: go.wait(10))
+    with ThreadPoolExecutor(2) as pool:
+        long = pool.submit(ask, engine, link, prompt="x" * 100, max_tokens=1)
+        short = pool.submit(ask, engine, link, prompt="abc", max_tokens=3)
+        short.add_done_callback(lambda _: passes.append(link.count // 9))
+        wait_for(engine, 2)
+        go.set()
+        assert short.result().tokens == 3 and long.result().tokens == 1
+    assert passes[0] < 25  # that the long one takes alone
+
+
+def test_links_do_not_share(engine: BuiltinEngine) -> None:
+    links = [Through(engine) for _ in range(3)]
+    with ThreadPoolExecutor(3) as pool:
+        assert len({got.text for got in pool.map(lambda link: ask(engine, link), links)}) == 1
+    assert all(link.count == 9 * 12 for link in links)
+
+
+@pytest.mark.slow
+def test_the_real_models_answers_are_those_that_each_gets_alone(
+    smollm2_split: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = attached(BuiltinEngine(smollm2_split / "trusted", stock=0, allow_logprobs=True))
+    generator = random.Random(1)
+    asked = requests(generator, 32)
+    for what in asked:
+        what["max_tokens"] = min(what["max_tokens"], 10)
+    assert_same(at_once(engine, asked, generator), alone(engine, monkeypatch, asked), 0.02)
+
+
+@pytest.mark.slow
+def test_schemas_among_others(engine: BuiltinEngine) -> None:
+    schema = {"type": "object", "properties": {"n": {"enum": [1, 2, 3]}}, "required": ["n"]}
+    held = {"schema": schema, "temperature": 1.0, "seed": 1, "max_tokens": 40}
+    asked = [held, {}, {**held, "seed": 2}, {"temperature": 1.0, "seed": 7}, {"logprobs": 1}]
+    want = [ask(engine, **what) for what in asked]
+    assert at_once(engine, asked, random.Random(1)) == want and '"n"' in want[0].text
+    engine._grammars().close()
+
+
+# --- the order of things -----------------------------------------------------------------------------------------
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(["join", "leave", "hold", "read"]), st.integers(0, 9)), max_size=25),
+    st.integers(1, 12),
+)
+@settings(max_examples=25, deadline=None)
+def test_they_join_and_leave_at_any_step(shared: BuiltinEngine, happens: list[tuple[str, int]], rows: int) -> None:
+    """Step by step, without the thread: after any history each has the tokens that it has alone."""
+    with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
+        patch.setattr(batch, "ROWS", rows)
+        patch.setattr(batch, "ROWS_ALONE", rows)
+        patch.setattr(answer, "AHEAD", 5)
+        batches = Batches(shared.model, shared._batches.way)
+        running = batches.running[0] = Batch(batches, shared.model.slip.default_link)
+        running._key = 0
+        here: list[tuple[Sequence, int, list[int]]] = []
+        for what, number in [("join", 3), *happens]:
+            if what == "join":
+                limit = 1 + number % 7
+                here.append((sequence(shared, number, limit), limit, []))
+                with batches.lock:
+                    running.take(here[-1][0])
+            elif what == "leave":
+                here[number % len(here)][0].cancelled.set()
+            elif what == "read":
+                one, _, read = here[number % len(here)]
+                read += tokens_of(one)
+            if running._gather():
+                running._step(ready) if (ready := [s for s in running._sequences if not s.full]) else None
+            else:
+                running._over, batches.running[0] = False, running
+        for one, _, read in here:  # all read on
+            read += tokens_of(one)
+        while running._gather():
+            running._step([s for s in running._sequences if not s.full])
+            for one, _, read in here:
+                read += tokens_of(one)
+        for one, limit, read in here:
+            want = expected(shared, one, limit)
+            assert read == want[: len(read)]
+            assert one.cancelled.is_set() or read == want
+            assert one.left.is_set()
+
+
+def sequence(engine: BuiltinEngine, number: int, limit: int) -> Sequence:
+    prompt = [40 + number] * (1 + 3 * number)
+    request = GenerateRequest(prompt="x", temperature=1.0, seed=number)
+    processors = engine.decoding.processors(request, len(prompt))
+    return Sequence(prompt, limit, engine.decoding.ends, processors, None, engine._batches.way.cache())
+
+
+def tokens_of(one: Sequence) -> list[int]:
+    found = []
+    while not one._queue.empty():
+        item = one._queue.get()
+        assert item is None or isinstance(item, tuple)
+        found += [] if item is None else [item[0]]
+    return found
+
+
+_EXPECTED: dict[tuple[int, int], list[int]] = {}
+
+
+def expected(engine: BuiltinEngine, one: Sequence, limit: int) -> list[int]:
+    number = int(one._ids[0, 0]) - 40
+    if (number, limit) not in _EXPECTED:
+        again = sequence(engine, number, limit)
+        engine._batches.join(again, engine.model.slip.default_link)
+        _EXPECTED[number, limit] = [item[0] for item in again.tokens() if item is not None]
+        again.cancel()
+    return _EXPECTED[number, limit]
+
+
+@pytest.mark.parametrize("moment", range(0, 60, 4))
+def test_one_is_cancelled_at_any_moment(engine: BuiltinEngine, moment: int) -> None:
+    want = [ask(engine, prompt=word, max_tokens=4).text for word in WORDS[:2]]
+    reached, closed = threading.Event(), threading.Event()
+
+    def happens(count: int) -> None:
+        if count == moment + 1:
+            reached.set()
+            closed.wait(0.2)
+
+    link = Through(engine, happens)
+    with ThreadPoolExecutor(2) as pool:
+        others = [pool.submit(ask, engine, link, prompt=word, max_tokens=4) for word in WORDS[:2]]
+        chunks = engine.generate(GenerateRequest(prompt="x" * 50, max_tokens=40), link)
+        while not reached.is_set():
+            next(chunks)
+        chunks.close()
+        closed.set()
+        assert [o.result().text for o in others] == want
+
+
+def test_a_slow_reader_holds_up_nobody_else(engine: BuiltinEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answer, "AHEAD", 3)
+    want = ask(engine, max_tokens=30)
+    link = Through(engine)
+    slow = engine.generate(GenerateRequest(prompt="Hello", max_tokens=30), link)
+    while not next(slow).completion_tokens:
+        pass
+    assert ask(engine, link, prompt="Hi", max_tokens=25).tokens == 25
+    (running,) = engine._batches.running.values()
+    assert running.is_alive() and running._sequences[0]._queue.qsize() == 3
+    before = link.count
+    time.sleep(0.1)
+    assert link.count == before
+    rest = gather(slow)
+    assert rest.tokens == 30 and want.text.endswith(rest.text)
+
+
+def test_closing_the_engine_ends_them(tiny_split: Path) -> None:
+    engine = attached(BuiltinEngine(tiny_split / "trusted", stock=0))
+    answers = [engine.generate(GenerateRequest(prompt=w, max_tokens=100), Through(engine)) for w in WORDS[:3]]
+    for chunks in answers:
+        next(chunks)
+        next(chunks)
+    engine.close()
+    assert not threads()
+    for chunks in answers:
+        with pytest.raises(LinkError, match="shutting down"):
+            list(chunks)
+
+
+# --- errors ------------------------------------------------------------------------------------------------------
+
+
+def errors(engine: BuiltinEngine, link: Link, asked: list[dict[str, Any]]) -> list[Any]:
+    """Asked together: what each raises, or None."""
+    gate = threading.Barrier(len(asked))
+
+    def one(what: dict[str, Any]) -> Any:
+        gate.wait(10)
+        try:
+            ask(engine, link, **what)
+        except SlipError as error:
+            return error
+        return None
+
+    with ThreadPoolExecutor(len(asked)) as pool:
+        return list(pool.map(one, asked))
+
+
+LONG = {"max_tokens": 30}
+
+
+@pytest.mark.parametrize("after", [1, 12, 60])
+def test_a_lost_edge_ends_all_over_it(engine: BuiltinEngine, after: int) -> None:
+    def happens(count: int) -> None:
+        if count >= after:
+            raise LinkError("the edge went away")
+
+    found = errors(engine, Through(engine, happens), [LONG] * 3)
+    assert all(type(e) is LinkError and str(e) == "the edge went away" for e in found)
+    assert len({id(e) for e in found}) == 3  # raised in a thread each
+    assert ask(engine).tokens == 12
+
+
+def test_a_lie_ends_all_and_each_tells_it(engine: BuiltinEngine) -> None:
+    class Lying(Through):
+        def exchange(self, group: int, x: Any, own: Any) -> Any:
+            product, mine = super().exchange(group, x, own)
+            if self.count > 40:
+                product[-1, 0] ^= 1
+            return product, mine
+
+    found = errors(engine, Lying(engine), [LONG] * 3)
+    assert all(type(e) is VerificationError for e in found)
+
+
+def test_a_number_that_is_none_ends_only_its_own(engine: BuiltinEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    want = ask(engine, **LONG)
+    byte = next(c for c in "~^#@<>" if c not in want.text)
+    (bad,) = engine.tokenizer(byte)["input_ids"]
+    embedding = engine.model.get_input_embeddings()
+    spoiled = embedding._table.clone()
+    spoiled[bad] = torch.nan
+    monkeypatch.setattr(embedding, "_table", spoiled)
+    found = errors(engine, Through(engine), [LONG, {**LONG, "prompt": f"ab{byte}c"}, LONG])
+    assert [type(e) for e in found] == [type(None), NumericsError, type(None)]
+    assert ask(engine, **LONG) == want
+
+
+def test_an_unknown_fault_ends_those_whom_it_concerns(
+    engine: BuiltinEngine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    way = engine._batches.way
+    forward = way.forward
+
+    def faulty(parts: Any) -> Any:
+        if any(part.start == 9 for part in parts):  # only one comes so far
+            raise ZeroDivisionError("secret")
+        return forward(parts)
+
+    monkeypatch.setattr(way, "forward", faulty)
+    found = errors(engine, Through(engine), [{"max_tokens": 3}, LONG, {"max_tokens": 2}])
+    assert found[0] is found[2] is None
+    assert "ZeroDivisionError in test_batch.py" in str(found[1]) and "secret" not in caplog.text + str(found[1])
+
+
+def test_what_a_processor_refuses_ends_only_its_own(engine: BuiltinEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    processors = engine.decoding.processors
+
+    def refusing(request: GenerateRequest, prompt_tokens: int, constraint: Any = None) -> Any:
+        def refuse(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            if request.max_tokens == 29 and ids.shape[1] > 9:
+                raise RequestError("no token is left.")
+            return scores
+
+        made = processors(request, prompt_tokens, constraint)
+        made.append(refuse)
+        return made
+
+    monkeypatch.setattr(engine.decoding, "processors", refusing)
+    found = errors(engine, Through(engine), [LONG, {"max_tokens": 29}, LONG])
+    assert [type(e) for e in found] == [type(None), RequestError, type(None)]
+
+
+# --- what stays behind -------------------------------------------------------------------------------------------
+
+
+def test_a_sequence_that_has_left_is_let_go_of(engine: BuiltinEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    caches = []
+    way = engine._batches.way
+    cache = way.cache
+
+    def noted() -> Any:
+        made = cache()
+        caches.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr(way, "cache", noted)
+    link = Through(engine)
+    running = engine.generate(GenerateRequest(prompt="Hello", max_tokens=100), link)
+    next(running)
+    next(running)
+    ask(engine, link)
+    gc.collect()
+    assert caches[0]() is not None and caches[1]() is None
+    running.close()
+    del running
+    gc.collect()
+    assert caches[0]() is None
+
+
+@pytest.mark.slow
+def test_memory_is_flat_after_a_thousand_requests(engine: BuiltinEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a thread that one answer keeps: the allocator has some memory for each, and gives it to later ones."""
+    monkeypatch.setattr(answer, "AHEAD", 3)
+    waiting = engine.generate(GenerateRequest(prompt="Hello", max_tokens=100), engine.model.slip.default_link)
+    next(waiting)
+    next(waiting)  # begun
+
+    def many(count: int) -> float:
+        generator = random.Random(1)
+        with ThreadPoolExecutor(8) as pool:
+            assert all(got.tokens for got in pool.map(lambda what: ask(engine, **what), requests(generator, count)))
+        gc.collect()
+        return memory(os.getpid())["now"]
+
+    first = many(200)
+    assert many(1000) < first + (8 << 20)
+    waiting.close()
