@@ -25,7 +25,7 @@ from sliplm.engine.stops import StopTexts, end_tokens
 from sliplm.engine.template import Chat, unknown_token
 from sliplm.engine.tools import Syntax, find_syntax
 from sliplm.errors import BundleError, LinkError, RequestError, SlipError, TooLongError, VerificationError, locate
-from sliplm.exchange.link import Field, Link, Own
+from sliplm.exchange.link import Field, Link, Own, Router
 from sliplm.naming import model_name
 from sliplm.protocol.messages import MAX_TOKENS, Chunk, GenerateRequest, Message, Tool
 from sliplm.split.source import refuse_other_tasks
@@ -115,7 +115,7 @@ class BuiltinEngine:
             return None
         return self._grammars().constraint(request, self.syntax if request.tools else None, prompt_tokens)
 
-    def generate(self, request: GenerateRequest, link: Link) -> Iterator[Chunk]:
+    def generate(self, request: GenerateRequest, link: Link | Router) -> Iterator[Chunk]:
         """Stream the answer to `request`, with its exchanges over `link`. Closing the iterator stops the generation;
         so that it can be closed, an empty chunk comes every half second without text.
 
@@ -215,7 +215,7 @@ class _Run(threading.Thread):
         prompt: list[int],
         request: GenerateRequest,
         limit: int,
-        link: Link,
+        link: Link | Router,
         constraint: Constraint | None = None,
     ) -> None:
         super().__init__(name="generate", daemon=True)
@@ -223,7 +223,8 @@ class _Run(threading.Thread):
         self._constraint = constraint
         self._queue: queue.Queue[_Token | BaseException | None] = queue.Queue(AHEAD)
         self._cancelled = threading.Event()
-        self._link = _Cancellable(link, self._cancelled)
+        of = _CancellableRouter if isinstance(link, Router) else _Cancellable
+        self._link: Link | Router = of(link, self._cancelled)  # type: ignore[arg-type]
         self._lie: VerificationError | None = None
         self.ended = False
 
@@ -310,6 +311,19 @@ class _Cancellable(Link):
 
     def close(self) -> None:
         self._link.close()
+
+
+class _CancellableRouter(Router):
+    """`router`, until `cancelled`."""
+
+    def __init__(self, router: Router, cancelled: threading.Event) -> None:
+        self._router, self._cancelled = router, cancelled
+
+    def run(self, step: Callable[..., Any], *arguments: Any) -> Any:
+        def cancellable(op: Any, x: Any, pads: Any, link: Link, own: Any) -> Any:
+            return step(op, x, pads, _Cancellable(link, self._cancelled), own)
+
+        return self._router.run(cancellable, *arguments)
 
 
 class _Tokens(BaseStreamer):
