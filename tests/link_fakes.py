@@ -71,6 +71,8 @@ def make_engine(kind: type[FakeMatrix] = FakeMatrix, digest: bytes = DIGEST) -> 
 OP = SimpleNamespace(number=0, shape=SHAPES[0], rows=128, scales=np.ones((1, SHAPES[0][0])))
 """What a pool of edges asks of an operator."""
 
+PADS = SimpleNamespace(ready=lambda group, edge: True)
+
 
 def answer_of(link: Link, group: int, x: np.ndarray) -> np.ndarray:
     """The answer of an exchange beside which there is nothing else to do."""
@@ -111,7 +113,7 @@ class FakeEngine:
             if request.prompt == "layer":
                 raise SlipError("model.layers.3 is broken")
             x = rng.integers(0, P, (2, SHAPES[0][1])).astype(np.uint32)
-            link.run(self._step, OP, x, None, lambda x: np.zeros((len(x), SHAPES[0][0]), np.uint32))
+            link.run(self._step, OP, x, PADS, lambda x: np.zeros((len(x), SHAPES[0][0])))
             time.sleep(self.delay)
             last = i + 1 == request.max_tokens
             try:
