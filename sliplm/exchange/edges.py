@@ -250,18 +250,14 @@ class Edges(Router):
                 if len(x) > (most := PARTS * op.rows * max(1, len(edges))):
                     parts = range(0, len(x), most)
                     return np.concatenate([self.run(step, op, x[i : i + most], pads, own) for i in parts])
-                try:
-                    chosen = self._choose(op, len(x), pads)
-                except NoWorkerError as error:
-                    raise (failed if isinstance(failed, VerificationError) else error) from None
+                chosen = self._choose(op, len(x), pads)
                 if len(chosen) > 1:
                     return self._together(step, op, x, pads, own, chosen)
                 edge = chosen[0][0]
             try:
                 return step(op, x, pads, edge, own)
             except LinkError as error:
-                self._lost(edge, error)
-                failed = error
+                failed = self._lost(edge, error)
             finally:
                 edge.turn.release()
                 if self._waiting:
@@ -285,8 +281,7 @@ class Edges(Router):
             try:
                 return step(op, x[part], pads, edge, nothing)
             except LinkError as error:
-                self._lost(edge, error)
-                return error
+                return self._lost(edge, error)
             finally:
                 edge.turn.release()
                 if self._waiting:
@@ -300,13 +295,10 @@ class Edges(Router):
             y = own(x)
         finally:
             wait(asked)
-        for (_, part), answer in zip(chosen, asked, strict=True):
-            theirs = answer.result()
+        answers = [each.result() for each in asked]
+        for (_, part), theirs in zip(chosen, answers, strict=True):
             if isinstance(theirs, LinkError):
-                try:
-                    theirs = self.run(step, op, x[part], pads, nothing)
-                except NoWorkerError as error:
-                    raise (theirs if isinstance(theirs, VerificationError) else error) from None
+                theirs = self.run(step, op, x[part], pads, nothing)
             y[part] += theirs
         return y
 
@@ -371,8 +363,9 @@ class Edges(Router):
         with self._lock:
             self._changed.notify()
 
-    def _lost(self, edge: Edge, error: LinkError) -> None:
-        """Drop an edge whose exchange failed. Raises `error` again if it is not the link that did."""
+    def _lost(self, edge: Edge, error: LinkError) -> LinkError:
+        """Drop an edge whose exchange failed, with `error`, which is returned. Raises it again if it was not the link
+        that failed, or if an edge lied and there is no other one."""
         if edge.alive:
             raise error
         with self._lock:
@@ -383,6 +376,9 @@ class Edges(Router):
             self.replaced += 1
         if isinstance(error, VerificationError):
             edge.lied()
+            if not self._edges:
+                raise error
+        return error
 
     def _end_stalled(self) -> None:
         """End links whose answers are overdue, while there is another one: who waits for them asks that one."""

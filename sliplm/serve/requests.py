@@ -7,7 +7,7 @@ import logging
 import threading
 from collections.abc import Callable, Generator
 
-from sliplm.errors import BusyError, Code, LinkError, ProtocolError, SlipError, locate
+from sliplm.errors import BusyError, Code, LinkError, ProtocolError, SlipError, VerificationError, locate
 from sliplm.exchange.edges import Edges
 from sliplm.protocol import frames
 from sliplm.protocol.channel import Channel
@@ -58,7 +58,7 @@ class Requests:
         except _PeerGone:
             _log.info("device %s cancelled its request", device.name)
         except Exception as failure:
-            error = known.reason or failure
+            error = failure if isinstance(failure, VerificationError) else known.reason or failure
             expected = isinstance(error, SlipError)
             why = frames.clean(str(error), LOG_BYTES) if expected else f"internal error: {locate(error)}"
             _log.warning("device %s: %s", device.name, why)
