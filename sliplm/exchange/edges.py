@@ -169,9 +169,6 @@ class Edges(Router):
     def __repr__(self) -> str:
         return f"Edges({len(self._edges)})"
 
-    def __len__(self) -> int:
-        return len(self._edges)
-
     # --- who is there ---------------------------------------------------------------------------------------
 
     def add(self, link: Link, name: str, lied: Callable[[], object] = lambda: None) -> None:
