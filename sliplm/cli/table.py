@@ -20,7 +20,7 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 def view(rows: list[dict[str, Any]], width: int) -> Group:
-    """The table, and below it who computes rows, who makes pads, and what is wrong with those of which it says nothing."""
+    """The table, and below it who computes rows and makes pads, and what is wrong with those without numbers."""
     errors = [Text(row["error"], style="red") for row in rows if row["error"]]
     more = [Text(line) for row in rows if not row["error"] for line in (_edges(row), _makers(row)) if line]
     return Group(_table(rows, width), *more, *errors)
