@@ -13,17 +13,17 @@ from __future__ import annotations
 import math
 import threading
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import closing
 from time import perf_counter
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from sliplm.errors import LinkError, NoWorkerError, VerificationError
-from sliplm.exchange.link import PARTS, Field, Link, Own, Router
-from sliplm.exchange.shares import Speed, shares
+from sliplm.exchange.edge import Edge
+from sliplm.exchange.link import PARTS, Link, Router
+from sliplm.exchange.shares import NEW, ROWS, SIZE, Line, shares
 
 if TYPE_CHECKING:
     from sliplm.exchange.operator import Operator
@@ -31,10 +31,6 @@ if TYPE_CHECKING:
     from sliplm.pads.pool import Pool
 
     Step = Callable[[Operator, Rows, Pool, Link, Callable[[Rows], Rows]], Rows]
-
-STALL_SECONDS, STALL_TIMES, STALL_NEW_SECONDS = 1.0, 8, 5.0
-"""An answer that takes longer, and so many times as long as expected, is waited for no more if there is another edge;
-the last is for edges of which nothing is known yet."""
 
 TRY_SECONDS, TRY_TIMES = 0.5, 50
 """An idle edge is tried so long after its last exchange, and so many times as long as one row takes it: a slow one
@@ -46,7 +42,9 @@ FEW = 4
 SOONER = 0.8
 """A busy edge is waited for if the rows are done there in so much of the time that an idle one takes."""
 
-BEAT_SECONDS = 0.25
+BEAT_SECONDS, WAIT_SECONDS = 0.25, 0.02
+"""Between two looks for stalled edges; and, of who waits for a busy edge, at those that there are."""
+
 AGAIN_SECONDS, FORGIVEN_SECONDS = 1.0, 600.0
 """An edge whose link failed, and that comes back, is asked so long after the failure, twice as long after each further
 one; earlier only if there is no other. So it cannot hold up an exchange each time that it connects."""
@@ -55,91 +53,6 @@ FAILURES = 16
 """After so many in one exchange it is given up."""
 
 NO_EDGE = "there is no worker connected: start `slip edge`, or try again soon"
-
-
-class Edge(Link):
-    """One edge of a pool: its link with a clock. `turn` is held by whoever exchanges over it."""
-
-    def __init__(self, link: Link, name: str, lied: Callable[[], object], rows: Counter[str], after: float) -> None:
-        self.link, self.name, self.lied = link, name, lied
-        self.after = after  # it is asked from then on, or if there is no other
-        self.party = link.party
-        self.turn = threading.Lock()
-        self.speed = Speed()
-        self.since = math.inf  # when the question was sent whose answer is waited for
-        self.limit = math.inf  # seconds for that
-        self.begun = self.until = 0.0  # of the last turn: when it began, and was to end
-        self._rows = rows
-
-    def __repr__(self) -> str:
-        return f"Edge({self.name})"
-
-    @property
-    def alive(self) -> bool:
-        return self.link.alive
-
-    def exchange(self, group: int, x: Field, own: Callable[[], Own]) -> tuple[Field, Own]:
-        begin = self.since = perf_counter()
-        try:
-            answer = self.link.exchange(group, x, own)
-        finally:
-            self.since = math.inf
-        self.speed.learn(x.shape[1] * answer[0].shape[1], len(x), perf_counter() - begin)
-        self._rows[self.name] += len(x)
-        return answer
-
-    def exchanges(
-        self, group: int, questions: Iterator[Field], own: Callable[[], object]
-    ) -> Generator[Field, None, None]:
-        begin, rows, size = perf_counter(), 0, 0
-
-        def counted() -> Iterator[Field]:
-            nonlocal size
-            while True:
-                self.since = math.inf  # making a question is not the edge's time
-                x = next(questions, None)
-                self.since = perf_counter()
-                if x is None:
-                    return
-                size = x.shape[1]
-                yield x
-
-        with closing(self.link.exchanges(group, counted(), own)) as answers:
-            try:
-                while True:
-                    self.since = perf_counter()
-                    answer = next(answers, None)
-                    self.since = math.inf
-                    if answer is None:
-                        break
-                    rows += len(answer)
-                    self._rows[self.name] += len(answer)
-                    width = answer.shape[1]
-                    yield answer
-            finally:
-                self.since = math.inf
-        if rows:
-            self.speed.learn(size * width, rows, perf_counter() - begin)
-
-    def close(self) -> None:
-        self.link.close()
-
-    def seconds(self, size: int, rows: int) -> float:
-        """What an exchange is expected to take."""
-        a, b = self.speed.line(size)
-        return a + b * rows
-
-    def take(self, now: float, seconds: float) -> bool:
-        """Begin a turn that is expected to last for so long, if nobody else has; whether that is so."""
-        if not self.turn.acquire(blocking=False):
-            return False
-        self.begun, self.until = now, now + seconds
-        self.limit = max(STALL_SECONDS, STALL_TIMES * seconds) if self.speed.known else STALL_NEW_SECONDS
-        return True
-
-    def free_in(self, now: float) -> float:
-        """Seconds until this turn ends; of one that should have ended, as long again as it has taken."""
-        return self.until - now if self.until > now else now - self.begun
 
 
 class Edges(Router):
@@ -161,6 +74,8 @@ class Edges(Router):
         self._changed = threading.Condition(self._lock)
         self._waiting = 0
         self._edges: list[Edge] = []  # newest last; a new list whenever it changes
+        self._mixed = False  # whether they are of several parties
+        self._again = 0.0  # when all may be asked
         self._failed: dict[str, tuple[int, float]] = {}  # how often the links of a name did, and when it may come back
         self._closed = threading.Event()
         self._watch: threading.Thread | None = None
@@ -179,7 +94,7 @@ class Edges(Router):
             if perf_counter() > again + FORGIVEN_SECONDS:
                 self._failed.pop(name, None)
             self.rows[name] += 0
-            self._edges = [*self._edges, Edge(link, name, lied, self.rows, again)]
+            self._set([*self._edges, Edge(link, name, lied, self.rows, again)])
             if len(self._edges) > 1 and self._watch is None and not self._closed.is_set():
                 self._watch = threading.Thread(target=self._end_stalled, name="edges", daemon=True)
                 self._watch.start()
@@ -188,7 +103,12 @@ class Edges(Router):
     def remove(self, link: Link) -> None:
         """Ask it no more. Its exchange under way goes on."""
         with self._lock:
-            self._edges = [edge for edge in self._edges if edge.link is not link]
+            self._set([edge for edge in self._edges if edge.link is not link])
+
+    def _set(self, edges: list[Edge]) -> None:
+        self._edges = edges
+        self._mixed = len({edge.party for edge in edges}) > 1
+        self._again = max((edge.after for edge in edges), default=0.0)
 
     def close(self) -> None:
         """Let nobody wait any more."""
@@ -212,7 +132,7 @@ class Edges(Router):
                 alive = [edge for edge in self._edges if edge.alive]
                 if alive:
                     return max(alive, key=lambda edge: edge.name == name).link
-                self._edges = []
+                self._set([])
 
     def _await_one(self, deadline: float) -> None:
         while not self._edges or self._closed.is_set():
@@ -241,8 +161,8 @@ class Edges(Router):
                     edge.turn.release()
                     edges = self._edges
                     continue
-                edge.limit = math.inf
                 edge.begun = edge.until = perf_counter()
+                edge.asked = op.shape[0] * op.shape[1], len(x)
             else:
                 if len(x) > (most := PARTS * op.rows * max(1, len(edges))):
                     parts = range(0, len(x), most)
@@ -260,8 +180,7 @@ class Edges(Router):
                 if self._waiting:
                     self._free()
             edges = self._edges
-        assert failed is not None
-        raise failed
+        raise failed or NoWorkerError(NO_EDGE)
 
     def _together(
         self,
@@ -301,60 +220,76 @@ class Edges(Router):
 
     def _choose(self, op: Operator, rows: int, pads: Pool) -> list[tuple[Edge, slice]]:
         """Which edges compute which rows; their turns have begun. Raises NoWorkerError."""
-        size = op.shape[0] * op.shape[1]
+        if chosen := self._try(op, rows, pads):
+            return chosen
         with self._lock:
-            while True:
-                self._await_one(perf_counter() + self._patience)
-                now = perf_counter()
-                able = self._able(op.number, pads, now)
-                idle = [edge for edge in able if not edge.turn.locked()]
-                busy = [(edge.free_in(now) + edge.seconds(size, rows), edge) for edge in able if edge not in idle]
-                if idle:
-                    soonest = min(edge.seconds(size, rows) for edge in idle)
-                    if all(seconds > SOONER * soonest for seconds, edge in busy if edge.speed.known):
-                        chosen = [(edge, n) for edge, n in self._shares(idle, size, rows, now) if n]
-                        if got := self._take(chosen, size, now):
-                            return got
-                        continue
-                self._waiting += 1
-                # Whoever ends a turn wakes one that waits; that one may want another edge.
-                self._changed.wait(min(BEAT_SECONDS, max(1e-3, min(edge.free_in(now) for _, edge in busy))))
+            self._waiting += 1  # whoever ends a turn from now on says so
+            try:
+                while True:
+                    self._await_one(perf_counter() + self._patience)
+                    if chosen := self._try(op, rows, pads):
+                        return chosen
+                    self._changed.wait(WAIT_SECONDS)
+            finally:
                 self._waiting -= 1
 
-    def _able(self, group: int, pads: Pool, now: float) -> list[Edge]:
-        """Those that may be asked: of a party for which there are pads, if there is one, and not just failed."""
-        able = [edge for edge in self._edges if edge.after <= now] or self._edges
-        if len({edge.party for edge in able}) > 1:
-            able = [edge for edge in able if pads.ready(group, edge.party)] or able
-        return able
-
-    @staticmethod
-    def _shares(idle: list[Edge], size: int, rows: int, now: float) -> list[tuple[Edge, int]]:
-        """How many rows each of the `idle` edges is to compute. One that is new counts as the fastest."""
-        idle = sorted(idle, key=lambda edge: (edge.speed.known, edge.begun))
-        best = min((edge.speed.line(size) for edge in idle if edge.speed.known), key=sum, default=(1.0, 1e-3))
-        lines = [edge.speed.line(size) if edge.speed.known else best for edge in idle]
-        for i, edge in enumerate(idle):
-            due = max(TRY_SECONDS, TRY_TIMES * edge.seconds(size, 1)) if edge.speed.known else -math.inf
-            if len(idle) > 1 and now - edge.begun > due:
-                first = rows if rows <= FEW else rows // 16
-                rest = shares(lines[:i] + lines[i + 1 :], rows - first)
-                return [(edge, first), *zip(idle[:i] + idle[i + 1 :], rest, strict=True)]
-        return list(zip(idle, shares(lines, rows), strict=True))
-
-    @staticmethod
-    def _take(chosen: list[tuple[Edge, int]], size: int, now: float) -> list[tuple[Edge, slice]]:
-        """Begin their turns. Empty if one has begun meanwhile."""
-        got: list[tuple[Edge, slice]] = []
+    def _try(self, op: Operator, rows: int, pads: Pool) -> list[tuple[Edge, slice]]:
+        """The same; empty if it is better to wait. Written in place: for one row, calls would take longer than the
+        choice."""
+        now, size = perf_counter(), op.shape[0] * op.shape[1]
+        units = size / SIZE
+        edges = self._edges
+        if self._again > now:
+            edges = [edge for edge in edges if edge.after <= now] or edges
+        if self._mixed:
+            edges = [edge for edge in edges if pads.ready(op.number, edge.party)] or edges
+        idle: list[Edge] = []
+        lines: list[Line] = []
+        best: Edge | None = None
+        tried: Edge | None = None
+        least = sooner = math.inf
+        for edge in edges:
+            speed = edge.speed
+            a, b = speed.latency + units * speed.reading, max(1e-9, units * speed.each / ROWS)
+            seconds = a + b * rows
+            if edge.turn.locked():
+                left = edge.until - now  # one that is late takes as long again as it has taken
+                if speed.count >= NEW:
+                    sooner = min(sooner, seconds + (left if left > 0 else now - edge.begun))
+                continue
+            due = speed.count < NEW or now - edge.begun > max(TRY_SECONDS, TRY_TIMES * (a + b))
+            if due and (tried is None or edge.begun < tried.begun):
+                tried = edge
+            if speed.count >= NEW:
+                idle.append(edge)
+                lines.append((a, b))
+                if seconds < least:
+                    least, best = seconds, edge
+        if tried is not None:
+            first = rows if rows <= FEW or idle in ([], [tried]) else rows // 16
+            chosen = [(tried, first)]
+            if first < rows:
+                others = [(edge, line) for edge, line in zip(idle, lines, strict=True) if edge is not tried]
+                parts = shares([line for _, line in others], rows - first)
+                chosen += [(edge, part) for (edge, _), part in zip(others, parts, strict=True) if part]
+        elif best is None or sooner <= SOONER * least:
+            return []
+        elif rows == 1:
+            chosen = [(best, 1)]
+        else:
+            chosen = [(edge, part) for edge, part in zip(idle, shares(lines, rows), strict=True) if part]
+        taken: list[tuple[Edge, slice]] = []
         start = 0
-        for edge, share in chosen:
-            if not edge.take(now, edge.seconds(size, share)):
-                for other, _ in got:
+        for edge, part in chosen:
+            if not edge.turn.acquire(blocking=False):
+                for other, _ in taken:
                     other.turn.release()
                 return []
-            got.append((edge, slice(start, start + share)))
-            start += share
-        return got
+            edge.begun, edge.asked = now, (size, part)
+            edge.until = now + edge.seconds(size, part)
+            taken.append((edge, slice(start, start + part)))
+            start += part
+        return taken
 
     def _free(self) -> None:
         with self._lock:
@@ -366,7 +301,7 @@ class Edges(Router):
         if edge.alive:
             raise error
         with self._lock:
-            self._edges = [other for other in self._edges if other is not edge]
+            self._set([other for other in self._edges if other is not edge])
             failures = self._failed.get(edge.name, (0, 0.0))[0] + 1
             again = perf_counter() + min(AGAIN_SECONDS * 2 ** (failures - 1), FORGIVEN_SECONDS)
             self._failed[edge.name] = failures, again
@@ -382,6 +317,6 @@ class Edges(Router):
         while not self._closed.wait(BEAT_SECONDS):
             edges, now = self._edges, perf_counter()
             if len(edges) > 1:
-                stalled = next((edge for edge in edges if now - edge.since > edge.limit), None)
+                stalled = next((edge for edge in edges if edge.stalled(now)), None)
                 if stalled is not None:
                     stalled.close()

@@ -78,8 +78,9 @@ class Fake(Link):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name, seconds in {"STALL_SECONDS": 0.4, "STALL_NEW_SECONDS": 0.4, "BEAT_SECONDS": 0.02}.items():
-        monkeypatch.setattr(module, name, seconds)
+    monkeypatch.setattr("sliplm.exchange.edge.STALL_SECONDS", 0.4)
+    monkeypatch.setattr("sliplm.exchange.edge.STALL_NEW_SECONDS", 0.4)
+    monkeypatch.setattr(module, "BEAT_SECONDS", 0.02)
     yield
     for edges in STARTED:
         edges.close()
@@ -240,6 +241,14 @@ def test_one_that_fails_each_time_it_comes_back_holds_up_nobody_for_long(layer: 
         run(edges, layer, inputs(1))
         with pytest.raises(NoWorkerError):
             run(edges, layer, inputs(1))
+
+
+def test_one_that_comes_while_the_only_one_stalls_is_asked(layer: Layer) -> None:
+    edges = pool_of_edges(Fake(layer, "stall"))
+    threading.Timer(0.1, edges.add, [Fake(layer), "another"]).start()
+    begin, x = time.monotonic(), inputs(2)
+    assert np.allclose(run(edges, layer, x), layer.wanted(x), rtol=0, atol=2e-4)
+    assert time.monotonic() - begin < 1.5 and edges.rows["another"] == 2
 
 
 def test_a_single_edge_has_the_links_own_patience(layer: Layer) -> None:

@@ -75,8 +75,8 @@ def test_any_worker_serves_any_device(home, identity):
 
 @pytest.mark.parametrize("how", ["dies", "lies", "stalls"])
 def test_a_worker_of_another_device_that_fails_costs_no_request(home, identity, how, monkeypatch):
-    monkeypatch.setattr("sliplm.exchange.edges.STALL_SECONDS", 0.3)
-    monkeypatch.setattr("sliplm.exchange.edges.STALL_NEW_SECONDS", 0.3)
+    monkeypatch.setattr("sliplm.exchange.edge.STALL_SECONDS", 0.3)
+    monkeypatch.setattr("sliplm.exchange.edge.STALL_NEW_SECONDS", 0.3)
     other, bad = enrol(home, "other"), make_engine()
     release = threading.Event()
     with serving(home, FakeEngine(0.01)) as server, working(server, identity) as worker:
