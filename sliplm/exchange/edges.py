@@ -301,11 +301,15 @@ class Edges(Router):
         if edge.alive:
             raise error
         with self._lock:
-            self._set([other for other in self._edges if other is not edge])
             failures = self._failed.get(edge.name, (0, 0.0))[0] + 1
             again = perf_counter() + min(AGAIN_SECONDS * 2 ** (failures - 1), FORGIVEN_SECONDS)
             self._failed[edge.name] = failures, again
             self.replaced += 1
+            rest = [other for other in self._edges if other is not edge]
+            for other in rest:
+                if other.name == edge.name:  # what is wrong with one link of a device may be with all
+                    other.after = again
+            self._set(rest)
         if isinstance(error, VerificationError):
             edge.lied()
             if not self._edges:

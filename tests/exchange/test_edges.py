@@ -243,6 +243,17 @@ def test_one_that_fails_each_time_it_comes_back_holds_up_nobody_for_long(layer: 
             run(edges, layer, inputs(1))
 
 
+def test_a_device_that_stalls_on_all_its_links_holds_up_once(layer: Layer) -> None:
+    edges = pool_of_edges(Fake(layer))
+    know(edges, 1.0)  # it would be asked last
+    for _ in range(8):
+        edges.add(Fake(layer, "stall"), "stalling")
+    begin = time.monotonic()
+    for _ in range(3):
+        run(edges, layer, inputs(1))
+    assert edges.replaced == 1 and time.monotonic() - begin < 3
+
+
 def test_one_that_comes_while_the_only_one_stalls_is_asked(layer: Layer) -> None:
     edges = pool_of_edges(Fake(layer, "stall"))
     threading.Timer(0.1, edges.add, [Fake(layer), "another"]).start()
