@@ -77,6 +77,7 @@ class Edges(Router):
         self._mixed = False  # whether they are of several parties
         self._again = 0.0  # when all may be asked
         self._failed: dict[str, tuple[int, float]] = {}  # how often the links of a name did, and when it may come back
+        self._lost_at = -math.inf  # when an edge failed last
         self._closed = threading.Event()
         self._watch: threading.Thread | None = None
         self._threads = ThreadPoolExecutor(256, "rows")
@@ -297,7 +298,7 @@ class Edges(Router):
 
     def _lost(self, edge: Edge, error: LinkError) -> LinkError:
         """Drop an edge whose exchange failed, with `error`, which is returned. Raises it again if it was not the link
-        that failed, or if an edge lied and there is no other one."""
+        that failed, or if an edge lied and there is no other, nor was a moment ago."""
         if edge.alive:
             raise error
         with self._lock:
@@ -310,9 +311,11 @@ class Edges(Router):
                 if other.name == edge.name:  # what is wrong with one link of a device may be with all
                     other.after = again
             self._set(rest)
+            lately = perf_counter() - self._lost_at < self._patience
+            self._lost_at = perf_counter()
         if isinstance(error, VerificationError):
             edge.lied()
-            if not self._edges:
+            if not self._edges and not lately:
                 raise error
         return error
 

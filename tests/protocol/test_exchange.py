@@ -254,7 +254,8 @@ def test_close_wakes_an_exchange(home, identity):
         timer.join(10)
 
 
-def test_a_cheating_edge_is_cut_off_and_no_text_of_it_appears(home, identity):
+def test_a_cheating_edge_is_cut_off_and_no_text_of_it_appears(home, identity, monkeypatch):
+    monkeypatch.setattr("sliplm.serve.connections.CUT_SECONDS", 20.0)  # its request is told, however slow we are
     with serving(home) as server:
         worker = EdgeWorker(make_engine(WrongMatrix), server.address, identity)
         with running(worker.run, worker.stop) as raised:

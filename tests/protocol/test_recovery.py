@@ -75,8 +75,8 @@ def test_any_worker_serves_any_device(home, identity):
 
 @pytest.mark.parametrize("how", ["dies", "lies", "stalls"])
 def test_a_worker_of_another_device_that_fails_costs_no_request(home, identity, how, monkeypatch):
-    monkeypatch.setattr("sliplm.exchange.edge.STALL_SECONDS", 0.3)
-    monkeypatch.setattr("sliplm.exchange.edge.STALL_NEW_SECONDS", 0.3)
+    monkeypatch.setattr("sliplm.exchange.edge.STALL_SECONDS", 1.5 if how == "stalls" else 20)
+    monkeypatch.setattr("sliplm.exchange.edge.STALL_TIMES", 2)
     other, bad = enrol(home, "other"), make_engine()
     release = threading.Event()
     with serving(home, FakeEngine(0.01)) as server, working(server, identity) as worker:
@@ -106,7 +106,7 @@ def test_a_worker_of_another_device_that_fails_costs_no_request(home, identity, 
                 thread.join(30)
             release.set()
         assert texts == ["".join(f"word{i} " for i in range(60))] * 4
-        assert server.edges.replaced == 1
+        assert server.edges.replaced >= 1
         if how == "lies":
             wait_until(lambda: {d.name: d.state for d in list_devices(home)}["other"] == "suspended")
             assert b"verification_failures_total 1.0" in server.service.metrics.text()
