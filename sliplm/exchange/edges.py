@@ -267,7 +267,7 @@ class Edges(Router):
                 if seconds < least:
                     least, best = seconds, edge
         if tried is not None:
-            first = rows if rows <= FEW or idle in ([], [tried]) else rows // 16
+            first = rows if rows <= FEW or idle in ([], [tried]) else max(1, rows // 16)
             chosen = [(tried, first)]
             if first < rows:
                 others = [(edge, line) for edge, line in zip(idle, lines, strict=True) if edge is not tried]

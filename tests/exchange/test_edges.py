@@ -173,6 +173,17 @@ def test_one_row_goes_to_the_fastest_and_others_are_tried_now_and_then(
     assert len(slow.seen) - before > 100
 
 
+@pytest.mark.parametrize("rows", [1, 2, 4, 5, 9, 15, 16, 40, 300])
+def test_a_new_edge_gets_some_of_any_number_of_rows(layer: Layer, rows: int) -> None:
+    old, new = Fake(layer), Fake(layer)
+    edges, x = pool_of_edges(old), inputs(rows)
+    know(edges, 1e-6)
+    edges.add(new, "new")
+    for _ in range(12):
+        assert np.allclose(run(edges, layer, x), layer.wanted(x), rtol=0, atol=2e-4)
+    assert len(new.seen) >= shares.NEW and all(len(x) for x in (*old.seen, *new.seen))
+
+
 FAULTS = ["", "die", "die late", "lie", "stall"]
 
 
