@@ -21,8 +21,8 @@ class Code(enum.IntEnum):
     BUNDLE = 3  # the bundle belongs to another split: final
     BUSY = 4  # too many connections or requests: try again later
     REQUEST = 5  # the request itself is wrong
-    NO_WORKER = 6  # no worker of this device is connected
-    UNVERIFIED = 7  # an answer of the edge failed its check
+    NO_WORKER = 6  # no worker is connected
+    UNVERIFIED = 7  # an answer of the only edge failed its check
     LIMITED = 8  # the device used up its tokens a minute or a day: try again later
     REFUSED = 9  # the owner's rules refuse the request or its answer
     TOO_LONG = 10  # the prompt leaves no room for an answer
@@ -129,13 +129,13 @@ class VersionError(ProtocolError):
 class VerificationError(LinkError):
     """An answer of the edge failed its check (Freivalds). Nothing computed from it is ever returned."""
 
-    code, told = Code.UNVERIFIED, "an answer of this edge failed its check, so generation stopped"
+    code, told = Code.UNVERIFIED, "an answer of the edge failed its check, so generation stopped"
     status, reason, retry = 502, "verification_failed", False
     outcome = "unverified"
 
 
 class NoWorkerError(LinkError):
-    """The device that asks has no WORK connection."""
+    """There is no WORK connection."""
 
     code = Code.NO_WORKER
 

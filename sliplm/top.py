@@ -78,6 +78,13 @@ def row(url: str, now: Sample, before: Sample | None = None) -> dict[str, Any]:
         growth = grown(name)
         return None if growth is None or before is None else growth / max(now.when - before.when, 1e-9)
 
+    def by_edge() -> dict[str, float]:
+        """Rows a second of each edge that has computed any since; those of edges are theirs alone."""
+        prefix = f"slip_{side}_edge_rows_total{{"
+        names = [name[len(prefix) : -1] for name in now.values if name.startswith(prefix)]
+        rates = {name: rate(f"edge_rows_total{{{name}}}") for name in sorted(names)}
+        return {name: rows for name, rows in rates.items() if rows}
+
     requests = value("requests_total")
     if side == "edge" and requests is not None:  # looks like this one are counted there, too
         requests = sum(value(f"requests_total{{{route}}}") or 0.0 for route in TEXT_ROUTES)
@@ -96,6 +103,8 @@ def row(url: str, now: Sample, before: Sample | None = None) -> dict[str, Any]:
         "exchanges": value("exchanges_total"),
         "exchanges_per_second": rate("exchanges_total"),
         "exchange_seconds": seconds / exchanges if seconds is not None and exchanges else None,
+        "edge_rows_per_second": by_edge(),
+        "exchanges_replaced": value("exchanges_replaced_total"),
         "pads_ready": value("pads_ready"),
         "pads_target": value("pads_target"),
         "pads_stored": value("pads_stored"),

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 from sliplm.edge.multiplier import Multiplier
 from sliplm.edge.worker import EdgeWorker
 from sliplm.errors import LinkError, SlipError, VerificationError
-from sliplm.exchange.link import Link
+from sliplm.exchange.link import Link, Router
 from sliplm.field import P
 from sliplm.protocol import frames, tls
 from sliplm.protocol.channel import Channel
@@ -68,6 +69,12 @@ def make_engine(kind: type[FakeMatrix] = FakeMatrix, digest: bytes = DIGEST) -> 
     return Multiplier([kind(m, k, seed) for seed, (m, k) in enumerate(SHAPES)], digest)
 
 
+OP = SimpleNamespace(number=0, shape=SHAPES[0], rows=128, scales=np.ones((1, SHAPES[0][0])))
+"""What a pool of edges asks of an operator."""
+
+PADS = SimpleNamespace(ready=lambda group, edge: True)
+
+
 def answer_of(link: Link, group: int, x: np.ndarray) -> np.ndarray:
     """The answer of an exchange beside which there is nothing else to do."""
     return link.exchange(group, x, lambda: None)[0]
@@ -90,7 +97,15 @@ class FakeEngine:
     def model_name(self) -> str:
         return "fake-model"
 
-    def generate(self, request: GenerateRequest, link: Link) -> Iterator[Chunk]:
+    def _step(self, op: Any, x: np.ndarray, pads: Any, link: Link, own: Any) -> np.ndarray:
+        """An exchange without masks, checked by the truth."""
+        y = answer_of(link, op.number, x)
+        if not np.array_equal(y, self._truth.product(op.number, x)):
+            link.close()
+            raise VerificationError("an answer of the edge is wrong")
+        return own(x) + y
+
+    def generate(self, request: GenerateRequest, link: Link | Router) -> Iterator[Chunk]:
         self.requests.append(request)
         rng = np.random.default_rng()
         for i in range(request.max_tokens):
@@ -99,8 +114,7 @@ class FakeEngine:
             if request.prompt == "layer":
                 raise SlipError("model.layers.3 is broken")
             x = rng.integers(0, P, (2, SHAPES[0][1])).astype(np.uint32)
-            if not np.array_equal(answer_of(link, 0, x), self._truth.product(0, x)):
-                raise VerificationError("an answer of the edge is wrong")
+            link.run(self._step, OP, x, PADS, lambda x: np.zeros((len(x), SHAPES[0][0])))
             time.sleep(self.delay)
             last = i + 1 == request.max_tokens
             try:

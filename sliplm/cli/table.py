@@ -20,10 +20,10 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 def view(rows: list[dict[str, Any]], width: int) -> Group:
-    """The table, and below it who makes pads, and what is wrong with those that it says nothing about."""
+    """The table, and below it who computes rows and makes pads, and what is wrong with those without numbers."""
     errors = [Text(row["error"], style="red") for row in rows if row["error"]]
-    pads = [Text(line) for row in rows if not row["error"] and (line := _makers(row))]
-    return Group(_table(rows, width), *pads, *errors)
+    more = [Text(line) for row in rows if not row["error"] for line in (_edges(row), _makers(row)) if line]
+    return Group(_table(rows, width), *more, *errors)
 
 
 def _table(rows: list[dict[str, Any]], width: int) -> Table:
@@ -65,6 +65,16 @@ def _cells(row: dict[str, Any]) -> list[str]:
 def _where(row: dict[str, Any]) -> str:
     where: str = row["url"].removeprefix("http://").removesuffix("/metrics")
     return where
+
+
+def _edges(row: dict[str, Any]) -> str:
+    """How much each edge computes, if there are several, and how often one had to be replaced."""
+    rates: dict[str, float] = row["edge_rows_per_second"]
+    total = sum(rates.values())
+    said = [f"{name} {rate:,.0f} rows/s ({rate / total:.0%})" for name, rate in rates.items()] if len(rates) > 1 else []
+    if row["exchanges_replaced"]:
+        said += [f"{_number(row['exchanges_replaced'])} times another edge was asked"]
+    return f"{_where(row)}: {', '.join(said)}" if said else ""
 
 
 def _makers(row: dict[str, Any]) -> str:

@@ -11,9 +11,9 @@ import torch
 import transformers as tf
 from transformers.generation.streamers import BaseStreamer
 
-from sliplm.engine.answer import Answer, Cancellable, Token
+from sliplm.engine.answer import Answer, Token, cancellable
 from sliplm.engine.logprobs import Scores
-from sliplm.exchange.link import Link
+from sliplm.exchange.link import Link, Router
 
 
 class Alone(Answer):
@@ -26,13 +26,13 @@ class Alone(Answer):
         settings: tf.GenerationConfig,
         processors: tf.LogitsProcessorList,
         scores: Scores | None,
-        link: Link,
+        link: Link | Router,
     ) -> None:
         """Begins at once. `scores` is among the `processors`, if logprobs are wanted."""
         super().__init__()
         self._model, self._prompt, self._settings = model, prompt, settings
         self._processors, self._scores = processors, scores
-        self._link = Cancellable(link, self.cancelled.is_set)
+        self._link = cancellable(link, self.cancelled.is_set)
         self._thread = threading.Thread(target=self._run, name="generate", daemon=True)
         self._thread.start()
 

@@ -6,10 +6,11 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterator
+from typing import Any
 
 from sliplm.engine.logprobs import Scored
 from sliplm.errors import LinkError, SlipError, VerificationError, locate
-from sliplm.exchange.link import Field, Link, Own
+from sliplm.exchange.link import Field, Link, Own, Router
 
 BEAT_SECONDS = 0.5
 AHEAD = 64
@@ -92,8 +93,23 @@ class CancelledError(LinkError):
     """Nobody waits any more for what this exchange is for."""
 
 
-class Cancellable(Link):
+def cancellable(link: Link | Router, unwanted: Callable[[], bool]) -> Link | Router:
     """`link`, until `unwanted()`: a long prompt is many exchanges before the first token."""
+    return (_Router if isinstance(link, Router) else _Link)(link, unwanted)  # type: ignore[arg-type]
+
+
+class _Router(Router):
+    def __init__(self, router: Router, unwanted: Callable[[], bool]) -> None:
+        self._router, self._unwanted = router, unwanted
+
+    def run(self, step: Callable[..., Any], *arguments: Any) -> Any:
+        def wanted(op: Any, x: Any, pads: Any, link: Link, own: Any) -> Any:
+            return step(op, x, pads, _Link(link, self._unwanted), own)
+
+        return self._router.run(wanted, *arguments)
+
+
+class _Link(Link):
 
     def __init__(self, link: Link, unwanted: Callable[[], bool]) -> None:
         self._link, self._unwanted = link, unwanted

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from sliplm.engine.answer import Cancellable, CancelledError
+from sliplm.engine.answer import CancelledError, cancellable
 from sliplm.engine.sequence import Sequence
 from sliplm.errors import LinkError
-from sliplm.exchange.link import Link
+from sliplm.exchange.link import Link, Router
 from sliplm.trusted.packed import Part
 from sliplm.trusted.together import Together
 
@@ -42,7 +42,7 @@ class Batches:
         self.lock = threading.Lock()
         self.running: dict[int, Batch] = {}
 
-    def join(self, sequence: Sequence, link: Link) -> None:
+    def join(self, sequence: Sequence, link: Link | Router) -> None:
         """Generate `sequence` from now on, together with all others over `link`."""
         with self.lock:
             batch = self.running.get(id(link))  # which holds the link, so there is no other one of that number
@@ -65,9 +65,9 @@ class Batches:
 class Batch(threading.Thread):
     """The answers over one link, and the thread that generates them. It ends when none is left."""
 
-    def __init__(self, batches: Batches, link: Link) -> None:
+    def __init__(self, batches: Batches, link: Link | Router) -> None:
         super().__init__(name="generate", daemon=True)
-        self._batches, self._key, self._link = batches, id(link), Cancellable(link, self._unwanted)
+        self._batches, self._key, self._link = batches, id(link), cancellable(link, self._unwanted)
         self._wake = threading.Event()
         self._joining: list[Sequence] = []
         self._sequences: list[Sequence] = []

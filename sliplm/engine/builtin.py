@@ -25,7 +25,7 @@ from sliplm.engine.stops import StopTexts, end_tokens
 from sliplm.engine.template import Chat, unknown_token
 from sliplm.engine.tools import Syntax, find_syntax
 from sliplm.errors import BundleError, RequestError, SlipError, TooLongError
-from sliplm.exchange.link import Link
+from sliplm.exchange.link import Link, Router
 from sliplm.naming import model_name
 from sliplm.protocol.messages import MAX_TOKENS, Chunk, GenerateRequest, Message, Tool
 from sliplm.split.source import refuse_other_tasks
@@ -115,7 +115,7 @@ class BuiltinEngine:
             return None
         return self._grammars().constraint(request, self.syntax if request.tools else None, prompt_tokens)
 
-    def generate(self, request: GenerateRequest, link: Link) -> Iterator[Chunk]:
+    def generate(self, request: GenerateRequest, link: Link | Router) -> Iterator[Chunk]:
         """Stream the answer to `request`, with its exchanges over `link`; together with all others that are given the
         same object, where the model allows it. Closing the iterator stops the generation; so that it can be closed, an
         empty chunk comes every half second without text.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Generator, Iterator
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,10 @@ Field = NDArray[np.uint32]
 Shape = tuple[int, int]
 """A group's matrix: (M, K), rows and columns."""
 Own = TypeVar("Own")
+
+
+PARTS = 8
+"""So many parts of a long input hold a link; then others, who wait for theirs, may have it."""
 
 
 class Products(Protocol):
@@ -34,6 +38,11 @@ class Link(abc.ABC):
     """
 
     party: str | None
+
+    @property
+    def alive(self) -> bool:
+        """False once it has failed or was closed."""
+        return True
 
     @abc.abstractmethod
     def exchange(self, group: int, x: Field, own: Callable[[], Own]) -> tuple[Field, Own]:
@@ -65,6 +74,14 @@ class Link(abc.ABC):
 def _nothing() -> None: ...
 
 
+class Router:
+    """Chooses the link of every exchange; stands where a link does (`Runtime.using`)."""
+
+    def run(self, step: Callable[..., Any], op: Any, x: Any, pads: Any, own: Callable[[Any], Any]) -> Any:
+        """What `step`, an exchange over one link (`step.exchange`), returns with a link that this chooses."""
+        raise NotImplementedError
+
+
 class InProcessLink(Link):
     """An edge in this very process: tests, notebooks, `slip evaluate`."""
 
@@ -79,6 +96,10 @@ class InProcessLink(Link):
             raise LinkError("the link is closed")
         mine = own()
         return self._products.product(group, x), mine
+
+    @property
+    def alive(self) -> bool:
+        return not self._closed
 
     def close(self) -> None:
         self._closed = True

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from sliplm.errors import SlipError, VerificationError
 from sliplm.exchange import masking
 from sliplm.exchange.check import check
-from sliplm.exchange.link import Link
+from sliplm.exchange.link import PARTS, Link
 from sliplm.exchange.operator import Operator
 from sliplm.pads.pad import Pad
 
@@ -36,9 +36,6 @@ class Steps(NamedTuple):
 
 
 STEPS = Steps()
-
-PARTS = 8
-"""So many parts of a long input hold a link; then others, who wait for theirs, may have it."""
 
 
 def exchange(op: Operator, x: Rows, pads: Pads, link: Link, own: Callable[[Rows], Rows], steps: Steps = STEPS) -> Rows:

@@ -183,6 +183,13 @@ class Pool:
                 parts = [part for part in parts if not gone & part.batch.names]
         return Pad(parts)
 
+    def ready(self, group: int, edge: str | None) -> bool:
+        """Whether `take` need not wait for the first of them."""
+        if self.own is not None:
+            return True
+        with self._lock:
+            return any(stock.levels[group] and may_use(of, edge) for of, stock in self._stocks.items())
+
     def _await(self, group: int, missing: int, edge: str | None, deadline: float) -> list[Part]:
         """What comes of `missing` pads that are lacking, as soon as any do; none if the trusted side may make them."""
         if self._closed:

@@ -73,6 +73,7 @@ class Monitor:
 def sample(server: TrustedServer, slip: Runtime) -> None:
     """Let the server's metrics show what it and `slip`, the model's runtime, know at any time."""
     service, helpers, pool, counters, spent = server.service, server.helpers, slip.pool, slip.counters, slip.measure()
+    edges = server.edges
     for name, what, value in (
         ("requests_waiting", "Requests waiting for their turn", lambda: service.queue.waiting),
         ("requests_generating", "Requests that have a slot of the engine", lambda: service.queue.running),
@@ -89,6 +90,8 @@ def sample(server: TrustedServer, slip: Runtime) -> None:
     for name, what, read in (
         ("exchanges", "Exchanges with edges", lambda: counters.exchanges),
         ("exchange_rows", "Tokens in them", lambda: counters.rows),
+        ("edge_rows", "The same, by the device whose edge computed them", lambda: dict(edges.rows)),
+        ("exchanges_replaced", "Times that an edge failed and another was asked", lambda: edges.replaced),
         ("exchange_bytes", "Their payloads", lambda: {"sent": counters.sent, "received": counters.received}),
         ("pads_refused", "Times that pads were ready for others than an edge of their party", lambda: pool.refused),
         ("exchange_seconds", "From an input to its output", lambda: counters.exchange / 1e9),

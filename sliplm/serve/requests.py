@@ -8,14 +8,13 @@ import threading
 from collections.abc import Callable, Generator
 
 from sliplm.errors import BusyError, Code, LinkError, ProtocolError, SlipError, VerificationError, locate
+from sliplm.exchange.edges import Edges
 from sliplm.protocol import frames
 from sliplm.protocol.channel import Channel
 from sliplm.protocol.frames import Kind
 from sliplm.protocol.messages import Chunk, decode_request, encode
-from sliplm.protocol.remote import RemoteLink
 from sliplm.registry import Device
 from sliplm.serve.connections import Known
-from sliplm.serve.links import Links
 from sliplm.serve.service import Service
 
 LOG_BYTES = 200
@@ -27,21 +26,19 @@ _log = logging.getLogger(__name__)
 
 
 class Requests:
-    """Answers requests with `service`, over `links`. A device whose answer fails its check is given to `suspend`. While
-    `draining` none begins, and once `stopping` is set they end; `timeout` limits the wait for a peer."""
+    """Answers requests with `service`, over `edges`. While `draining` none begins, and once `stopping` is set they end;
+    `timeout` limits the wait for a peer."""
 
     def __init__(
         self,
         service: Service,
-        links: Links,
-        suspend: Callable[[Device, str], None],
+        edges: Edges,
         draining: Callable[[], bool],
         stopping: threading.Event,
         timeout: float,
     ) -> None:
         self._service = service
-        self._links = links
-        self._suspend = suspend
+        self._edges = edges
         self._draining = draining
         self._stopping = stopping
         self._timeout = timeout
@@ -53,28 +50,15 @@ class Requests:
         if header.kind != Kind.GENERATE:
             raise ProtocolError("the edge did not follow HELLO with GENERATE")
         channel.set_timeout(self._timeout)
-        link: RemoteLink | None = None
-
-        def claim() -> RemoteLink:
-            nonlocal link
-            link = self._links.claim(device)
-            return link
-
         try:
             if self._draining():
                 raise BusyError(SHUTTING_DOWN)
             request = decode_request(channel.read(header))
-            self._send(channel, self._service.answer(request, device, claim))
+            self._send(channel, self._service.answer(request, device, self._edges), known)
         except _PeerGone:
             _log.info("device %s cancelled its request", device.name)
-        except Exception as error:
-            if isinstance(error, VerificationError):
-                self._service.metrics.verification_failures.inc()
-                if link is not None:
-                    link.close()
-                self._suspend(device, "an answer of this device failed its check")
-            elif known.reason is not None:
-                error = known.reason
+        except Exception as failure:
+            error = failure if isinstance(failure, VerificationError) else known.reason or failure
             expected = isinstance(error, SlipError)
             why = frames.clean(str(error), LOG_BYTES) if expected else f"internal error: {locate(error)}"
             _log.warning("device %s: %s", device.name, why)
@@ -85,11 +69,13 @@ class Requests:
             error = LinkError(f"generation stopped: {SHUTTING_DOWN if self._stopping.is_set() else error}")
         channel.tell(error)
 
-    def _send(self, channel: Channel, chunks: Generator[Chunk, None, None]) -> None:
+    def _send(self, channel: Channel, chunks: Generator[Chunk, None, None], known: Known) -> None:
         with contextlib.closing(chunks):
             for chunk in chunks:
                 if self._stopping.is_set():
                     chunks.throw(LinkError(SHUTTING_DOWN))
+                if known.reason is not None:
+                    chunks.throw(LinkError("the device was cut off"))
                 try:
                     if channel.peer_left():
                         raise _PeerGone

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sliplm.errors import BusyError, IdentityError, LinkError, SlipError, locate
+from sliplm.exchange.edges import Edges
 from sliplm.exchange.link import Shape
 from sliplm.protocol import frames, tls
 from sliplm.protocol.channel import Channel
@@ -37,6 +38,8 @@ EXCHANGE_SECONDS = 30.0
 WORKER_SECONDS = 5.0
 CONTEXT_SECONDS = 86400.0
 POLL_SECONDS = 0.2
+
+LIE = "an answer of this device failed its check"
 
 _log = logging.getLogger(__name__)
 
@@ -92,9 +95,9 @@ class TrustedServer:
             raise
         self.service = Service(engine, self._registry, limits, rules)
         self._watch = Watch(self._registry.devices, self._present, self._expel)
-        self._links = Links(shapes, keepalive, exchange_timeout, worker_wait, self._stopping)
+        self._links = Links(shapes, keepalive, exchange_timeout, worker_wait, self._lied, self._stopping)
         self._requests = Requests(
-            self.service, self._links, self._watch.suspend, lambda: self.draining, self._stopping, exchange_timeout
+            self.service, self._links.edges, lambda: self.draining, self._stopping, exchange_timeout
         )
         self.helpers = None
         if pads is not None:
@@ -148,13 +151,18 @@ class TrustedServer:
 
     @property
     def ready(self) -> bool:
-        """Whether a request would be taken now, if its device has a worker."""
+        """Whether a request would be taken now, if there is an edge."""
         serving = self._serving is not None and not self._stopping.is_set() and self._drain_until is None
         return serving and self._watch.healthy and self.service.meter.healthy
 
     @property
     def devices_connected(self) -> int:
         return len(self._connections.fingerprints())
+
+    @property
+    def edges(self) -> Edges:
+        """What exchanges run on: the links of all devices."""
+        return self._links.edges
 
     def links(self) -> list[RemoteLink]:
         """The live links of all devices, the newest of each device last."""
@@ -258,11 +266,15 @@ class TrustedServer:
             device.require_helper()
         return self._connections.identify(sock, device.fingerprint, role)
 
+    def _lied(self, device: Device) -> None:
+        self.service.metrics.verification_failures.inc()
+        self._watch.suspend(device, LIE)  # which also cuts it off
+
     def _present(self) -> set[str]:
         return self._connections.fingerprints() | (self.helpers.fingerprints() if self.helpers else set())
 
     def _expel(self, fingerprint: str, reason: IdentityError) -> None:
-        """Cut a device off: its links end, so that its requests end and can say why."""
+        """Cut a device off: its links end, and so do its requests, which say why."""
         self._connections.expel(fingerprint, reason)
         self._links.close(fingerprint)
         if self.helpers:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from typing import Protocol
 
 import msgspec
@@ -16,7 +16,8 @@ import msgspec
 from sliplm.engine.calls import Calls, find_calls
 from sliplm.engine.tools import Syntax
 from sliplm.errors import BusyError, LinkError, SlipError
-from sliplm.exchange.link import Link
+from sliplm.exchange.edges import Edges
+from sliplm.exchange.link import Link, Router
 from sliplm.protocol.messages import Chunk, GenerateRequest
 from sliplm.registry import Device, Limits, Registry
 from sliplm.serve.fair import RETRY_SECONDS, FairQueue
@@ -49,14 +50,13 @@ class Engine(Protocol):
         """How the model writes calls of tools. Raises RequestError if it knows none. Asked for requests with tools."""
         ...
 
-    def generate(self, request: GenerateRequest, link: Link) -> Iterator[Chunk]:
-        """Text, from exchanges over `link`; closing the iterator cancels. The last chunk, and only it, has a
-        `finish_reason`; all have the counts of tokens so far. An iteration without text yields an empty chunk now and
-        then, so that cancelling works.
+    def generate(self, request: GenerateRequest, link: Link | Router) -> Iterator[Chunk]:
+        """Text, from exchanges over `link`: the same pool of edges for all requests. Closing the iterator cancels. The
+        last chunk, and only it, has a `finish_reason`; all have the counts of tokens so far. An iteration without text
+        yields an empty chunk now and then, so that cancelling works.
 
         Raises RequestError or BusyError, whose sentence the requester sees; any other SlipError ends the request
-        with a sentence that names no cause. VerificationError also ends the link, and may come when the iterator is
-        closed. Text must have been verified when it is yielded.
+        with a sentence that names no cause. Text must have been verified when it is yielded.
         """
         ...
 
@@ -85,17 +85,15 @@ class Service:
         self._rules = rules
         self._queue_seconds = queue_seconds
 
-    def answer(
-        self, request: GenerateRequest, device: Device, claim: Callable[[], Link]
-    ) -> Generator[Chunk, None, None]:
-        """The answer to what `device` asks, over the link that `claim` finds; close it to cancel. While the request
-        waits, an empty chunk comes every half second.
+    def answer(self, request: GenerateRequest, device: Device, edges: Edges) -> Generator[Chunk, None, None]:
+        """The answer to what `device` asks, computed on any of `edges`; close it to cancel. While the request waits, an
+        empty chunk comes every half second.
 
         Raises:
             RequestError, RefusedError: the request is wrong, or the owner's rules refuse it.
             LimitError, BusyError: not now.
             IdentityError: the device may not connect any more.
-            SlipError: as `claim` and the engine do, and for rules that fail.
+            NoWorkerError: there is no edge. SlipError: as the engine does, and for rules that fail.
         """
         started = time.monotonic()
         outcome = SlipError.outcome
@@ -104,12 +102,12 @@ class Service:
             try:
                 request = review_request(self._rules, request, device.name)
                 self._limiter.admit(device)
-                claim()  # without a worker there is nothing to wait for
+                edges.wait()  # without a worker there is nothing to wait for
                 record, used = self.meter.begin(device)
                 self._limiter.recall(device, used)
                 self._limiter.admit(device)
                 with (
-                    contextlib.closing(self._metered(request, device, claim, record, started)) as chunks,
+                    contextlib.closing(self._metered(request, device, edges, record, started)) as chunks,
                     contextlib.closing(review_answer(self._rules, chunks, request, device.name)) as reviewed,
                 ):
                     if request.tools:  # the rules have seen them as the model wrote them
@@ -128,7 +126,7 @@ class Service:
                 self._account(device, record, outcome, time.monotonic() - started)
 
     def _metered(
-        self, request: GenerateRequest, device: Device, claim: Callable[[], Link], record: Record, started: float
+        self, request: GenerateRequest, device: Device, edges: Edges, record: Record, started: float
     ) -> Generator[Chunk, None, None]:
         with self.queue.join(device.fingerprint, self._limiter.concurrent(device)) as ticket:
             deadline = started + self._queue_seconds
@@ -139,15 +137,13 @@ class Service:
             self.metrics.wait.labels("slot").observe(time.monotonic() - started)
             granted = time.monotonic()
             self._limiter.admit(device)  # others of this device have used tokens while this one waited
-            link = claim()
-            chunks = self._engine.generate(request, link)
+            chunks = self._engine.generate(request, edges)
             try:
                 for chunk in chunks:
                     self.meter.check()
                     allowed = SLOT_SECONDS + SLOT_SECONDS_PER_TOKEN * chunk.completion_tokens
                     ticket.due = granted + allowed + SLOT_SECONDS_PER_PROMPT_TOKEN * chunk.prompt_tokens
                     if self.queue.wants_back(ticket):
-                        link.close()  # the exchange under way would keep the slot for as long as the edge likes
                         raise LinkError("this request was too slow while another device waited: try again later")
                     prompt = chunk.prompt_tokens - record.prompt_tokens
                     completion = chunk.completion_tokens - record.completion_tokens

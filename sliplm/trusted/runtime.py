@@ -12,7 +12,7 @@ from time import perf_counter_ns
 from sliplm.edge.multiplier import Multiplier
 from sliplm.errors import BundleError, LinkError
 from sliplm.exchange.check import check
-from sliplm.exchange.link import Field, InProcessLink, Link, Own
+from sliplm.exchange.link import Field, InProcessLink, Link, Own, Router
 from sliplm.exchange.measured import Measured
 from sliplm.exchange.operator import Operator
 from sliplm.exchange.step import Pads, Rows, exchange
@@ -69,7 +69,7 @@ class Runtime:
         self.default_link: Link | None = None
         self.counters = Counters()
         self._step: Callable[[Operator, Rows, Pads, Link, Callable[[Rows], Rows]], Rows] = exchange
-        self._link: ContextVar[Link | None] = ContextVar("link", default=None)
+        self._link: ContextVar[Link | Router | None] = ContextVar("link", default=None)
 
     def __repr__(self) -> str:
         return f"Runtime(groups={len(self.operators)}, pool={self.pool!r})"
@@ -98,8 +98,8 @@ class Runtime:
         return Pairs(self.pool, self.shapes, lambda group, r, image: check(self.operators[group], r, image))
 
     @contextmanager
-    def using(self, link: Link) -> Iterator[None]:
-        """Send the exchanges of this context (thread, request) over `link`."""
+    def using(self, link: Link | Router) -> Iterator[None]:
+        """Send the exchanges of this context (thread, request) over `link`, or over those that it chooses."""
         token = self._link.set(link)
         try:
             yield
@@ -135,7 +135,12 @@ class Runtime:
         if link is _NOBODY:
             return own(x)
         start = perf_counter_ns()
-        y = self._step(op, x, self.pool, link, own) if len(x) else own(x)
+        if not len(x):
+            y = own(x)
+        elif isinstance(link, Router):
+            y = link.run(self._step, op, x, self.pool, own)
+        else:
+            y = self._step(op, x, self.pool, link, own)
         counters = self.counters
         counters.exchange += perf_counter_ns() - start
         counters.exchanges += -(-len(x) // op.rows)

@@ -120,6 +120,29 @@ def test_a_line_says_who_makes_pads(monkeypatch: pytest.MonkeyPatch, more: str, 
     assert console.file.getvalue().splitlines()[2:] == ([] if said is None else [f"h:1: {said}"])
 
 
+SPREAD = """\
+# TYPE slip_trusted_edge_rows counter
+slip_trusted_edge_rows_total{kind="laptop"} %d
+slip_trusted_edge_rows_total{kind="rack"} %d
+slip_trusted_edge_rows_total{kind="gone"} 7
+# TYPE slip_trusted_exchanges_replaced counter
+slip_trusted_exchanges_replaced_total %d
+"""
+
+
+def test_a_line_says_which_edges_compute_how_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, now, alone = (
+        sample(monkeypatch, TRUSTED % (1, 1, 1.0) + SPREAD % counts, when)
+        for counts, when in (((0, 50, 0), 10.0), ((600, 250, 2), 12.0), ((900, 250, 0), 13.0))
+    )
+    row = top.row("http://h:1/metrics", now, before)
+    assert row["edge_rows_per_second"] == {"laptop": 300, "rack": 100} and row["exchanges_replaced"] == 2
+    console = Console(width=160, file=io.StringIO())
+    console.print(view([row, top.row("http://h:1/metrics", alone, now)], 160))
+    said = "h:1: laptop 300 rows/s (75%), rack 100 rows/s (25%), 2 times another edge was asked"
+    assert console.file.getvalue().splitlines()[3:] == [said]  # of one that computes alone there is nothing to say
+
+
 def test_helpers_are_as_fast_as_since_the_last_look(monkeypatch: pytest.MonkeyPatch) -> None:
     before, now = (
         sample(monkeypatch, TRUSTED % (1, 1, 1.0) + HELPED % made, when) for made, when in ((100, 10.0), (700, 12.0))

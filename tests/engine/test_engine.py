@@ -18,7 +18,7 @@ from loading import attached
 
 from sliplm.engine import answer as answer_module
 from sliplm.engine import builtin as engine_module
-from sliplm.engine.answer import Cancellable
+from sliplm.engine.answer import cancellable
 from sliplm.engine.builtin import DEFAULT_CONTEXT, BuiltinEngine, _context, _keeps_positions
 from sliplm.engine.template import Chat
 from sliplm.errors import LinkError, RequestError, SlipError, TooLongError, VerificationError
@@ -74,7 +74,7 @@ def test_it_can_be_cancelled_before_the_first_token(engine: BuiltinEngine) -> No
 
 def test_a_long_prompt_is_cancelled_between_its_parts(engine: BuiltinEngine) -> None:
     link, cancelled, sent = engine.model.slip.default_link, threading.Event(), list[int]()
-    link = Cancellable(link, cancelled.is_set)
+    link = cancellable(link, cancelled.is_set)
     x = np.ones((2, engine.model.slip.shapes[0][1]), np.uint32)
     answers = link.exchanges(0, iter([x] * 9), lambda: sent.append(0))
     next(answers)
@@ -82,7 +82,7 @@ def test_a_long_prompt_is_cancelled_between_its_parts(engine: BuiltinEngine) -> 
     with pytest.raises(LinkError, match="cancelled"):
         next(answers)
     assert sent == [0]
-    link = Cancellable(engine.model.slip.default_link, threading.Event().is_set)
+    link = cancellable(engine.model.slip.default_link, threading.Event().is_set)
     assert len(list(link.exchanges(0, iter([x] * 9), lambda: None))) == 9
 
 

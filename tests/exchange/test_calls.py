@@ -11,6 +11,7 @@ from types import FrameType
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from link_fakes import DIGEST, SHAPES, Pair
 from loading import pool_of
@@ -19,6 +20,8 @@ from sliplm import kernels
 from sliplm.edge.multiplier import Multiplier
 from sliplm.edge.worker import EdgeWorker
 from sliplm.exchange import check
+from sliplm.exchange.edges import Edges
+from sliplm.exchange.link import Link
 from sliplm.exchange.operator import Operator
 from sliplm.split.blinding import Blinding
 from sliplm.trusted.group import MemberWeights, ProtectedGroup
@@ -26,6 +29,12 @@ from sliplm.trusted.runtime import Runtime
 
 TRUSTED, EDGE = 28, 12
 EXCHANGES = 10
+
+
+def edges_of(link: Link) -> Edges:
+    edges = Edges()
+    edges.add(link, "edge")
+    return edges
 
 
 class Counts:
@@ -42,7 +51,8 @@ class Counts:
         return {name: count // EXCHANGES for name, count in self.calls.items() if count >= EXCHANGES}
 
 
-def test_an_exchange_takes_few_calls(home: Path, identity: Path) -> None:
+@pytest.mark.parametrize("pooled", [False, True])
+def test_an_exchange_takes_few_calls(home: Path, identity: Path, pooled: bool) -> None:
     rng = np.random.default_rng(0)
     q = [rng.integers(-127, 128, shape).astype(np.int8) for shape in SHAPES]
     matrices = [kernels.prepare(m) for m in q]
@@ -65,7 +75,7 @@ def test_an_exchange_takes_few_calls(home: Path, identity: Path) -> None:
         sys.setprofile(edge)
         worker._serve(pair.edge)
 
-    with Pair(home, identity) as pair, runtime.using(pair.link):
+    with Pair(home, identity) as pair, runtime.using(edges_of(pair.link) if pooled else pair.link):
         working = threading.Thread(target=serve)
         working.start()
         group.stacked(x)  # the first one makes room for frames
@@ -78,5 +88,5 @@ def test_an_exchange_takes_few_calls(home: Path, identity: Path) -> None:
         pair.link.close()
         working.join(10)
     runtime.pool.close()
-    assert 5 < sum(ours.values()) <= TRUSTED, ours
+    assert 5 < sum(ours.values()) <= TRUSTED + 3 * pooled, ours
     assert 2 < sum(theirs.values()) <= EDGE, theirs

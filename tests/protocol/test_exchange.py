@@ -253,7 +253,8 @@ def test_close_wakes_an_exchange(home, identity):
         timer.join(10)
 
 
-def test_a_cheating_edge_is_cut_off_and_no_text_of_it_appears(home, identity):
+def test_a_cheating_edge_is_cut_off_and_no_text_of_it_appears(home, identity, monkeypatch):
+    monkeypatch.setattr("sliplm.serve.connections.CUT_SECONDS", 20.0)  # its request is told, however slow we are
     with serving(home) as server:
         worker = EdgeWorker(make_engine(WrongMatrix), server.address, identity)
         with running(worker.run, worker.stop) as raised:
@@ -284,13 +285,13 @@ EdgeWorker(make_engine(), sys.argv[1], sys.argv[2]).run()
 @pytest.mark.slow
 def test_an_edge_killed_in_the_middle_is_noticed_at_once(home, identity):
     here = Path(__file__).parent
-    with serving(home, FakeEngine(0.02)) as server:
+    with serving(home, FakeEngine(0.02), worker_wait=0.2) as server:
         where = "{}:{}".format(*server.address)
         process = subprocess.Popen([sys.executable, "-c", EDGE, where, str(identity), str(here), str(here.parent)])
         try:
             the_link(server)
             client = EdgeWorker(make_engine(), where, identity)
-            with pytest.raises(LinkError, match="generation stopped: "):
+            with pytest.raises(LinkError, match="no worker connected"):
                 for i, chunk in enumerate(client.generate(ask(words=10_000))):
                     assert chunk.finish_reason is None
                     if i == 3:

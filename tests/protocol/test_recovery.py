@@ -15,6 +15,7 @@ from link_fakes import (
     Pair,
     ask,
     enrol,
+    list_devices,
     make_engine,
     refused,
     running,
@@ -60,12 +61,56 @@ def test_a_request_waits_a_moment_for_its_worker(home, identity):
     assert texts == ["word0 word1 word2 "]
 
 
-def test_a_device_only_uses_its_own_worker(home, identity):
+def test_any_worker_serves_any_device(home, identity):
     other = enrol(home, "other")
-    with serving(home, worker_wait=0.1) as server, working(server, identity):
+    with serving(home, worker_wait=0.1) as server:
         client = EdgeWorker(make_engine(), server.address, other)
+        with working(server, identity):
+            wait_until(lambda: bool(server.links()))
+            assert text(client) == "word0 word1 word2 "
+        wait_until(lambda: not server.links())
         with pytest.raises(LinkError, match="no worker connected"):
             text(client)
+
+
+@pytest.mark.parametrize("how", ["dies", "lies", "stalls"])
+def test_a_worker_of_another_device_that_fails_costs_no_request(home, identity, how, monkeypatch):
+    monkeypatch.setattr("sliplm.exchange.edge.STALL_SECONDS", 1.5 if how == "stalls" else 20)
+    monkeypatch.setattr("sliplm.exchange.edge.STALL_TIMES", 2)
+    other, bad = enrol(home, "other"), make_engine()
+    release = threading.Event()
+    with serving(home, FakeEngine(0.01)) as server, working(server, identity) as worker:
+        failing = EdgeWorker(bad, server.address, other)
+        with running(failing.run, failing.stop):
+            wait_until(lambda: len(server.links()) == 2)
+            streams = [worker.generate(ask(words=60)) for _ in range(4)]
+            texts: list[str] = []
+            threads = [threading.Thread(target=lambda s=s: texts.append("".join(c.text for c in s))) for s in streams]
+            for thread in threads:
+                thread.start()
+            wait_until(lambda: server.edges.rows["other"] > 20)
+            if how == "dies":
+                failing.stop()
+            else:
+                right = bad.product
+
+                def wrong(group, x, out=None):
+                    if how == "stalls":
+                        release.wait(5)
+                    y = right(group, x, out=out)
+                    y[0, 0] ^= 1
+                    return y
+
+                bad.product = wrong
+            for thread in threads:
+                thread.join(30)
+            release.set()
+        assert texts == ["".join(f"word{i} " for i in range(60))] * 4
+        assert server.edges.replaced >= 1
+        if how == "lies":
+            wait_until(lambda: {d.name: d.state for d in list_devices(home)}["other"] == "suspended")
+            assert b"verification_failures_total 1.0" in server.service.metrics.text()
+            assert b'outcome="unverified"} 0.0' in server.service.metrics.text()
 
 
 def test_a_dead_link_is_passed_over(home, identity):

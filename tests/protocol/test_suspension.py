@@ -8,13 +8,15 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
-from link_fakes import FakeEngine, ask, make_engine, running, serving, the_link, wait_until
+from link_fakes import OP, PADS, FakeEngine, ask, make_engine, running, serving, the_link, wait_until
 
 from sliplm.edge.worker import EdgeWorker
 from sliplm.errors import LinkError, RegistryError, VerificationError
-from sliplm.exchange.link import Link
+from sliplm.exchange.link import Link, Router
 from sliplm.protocol.messages import Chunk, GenerateRequest
 from sliplm.registry import Limits, authority
 from sliplm.serve import watch as watch_module
@@ -25,11 +27,15 @@ from sliplm.serve.watch import Watch
 class FoundLate(FakeEngine):
     """Finds out, when it is closed, that the edge has lied."""
 
-    def generate(self, request: GenerateRequest, link: Link) -> Iterator[Chunk]:
+    def generate(self, request: GenerateRequest, link: Link | Router) -> Iterator[Chunk]:
+        def caught(op: Any, x: Any, pads: Any, link: Link, own: Any) -> None:
+            link.close()
+            raise VerificationError("an answer of the edge is wrong")
+
         try:
             yield from super().generate(request, link)
         finally:
-            raise VerificationError("an answer of the edge is wrong")
+            link.run(caught, OP, np.zeros((1, 4), np.uint32), PADS, None)
 
 
 class Strict(Rules):
