@@ -110,7 +110,6 @@ class _Router(Router):
 
 
 class _Link(Link):
-
     def __init__(self, link: Link, unwanted: Callable[[], bool]) -> None:
         self._link, self._unwanted = link, unwanted
         self.party = link.party

@@ -144,7 +144,12 @@ class BuiltinEngine:
         yield last
 
     def _begin(
-        self, request: GenerateRequest, prompt: list[int], limit: int, constraint: Constraint | None, link: Link
+        self,
+        request: GenerateRequest,
+        prompt: list[int],
+        limit: int,
+        constraint: Constraint | None,
+        link: Link | Router,
     ) -> Answer:
         processors = self.decoding.processors(request, len(prompt), constraint)
         scores = None if request.logprobs is None else Scores(request.logprobs)
