@@ -8,8 +8,9 @@ Commands come as lines of JSON on stdin, answers leave on stdout:
     {"do": "memory"} -> {"processes": [{"now": bytes, "anonymous": bytes, "peak": bytes}, ...]}
     {"do": "loaded"} -> {"seconds": to load the model, "parameters": of it}
 
-What is timed is `model.generate` and `model.__call__` of Transformers, the same for all; a decoding step is the time
-from one token of every stream to the next, so the first one, with the prompt, is apart.
+What is timed is `model.generate` and `model.__call__` of Transformers; of the protected model, the passes that the
+engine makes for its requests. Tokens are the likeliest ones. A decoding step is the time from one token of every stream
+to the next, so the first one, with the prompt, is apart.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ from sliplm.registry import authority
 from sliplm.serve.server import TrustedServer
 from sliplm.speed.cores import on
 from sliplm.split.source import load_whole
+from sliplm.trusted.packed import Part
+from sliplm.trusted.together import find_way
 
 PROMPT = 8
 
@@ -85,20 +88,22 @@ class Plain:
         }
 
     def decode(self, tokens: int, streams: int = 1, **_: Any) -> dict[str, Any]:
-        ids, mask = prompts(streams)
         clock = _Clock(self._sample)
         with torch.inference_mode():
-            self.model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                max_new_tokens=tokens,
-                min_new_tokens=tokens,
-                do_sample=False,
-                streamer=clock,
-            )
+            self._generate(*prompts(streams), tokens, clock)
         steps = [b - a for a, b in zip(clock.times[1:], clock.times[2:], strict=False)]
         first, last = clock.samples
         return {"seconds": steps, "spent": {key: (last[key] - first[key]) / len(steps) for key in last}}
+
+    def _generate(self, ids: torch.Tensor, mask: torch.Tensor, tokens: int, clock: _Clock) -> None:
+        self.model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,
+            do_sample=False,
+            streamer=clock,
+        )
 
     def _sample(self) -> dict[str, float]:
         return {"cpu": time.process_time()}
@@ -147,6 +152,7 @@ class Protected(Plain):
         trusted = directory / "trusted"
         self.model = self._timed(lambda: transformers.AutoModelForCausalLM.from_pretrained(trusted).eval())
         self._slip = self.model.slip
+        self._way = find_way(self.model)
         self._spent = self._slip.measure() if clocks else {}
         scratch = Path(running.enter_context(tempfile.TemporaryDirectory(prefix="slip-bench-")))
         authority.add_device(scratch / "authority", "bench", scratch / "identity", days=1)
@@ -185,6 +191,21 @@ class Protected(Plain):
             waited = time.perf_counter() - begin  # the prompt's pads are in it, too
             result["with_pads"] = (sum(result["seconds"]) + waited) / len(result["seconds"])
         return result
+
+    def _generate(self, ids: torch.Tensor, mask: torch.Tensor, tokens: int, clock: _Clock) -> None:
+        if self._way is None:
+            return super()._generate(ids, mask, tokens, clock)
+        texts = [row[seen.bool()].tolist() for row, seen in zip(ids, mask, strict=True)]
+        parts = [Part(self._way.cache(), 0, text, True) for text in texts]
+        clock.put(ids)
+        for _ in range(tokens):
+            picked = self._way.forward(parts).argmax(1)
+            clock.put(picked)
+            parts = [
+                Part(part.cache, part.start + len(part.tokens), [token], True)
+                for part, token in zip(parts, picked.tolist(), strict=True)
+            ]
+        clock.end()
 
     def stock(self, tokens: int, streams: int, **_: Any) -> dict[str, float]:
         """Make pads while nothing else is done. Groups differ in what earlier prompts left of them; as long as those
