@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
+from weakref import WeakKeyDictionary
 
 from sliplm.errors import LinkError, NoWorkerError
 from sliplm.exchange.link import Shape
@@ -30,6 +31,7 @@ class Links:
         self._stopping = stopping
         self._changed = threading.Condition()
         self._links: dict[str, list[RemoteLink]] = {}  # by device fingerprint, newest last
+        self._devices: WeakKeyDictionary[RemoteLink, Device] = WeakKeyDictionary()
 
     def alive(self) -> list[RemoteLink]:
         """Those of all devices, the newest of each device last."""
@@ -41,6 +43,7 @@ class Links:
         link = RemoteLink(channel, self._shapes, device.party, self._timeout)
         with self._changed:
             self._links.setdefault(device.fingerprint, []).append(link)
+            self._devices[link] = device
             self._changed.notify_all()
         try:
             while not link.wait_closed(self._keepalive) and not self._stopping.is_set():
@@ -52,6 +55,10 @@ class Links:
                 if not self._links[device.fingerprint]:
                     del self._links[device.fingerprint]
             link.close()
+
+    def device(self, link: RemoteLink) -> Device:
+        """Whose `link` is or was."""
+        return self._devices[link]
 
     def claim(self, device: Device) -> RemoteLink:
         """The device's newest link that answers. Raises NoWorkerError if none turns up in time."""

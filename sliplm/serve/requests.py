@@ -22,6 +22,7 @@ LOG_BYTES = 200
 """Errors may quote what a device sent: the log takes so much of it, on one line."""
 
 SHUTTING_DOWN = "the trusted side is shutting down"
+LIE = "an answer of this device failed its check"
 
 _log = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ class Requests:
                 self._service.metrics.verification_failures.inc()
                 if link is not None:
                     link.close()
-                self._suspend(device, "an answer of this device failed its check")
+                self._suspend(device, LIE)
             elif known.reason is not None:
                 error = known.reason
             expected = isinstance(error, SlipError)

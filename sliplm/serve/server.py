@@ -28,7 +28,7 @@ from sliplm.serve.greeting import greet, shake_hands
 from sliplm.serve.helpers import Helpers, Work
 from sliplm.serve.limits import DEFAULTS
 from sliplm.serve.links import Links
-from sliplm.serve.requests import LOG_BYTES, SHUTTING_DOWN, Requests
+from sliplm.serve.requests import LIE, LOG_BYTES, SHUTTING_DOWN, Requests
 from sliplm.serve.rules import Rules
 from sliplm.serve.service import Engine, Service
 from sliplm.serve.watch import Watch
@@ -160,6 +160,11 @@ class TrustedServer:
     def links(self) -> list[RemoteLink]:
         """The live links of all devices, the newest of each device last."""
         return self._links.alive()
+
+    def caught(self, link: RemoteLink) -> None:
+        """Suspend the device whose `link` gave a wrong answer, if it was none of a request here."""
+        self.service.metrics.verification_failures.inc()
+        self._watch.suspend(self._links.device(link), LIE)
 
     def _finish_requests(self) -> None:
         """Wait for the running requests, while a drain has time left; those that wait for their turn are sent away."""
