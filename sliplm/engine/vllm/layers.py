@@ -41,7 +41,9 @@ class Layers:
         whole groups of the split."""
         numbers = list(dict.fromkeys(self._number[name] for name in members))
         groups = [self._plan[number] for number in numbers]
-        if [name for group in groups for name in group.members] != list(members) or any(g.kind == "sum" for g in groups):
+        if [name for group in groups for name in group.members] != list(members) or any(
+            g.kind == "sum" for g in groups
+        ):
             raise UnsupportedModelError(
                 f"vLLM computes {members[0]} together with other layers than this split does, so it cannot run it; "
                 "`slip trusted` can."

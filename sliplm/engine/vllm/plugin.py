@@ -41,7 +41,9 @@ def register() -> None:
 def is_bundle(directory: Path) -> bool:
     """Whether this is DIR/trusted, or says it is."""
     try:
-        return bool(json.loads((directory / "config.json").read_bytes())["quantization_config"]["quant_method"] == METHOD)
+        return bool(
+            json.loads((directory / "config.json").read_bytes())["quantization_config"]["quant_method"] == METHOD
+        )
     except (OSError, ValueError, LookupError, TypeError):
         return False
 
