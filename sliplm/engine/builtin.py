@@ -16,6 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import sliplm.trusted  # noqa: F401 - teaches Transformers to load the bundle
 from sliplm import bundle
+from sliplm.engine.answer import Answer
 from sliplm.engine.constraint import Constraint, Grammars
 from sliplm.engine.decoding import Decoding
 from sliplm.engine.detokenise import UNFINISHED, Text, special_tokens
@@ -71,7 +72,7 @@ class BuiltinEngine:
         bundle.open_trusted(path)
         refuse_other_tasks(path)
         self.tokenizer: Any = _tokenizer(path)
-        self.model: Any = transformers.AutoModelForCausalLM.from_pretrained(path).eval()
+        self.model: Any = self._load(path)
         self.model.slip.pool.resize(stock)
         settings = self.model.generation_config
         self._vocabulary: int = self.model.config.get_text_config().vocab_size
@@ -135,13 +136,22 @@ class BuiltinEngine:
             raise _too_long(request, prompt_tokens, self._room)
         constraint = self._constraint(request, prompt_tokens)
         yield Chunk("", None, prompt_tokens)
+        answer = self._begin(request, prompt, limit, constraint, link)
+        try:
+            last = yield from self._stream(answer, request, prompt)
+        finally:
+            answer.cancel()
+        yield last
+
+    def _load(self, path: Path) -> Any:
+        return transformers.AutoModelForCausalLM.from_pretrained(path).eval()
+
+    def _begin(
+        self, request: GenerateRequest, prompt: list[int], limit: int, constraint: Constraint | None, link: Link
+    ) -> _Run | Answer:
         run = _Run(self, prompt, request, limit, link, constraint)
         run.start()
-        try:
-            last = yield from self._stream(run, request, prompt)
-        finally:
-            run.cancel()
-        yield last
+        return run
 
     def rehearse(self, system: str) -> None:
         """Try a chat that begins with the owner's text `system`. Raises SlipError, if none with it can be answered."""
@@ -178,7 +188,7 @@ class BuiltinEngine:
             raise RequestError(f"the token {strange} in the prompt is none of this model's.")
         return tokens
 
-    def _stream(self, run: _Run, request: GenerateRequest, prompt: list[int]) -> Generator[Chunk, None, Chunk]:
+    def _stream(self, run: _Run | Answer, request: GenerateRequest, prompt: list[int]) -> Generator[Chunk, None, Chunk]:
         """Yield text as it becomes certain, or none; return the last chunk."""
         silent = self._silent - self.syntax.tokens(self.tokenizer) if request.tools else self._silent
         # A chat's answer is a text of its own; a plain prompt is continued.

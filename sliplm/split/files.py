@@ -17,7 +17,7 @@ try:
     from transformers.distributed.checkpoint import get_distributed_checkpoint_dir
 except ImportError:  # before 5.20, Transformers has no such checkpoints
 
-    def get_distributed_checkpoint_dir(*_: Any) -> None: ...
+    def get_distributed_checkpoint_dir(*_: Any) -> None: ...  # type: ignore[misc]
 
 
 logger = logging.getLogger(__name__)

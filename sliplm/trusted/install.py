@@ -68,7 +68,7 @@ def bind(model: nn.Module, groups: list[Group], tensors: dict[str, torch.Tensor]
 
 def assemble(
     groups: Sequence[tuple[Sequence[str], bool]], tensors: dict[str, torch.Tensor], digest: bytes
-) -> tuple[Runtime, list[ProtectedGroup]]:
+) -> tuple[Runtime, list[ProtectedGroup | SumGroup]]:
     """The arithmetic of `groups` (the names of the members, and whether they are a `Sum`), and the runtime that they
     share; the other arguments are those of `bind`. Raises KeyError with the name of a tensor that is not there, and
     BundleError for damaged ones."""
@@ -79,7 +79,7 @@ def assemble(
     leaders = [own[names[0]] for names, _ in groups]
     shared = (_copies(tensors, tensors.keys() - _OF_MEMBERS) for tensors in leaders)
     runtime = Runtime([Operator.load(number, copies) for number, copies in enumerate(shared)], digest)
-    bound: list[ProtectedGroup] = []
+    bound: list[ProtectedGroup | SumGroup] = []
     for op, (names, is_sum) in zip(runtime.operators, groups, strict=True):
         weights = [
             MemberWeights(name, t["factor_a"], t["factor_b"], t.get("bias"))

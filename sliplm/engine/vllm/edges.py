@@ -7,8 +7,9 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from sliplm.engine.tools import Syntax
 from sliplm.engine.vllm.settings import Settings
@@ -29,6 +30,16 @@ ELSEWHERE = "vLLM serves this model: ask its API, not the edge's"
 
 _log = logging.getLogger("vllm.sliplm")  # vLLM shows the logs below its own name
 T = TypeVar("T")
+
+
+class Runs(Protocol):
+    """What brings exchanges to edges."""
+
+    def run(self, compute: Callable[[], T]) -> T:
+        """What `compute` returns, whose exchanges go to an edge. An edge that goes away or lies is replaced: what it
+        began is done again, with fresh pads. Waits as long as there is none, since an exception would end vLLM's
+        engine, and with it all requests."""
+        ...
 
 
 class _Elsewhere:
@@ -76,9 +87,7 @@ class Edges:
         _log.info("edges may connect to %s:%d", *self._server.address)
 
     def run(self, compute: Callable[[], T]) -> T:
-        """What `compute` returns, whose exchanges go to an edge. An edge that goes away or lies is replaced: what it
-        began is done again, with fresh pads. Waits as long as there is none, since an exception would end vLLM's
-        engine, and with it all requests; who asked may give up at any time."""
+        """See Runs. Who asked may give up at any time."""
         said = time.monotonic()
         while True:
             try:
@@ -100,3 +109,7 @@ class Edges:
         if not links:
             raise NoWorkerError("no edge is connected: start `slip edge` on one.")
         return links[-1]
+
+
+making: ContextVar[Callable[[Path, Runtime], Runs]] = ContextVar("making", default=Edges)
+"""Of a model that is loaded in this context."""

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from vllm.forward_context import get_forward_context, is_forward_context_available
 
 from sliplm import bundle
-from sliplm.engine.vllm.edges import Edges
+from sliplm.engine.vllm.edges import Runs, making
 from sliplm.errors import BundleError, NumericsError, UnsupportedModelError
 from sliplm.split.plan import GroupPlan
 from sliplm.trusted.group import ProtectedGroup
@@ -34,7 +34,7 @@ class Layers:
         self._unloaded = 0
         self._dummy = False
         self.tensors: dict[str, torch.Tensor] = {}
-        self.edges: Edges | None = None
+        self.edges: Runs | None = None
 
     def claim(self, members: Sequence[str]) -> Part:
         """The layer that computes what `members` do, one above the other. Raises UnsupportedModelError if they are not
@@ -66,8 +66,8 @@ class Layers:
             raise BundleError(f"{self._directory} lacks the tensor {error} of a protected layer.") from None
         self.tensors = {}
         for part in self._parts:
-            part.groups = [groups[number] for number in part.numbers]
-        self.edges = Edges(self._directory, runtime)
+            part.groups = [group for number in part.numbers if isinstance(group := groups[number], ProtectedGroup)]
+        self.edges = making.get()(self._directory, runtime)
 
     def is_dummy(self) -> bool:
         """Whether this is no step of a request, but a trial run of vLLM's, for which it has not made what attention

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sliplm import bundle
+from sliplm.engine.vllm.edges import Edges, making
 from sliplm.engine.vllm.settings import Settings
 from sliplm.errors import BundleError, SlipError
 
@@ -55,7 +56,8 @@ def prepare(arguments: Any) -> None:
     """
     _refuse(arguments)
     bundle.read_trusted_manifest(arguments.model)
-    Settings.read(os.environ).check(arguments.model)
+    if making.get() is Edges:
+        Settings.read(os.environ).check(arguments.model)
     if arguments.dtype == "auto":
         arguments.dtype = "float32"  # as the bundle says: texts equal those of the built-in engine
     arguments.enforce_eager = True  # an exchange cannot be a part of a compiled graph

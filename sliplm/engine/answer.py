@@ -1,0 +1,121 @@
+"""The tokens of one answer, on their way from whoever generates them to whoever reads them."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable, Generator, Iterator
+
+from sliplm.engine.logprobs import Scored
+from sliplm.errors import LinkError, SlipError, VerificationError, locate
+from sliplm.exchange.link import Field, Link, Own
+
+BEAT_SECONDS = 0.5
+AHEAD = 64
+"""Tokens that wait for a slow reader before the generation waits for it, too."""
+
+Token = tuple[int, Scored | None]
+
+_log = logging.getLogger(__name__)
+
+
+class Answer:
+    """What the two share.
+
+    Attributes:
+        cancelled: set when nobody reads any more.
+        wake: set when the reader has taken a token or has gone.
+        ended: whether the model has ended the answer itself.
+    """
+
+    def __init__(self) -> None:
+        self.cancelled, self.wake = threading.Event(), threading.Event()
+        self.ended = False
+        self._queue: queue.SimpleQueue[Token | SlipError | None] = queue.SimpleQueue()
+        self._lie: VerificationError | None = None
+
+    @property
+    def full(self) -> bool:
+        """Whether so many tokens wait for the reader that the generation shall wait, too."""
+        return self._queue.qsize() >= AHEAD
+
+    def put(self, token: Token) -> None:
+        """Hand a token to the reader."""
+        self._queue.put(token)
+
+    def finish(self) -> None:
+        """There are no more tokens."""
+        self._queue.put(None)
+
+    def fail(self, error: BaseException) -> None:
+        """End the answer with `error`, whatever it is, or the reader would wait for ever."""
+        if not isinstance(error, SlipError):
+            # Its text might quote a prompt or a weight, so neither the log nor the requester gets it.
+            _log.error("the generation failed: %s", locate(error))
+            error = SlipError(f"the generation failed: {locate(error)}")
+        elif isinstance(error, VerificationError):
+            self._lie = error  # the reader may have gone, or stop before it comes to the error
+        self._queue.put(error)
+
+    def tokens(self) -> Iterator[Token | None]:
+        """The tokens, with their scores if asked for; None every half second in which there is none. Raises what `fail`
+        was given."""
+        while True:
+            try:
+                item = self._queue.get(timeout=BEAT_SECONDS)
+            except queue.Empty:
+                yield None
+                continue
+            self.wake.set()
+            if item is None:
+                return
+            if isinstance(item, SlipError):
+                raise item
+            yield item
+
+    def cancel(self) -> None:
+        """Return when nothing is computed for this answer any more. Raises VerificationError if the edge has lied,
+        whether or not `tokens` came that far."""
+        self.cancelled.set()
+        self.wake.set()
+        self._wait()
+        if self._lie is not None:
+            raise self._lie
+
+    def _wait(self) -> None:
+        """Until nothing is computed for it any more."""
+        raise NotImplementedError
+
+
+class CancelledError(LinkError):
+    """Nobody waits any more for what this exchange is for."""
+
+
+class Cancellable(Link):
+    """`link`, until `unwanted()`: a long prompt is many exchanges before the first token."""
+
+    def __init__(self, link: Link, unwanted: Callable[[], bool]) -> None:
+        self._link, self._unwanted = link, unwanted
+        self.party = link.party
+
+    def exchange(self, group: int, x: Field, own: Callable[[], Own]) -> tuple[Field, Own]:
+        self._check()
+        return self._link.exchange(group, x, own)
+
+    def exchanges(
+        self, group: int, questions: Iterator[Field], own: Callable[[], object]
+    ) -> Generator[Field, None, None]:
+        return self._link.exchanges(group, self._while_wanted(questions), own)
+
+    def _while_wanted(self, questions: Iterator[Field]) -> Iterator[Field]:
+        for x in questions:
+            self._check()
+            yield x
+
+    def _check(self) -> None:
+        if self._unwanted():
+            raise CancelledError("the request was cancelled")
+
+    def close(self) -> None:
+        self._link.close()
