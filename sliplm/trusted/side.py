@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,9 @@ class Trusted:
 def _engine(name: str) -> type[BuiltinEngine]:
     if name == "builtin":
         return BuiltinEngine
+    # vLLM reads these as it is imported, and would write its log between our lines.
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     require("vllm", "--engine vllm")
     from sliplm.engine.vllm.engine import VllmEngine
 

@@ -1,9 +1,11 @@
-"""`vllm serve` on a tiny model's bundle, with real edges; in the environment of requirements-vllm.txt (`make test-vllm`)."""
+"""`vllm serve` on a tiny model's bundle, with real edges, in an environment of its own (`make test-vllm`)."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -44,16 +46,22 @@ class Serve:
         self.directory, self.identities = directory, directory.parent
         self.port, self.address = free_port(), f"127.0.0.1:{free_port()}"
         self.lines: list[str] = []
-        command = [Path(sys.executable).with_name("vllm"), "serve", directory / "trusted", "--port", self.port,
-                   "--host", "127.0.0.1", "--kv-cache-memory-bytes", 100_000_000, "--served-model-name", "tiny"]  # fmt: skip
+        command = [Path(sys.executable).with_name("vllm"), "serve", directory / "trusted"]
+        named = {
+            "port": self.port,
+            "host": "127.0.0.1",
+            "kv-cache-memory-bytes": 100_000_000,
+            "served-model-name": "tiny",
+        }
+        said = {"SLIP_LISTEN": self.address, "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
         self.process = subprocess.Popen(
-            [*map(str, command), *options],
+            [*map(str, command), *(f"--{name}={value}" for name, value in named.items()), *options],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env={**os.environ, "SLIP_LISTEN": self.address, "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
-                 **environment},
-        )  # fmt: skip
+            start_new_session=True,
+            env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", **said, **environment},
+        )
         self._reader = threading.Thread(target=lambda: self.lines.extend(self.process.stdout), daemon=True)
         self._reader.start()
 
@@ -81,11 +89,10 @@ class Serve:
         return self.log
 
     def stop(self) -> None:
-        self.process.terminate()
-        try:
-            self.process.wait(60)
-        finally:
-            self.process.kill()
+        """At once, with all its processes."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(WAIT)
 
     def enrol(self, name: str) -> Path:
         authority.add_device(self.directory / "trusted" / "authority", name, self.identities / f"{name}.identity")

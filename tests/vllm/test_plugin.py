@@ -106,7 +106,7 @@ def test_a_damaged_bundle_is_not_loaded(split: Path, tmp_path: Path) -> None:
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    with pytest.raises(BundleError, match="damaged|digest"):
+    with pytest.raises(BundleError, match="damaged"):
         Layers(trusted, _plan(split))
 
 

@@ -3,11 +3,13 @@ lie, or are not there."""
 
 from __future__ import annotations
 
+import json
 import random
+import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,12 +17,13 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from link_fakes import list_devices, wait_until, working
-from processes import Process, ask
+from link_fakes import list_devices, running, wait_until
+from processes import WAIT, ask, start_edge
 
 from sliplm.bundle import EdgeBundle
 from sliplm.edge.multiplier import Multiplier
-from sliplm.errors import SlipError
+from sliplm.edge.worker import EdgeWorker
+from sliplm.errors import IdentityError, SlipError
 
 pytestmark = pytest.mark.slow
 
@@ -30,29 +33,24 @@ PROMPTS = [
     for end in ("", " and", "!", "x" * 150)
 ]
 
-WAYS = {
-    "plain": (),
-    # Prompts in pieces, and up to three tokens a step, of which the model has to agree to each.
-    "chunks and n-grams": (
-        "--max-num-batched-tokens", "48", "--enable-chunked-prefill", "--speculative-config",
-        '{"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}',
-    ),
-}  # fmt: skip
+NGRAMS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+PIECES = (
+    "--max-num-batched-tokens=48",
+    "--enable-chunked-prefill",
+    f"--speculative-config={json.dumps(NGRAMS)}",
+)
+"""Prompts in pieces, and up to three tokens at a time that were guessed, of which the model has to agree to each."""
 
 
-@pytest.fixture(scope="module", params=list(WAYS))
-def serve(request: pytest.FixtureRequest, started: Callable[..., Any]) -> Iterator[Any]:
-    """With one edge."""
-    one = started(*WAYS[request.param])
-    edge = Process(
-        "edge", one.directory / "edge", "--trusted", one.address, "--api", "127.0.0.1:0",
-        "--identity", one.identities / "first.identity",
-    )  # fmt: skip
-    one.api = edge.ready()["api"]
-    yield one.ready()
-    edge.process.kill()
-    one.stop()
-    assert "EngineDeadError" not in one.log
+@pytest.fixture(scope="module")
+def serve(started: Callable[..., Any]) -> Any:
+    """Without an edge, as the first test has it; the others add theirs."""
+    return started().ready()
+
+
+@pytest.fixture(scope="module")
+def pieces(started: Callable[..., Any]) -> Any:
+    return started(*PIECES)
 
 
 def same(found: str, expected: str) -> bool:
@@ -60,7 +58,22 @@ def same(found: str, expected: str) -> bool:
     return found.rstrip("\ufffd") == expected.rstrip("\ufffd")
 
 
-def test_texts_are_those_of_the_built_in_engine_in_any_order(serve: Any, truth: Callable[..., str]) -> None:
+def test_requests_wait_for_an_edge_and_go_on_with_another(serve: Any, run: Any, truth: Callable[..., str]) -> None:
+    with pytest.raises(openai.APITimeoutError):
+        serve.client(2).completions.create(model="tiny", prompt="too early", max_tokens=4)
+    assert "requests wait: no edge is connected" in serve.log
+    first = serve.edge(run, "one")
+    assert same(serve.complete("Hello"), truth("Hello"))
+    with ThreadPoolExecutor(8) as threads:
+        texts = [threads.submit(serve.complete, prompt, 200) for prompt in PROMPTS[:8]]
+        time.sleep(1)
+        first.process.kill()
+        serve.edge(run, "two")
+        assert all(same(t.result(), truth(p, 200)) for p, t in zip(PROMPTS, texts, strict=False))
+    assert httpx.get(f"{serve.url}/health").status_code == 200
+
+
+def check_texts(serve: Any, truth: Callable[..., str]) -> None:
     expected = {prompt: truth(prompt) for prompt in PROMPTS}
     order = PROMPTS * 2  # the second time from vLLM's cache of prefixes
     random.Random(7).shuffle(order)
@@ -69,55 +82,47 @@ def test_texts_are_those_of_the_built_in_engine_in_any_order(serve: Any, truth: 
     assert [(p, t) for p, t in zip(order, texts, strict=True) if not same(t, expected[p])] == []
 
 
-def test_the_official_client_chats_and_streams(serve: Any, truth: Callable[..., str]) -> None:
+def test_texts_are_those_of_the_built_in_engine_in_any_order(serve: Any, run: Any, truth: Callable[..., str]) -> None:
+    serve.edge(run, "three")
+    check_texts(serve, truth)
+
+
+def test_so_they_are_by_pieces_of_prompts_and_guessed_tokens(pieces: Any, run: Any, truth: Callable[..., str]) -> None:
+    pieces.ready()
+    pieces.edge(run, "one")
+    check_texts(pieces, truth)
+    pieces.stop()
+
+
+def test_the_official_client_chats_and_streams(serve: Any, run: Any, truth: Callable[..., str]) -> None:
+    serve.edge(run, "four")
     client: Any = serve.client()
     messages = [{"role": "user", "content": "Hi"}]
     expected = truth("user: Hi\nmodel: ", 12)
     whole = client.chat.completions.create(model="tiny", messages=messages, max_tokens=12, temperature=0)
-    assert same(whole.choices[0].message.content or "", expected)
+    assert same(whole.choices[0].message.content, expected)
     stream = client.chat.completions.create(model="tiny", messages=messages, max_tokens=12, temperature=0, stream=True)
     assert same("".join(chunk.choices[0].delta.content or "" for chunk in stream), expected)
 
 
-def test_an_edges_own_api_says_where_the_model_is_served(serve: Any) -> None:
+def test_an_edges_own_api_says_where_the_model_is_served(serve: Any, run: Any) -> None:
+    edge = start_edge(run, serve.directory, serve.address, serve.enrol("five"))
     with pytest.raises(SlipError, match="vLLM serves this model"):
-        ask(serve.api, "Hello")
+        ask(edge.ready()["api"], "Hello")
 
 
-def test_vllms_own_benchmark_runs(serve: Any) -> None:
-    done = subprocess.run(
-        [Path(sys.executable).with_name("vllm"), "bench", "serve", "--backend", "openai", "--base-url", serve.url,
-         "--model", serve.directory / "trusted", "--served-model-name", "tiny", "--dataset-name", "random",
-         "--random-input-len", "24", "--random-output-len", "8", "--num-prompts", "6"],
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+def test_vllms_own_benchmark_runs(serve: Any, run: Any) -> None:
+    serve.edge(run, "six")
+    command = [Path(sys.executable).with_name("vllm"), "bench", "serve", "--backend=openai", f"--base-url={serve.url}"]
+    model = [f"--model={serve.directory / 'trusted'}", "--served-model-name=tiny", "--dataset-name=random"]
+    sizes = ["--random-input-len=24", "--random-output-len=8", "--num-prompts=6"]
+    done = subprocess.run([*command, *model, *sizes], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert "Failed requests:                         0" in done.stdout
-
-
-@pytest.fixture(scope="module")
-def lonely(started: Callable[..., Any]) -> Any:
-    """Without an edge."""
-    return started().ready()
-
-
-def test_requests_wait_for_an_edge_and_go_on_with_another(lonely: Any, run: Any, truth: Callable[..., str]) -> None:
-    with pytest.raises(openai.APITimeoutError):
-        lonely.client(2).completions.create(model="tiny", prompt="too early", max_tokens=4)
-    assert "requests wait: no edge is connected" in lonely.log
-    first = lonely.edge(run, "one")
-    assert same(lonely.complete("Hello"), truth("Hello"))
-    with ThreadPoolExecutor(8) as threads:
-        texts = [threads.submit(lonely.complete, prompt, 200) for prompt in PROMPTS[:8]]
-        time.sleep(1)
-        first.process.kill()
-        lonely.edge(run, "two")
-        assert all(same(t.result(), truth(p, 200)) for p, t in zip(PROMPTS, texts, strict=False))
-    assert httpx.get(f"{lonely.url}/health").status_code == 200
+    assert re.search(r"Failed requests: +0\n", done.stdout)
 
 
 class Liar(Multiplier):
-    """Gives a wrong answer, once it is asked for."""
+    """Gives wrong answers, once it is asked for."""
 
     lies = False
 
@@ -128,17 +133,24 @@ class Liar(Multiplier):
         return y
 
 
-def test_a_lie_is_caught_and_another_edge_takes_over(lonely: Any, run: Any, truth: Callable[..., str]) -> None:
-    liar = Liar.from_bundle(EdgeBundle.open(lonely.directory / "edge"))
-    lonely.edge(run, "honest")
-    host, _, port = lonely.address.partition(":")
-    with working((host, int(port)), lonely.enrol("liar"), liar):
-        assert same(lonely.complete("Hello"), truth("Hello"))
+def test_a_lie_is_caught_and_another_edge_takes_over(serve: Any, run: Any, truth: Callable[..., str]) -> None:
+    liar = Liar.from_bundle(EdgeBundle.open(serve.directory / "edge"))
+    serve.edge(run, "honest")
+    authority = serve.directory / "trusted" / "authority"
+    worker = EdgeWorker(liar, serve.address, serve.enrol("liar"))
+    with running(worker.run, worker.stop) as raised:
+        assert worker.connected.wait(WAIT)
+        assert same(serve.complete("Hello"), truth("Hello"))
         liar.lies = True
-        assert same(lonely.complete("Hello, again"), truth("Hello, again"))
+        assert same(serve.complete("Hello, again"), truth("Hello, again"))
+        wait_until(lambda: {d.name: d.suspended for d in list_devices(authority)}["liar"] is not None)
+        wait_until(lambda: bool(raised))
+    assert isinstance(raised[0], IdentityError) and "suspended" in str(raised[0])
+    assert {d.name: d.suspended for d in list_devices(authority)}["honest"] is None
 
-        def states() -> dict[str, str]:
-            return {d.name: d.status for d in list_devices(lonely.directory / "trusted" / "authority")}
 
-        wait_until(lambda: states()["liar"] == "suspended")
-        assert states()["honest"] == "active"
+def test_it_stops_when_it_is_told_to_even_while_requests_wait(serve: Any) -> None:
+    with pytest.raises(openai.APITimeoutError):
+        serve.client(2).completions.create(model="tiny", prompt="too late", max_tokens=4)
+    serve.process.terminate()
+    serve.process.wait(60)

@@ -19,6 +19,11 @@ from weakref import WeakValueDictionary
 
 import torch
 import transformers
+from vllm import SamplingParams
+from vllm.engine.arg_utils import EngineArgs
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.llm_engine import LLMEngine
+from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
 from sliplm.engine.answer import Answer
 from sliplm.engine.builtin import BuiltinEngine
@@ -29,14 +34,6 @@ from sliplm.errors import LinkError
 from sliplm.exchange.link import Link
 from sliplm.protocol.messages import GenerateRequest
 from sliplm.trusted.runtime import Runtime
-
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # read as vLLM is imported: the links are in this process
-
-from vllm import SamplingParams
-from vllm.engine.arg_utils import EngineArgs
-from vllm.sampling_params import RequestOutputKind
-from vllm.v1.engine.llm_engine import LLMEngine
-from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
 GENERATIONS = 64
 """So many requests run at a time."""
@@ -51,6 +48,7 @@ class VllmEngine(BuiltinEngine):
     """A trusted bundle, loaded into vLLM. See BuiltinEngine, whose attributes it has; `model` holds the runtime."""
 
     def _load(self, path: Path) -> Any:
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the links are in this process
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", CACHE_GIB)
         self._steps = steps = Steps()
         arguments = EngineArgs(
