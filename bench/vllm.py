@@ -101,7 +101,11 @@ def checkpoint(name: str, source: str, keep: Path) -> str:
     if not directory.exists():
         from sliplm.split.source import load_whole
 
-        load_whole(source).save_pretrained(directory)
+        model = load_whole(source)
+        model.hf_quantizer = None  # it is in float32 by now
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        model.save_pretrained(directory)
     return str(directory)
 
 
