@@ -6,12 +6,14 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from vllm.engine.arg_utils import EngineArgs
+from vllm.forward_context import override_forward_context
 from vllm.model_executor.layers.quantization import get_quantization_config
 
 from sliplm.engine.vllm import plugin
@@ -115,6 +117,30 @@ def test_layers_that_vllm_puts_together_otherwise_are_refused(split: Path) -> No
     layers.claim(["model.layers.0.self_attn.o_proj"])
     with pytest.raises(UnsupportedModelError, match="together with other layers"):
         layers.claim(["model.layers.0.self_attn.q_proj"])
+
+
+def test_a_trial_run_of_vllms_goes_to_no_edge_and_a_real_step_always_does(split: Path) -> None:
+    layers = Layers(split / "trusted", _plan(split))
+    part, head = (layers.claim([name]) for name in ("model.layers.0.self_attn.o_proj", "lm_head"))
+    part.expect([192], 192)
+    head.expect([257], 192)
+    asked: list[int] = []
+
+    class Counting:
+        def run(self, compute: Any) -> Any:
+            asked.append(1)
+            return np.ones((3, 1), np.float32)
+
+    layers.edges, part.groups, head.groups = Counting(), [None], [None]  # type: ignore[list-item]
+    x = torch.randn(3, 192)
+    with override_forward_context(SimpleNamespace(attn_metadata=None)):
+        assert part(x).shape == (3, 192) and not part(x).any()
+    assert head(x).shape == (3, 257) and not head(x).any() and not asked  # as part of the same run
+    with override_forward_context(SimpleNamespace(attn_metadata={})):
+        assert part(x).all()
+    assert head(x).all() and len(asked) == 2
+    with override_forward_context(SimpleNamespace(attn_metadata=None)), pytest.raises(SlipError, match="attention"):
+        part(x)
 
 
 def _plan(split: Path) -> list[GroupPlan]:

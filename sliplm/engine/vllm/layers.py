@@ -12,7 +12,7 @@ from vllm.forward_context import get_forward_context, is_forward_context_availab
 
 from sliplm import bundle
 from sliplm.engine.vllm.edges import Runs, making
-from sliplm.errors import BundleError, NumericsError, UnsupportedModelError
+from sliplm.errors import BundleError, NumericsError, SlipError, UnsupportedModelError
 from sliplm.split.plan import GroupPlan
 from sliplm.trusted.group import ProtectedGroup
 from sliplm.trusted.install import assemble
@@ -32,7 +32,7 @@ class Layers:
         self._number = {name: number for number, group in enumerate(plan) for name in group.members}
         self._parts: list[Part] = []
         self._unloaded = 0
-        self._dummy = False
+        self._dummy = self._served = False
         self.tensors: dict[str, torch.Tensor] = {}
         self.edges: Runs | None = None
 
@@ -71,9 +71,14 @@ class Layers:
 
     def is_dummy(self) -> bool:
         """Whether this is no step of a request, but a trial run of vLLM's, for which it has not made what attention
-        needs: its own layers then answer zeros, too. A head is called after the other layers, without that sign."""
+        needs: its own layers then answer zeros, too. A head is called after the other layers, without that sign.
+
+        Raises SlipError for one after the first real step: vLLM has none then, and zeros would be a wrong text."""
         if is_forward_context_available():
             self._dummy = get_forward_context().attn_metadata is None
+        if self._dummy and self._served:
+            raise SlipError("vLLM ran a step without what attention needs, after it had begun to serve.")
+        self._served = not self._dummy
         return self._dummy
 
 
