@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Iterator
 
 from sliplm.engine.logprobs import Scored
-from sliplm.errors import LinkError, SlipError, VerificationError, locate
-from sliplm.exchange.link import Field, Link, Own
+from sliplm.errors import SlipError, VerificationError, locate
 
 BEAT_SECONDS = 0.5
 AHEAD = 64
@@ -86,36 +85,3 @@ class Answer:
     def _wait(self) -> None:
         """Until nothing is computed for it any more."""
         raise NotImplementedError
-
-
-class CancelledError(LinkError):
-    """Nobody waits any more for what this exchange is for."""
-
-
-class Cancellable(Link):
-    """`link`, until `unwanted()`: a long prompt is many exchanges before the first token."""
-
-    def __init__(self, link: Link, unwanted: Callable[[], bool]) -> None:
-        self._link, self._unwanted = link, unwanted
-        self.party = link.party
-
-    def exchange(self, group: int, x: Field, own: Callable[[], Own]) -> tuple[Field, Own]:
-        self._check()
-        return self._link.exchange(group, x, own)
-
-    def exchanges(
-        self, group: int, questions: Iterator[Field], own: Callable[[], object]
-    ) -> Generator[Field, None, None]:
-        return self._link.exchanges(group, self._while_wanted(questions), own)
-
-    def _while_wanted(self, questions: Iterator[Field]) -> Iterator[Field]:
-        for x in questions:
-            self._check()
-            yield x
-
-    def _check(self) -> None:
-        if self._unwanted():
-            raise CancelledError("the request was cancelled")
-
-    def close(self) -> None:
-        self._link.close()
