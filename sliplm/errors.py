@@ -113,6 +113,10 @@ class LinkError(SlipError):
     outcome = "interrupted"
 
 
+class CancelledError(LinkError):
+    """Nobody waits any more for what this exchange is for."""
+
+
 class ProtocolError(LinkError):
     """The other side sent something the protocol does not allow."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import os
 import signal
 from pathlib import Path
@@ -11,6 +12,11 @@ import typer
 
 from sliplm.cli.common import Format, Json, LogFormat, RegistryUrl, emit, set_up_logging
 from sliplm.cli.quiet import quiet_transformers
+
+
+class Engine(enum.Enum):
+    BUILTIN = "builtin"
+    VLLM = "vllm"
 
 
 def trusted(
@@ -38,6 +44,9 @@ def trusted(
         str | None, typer.Option(help="Hours for making the pads beyond 64, as in 22:00-06:00; all hours if absent.")
     ] = None,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads for the trusted arithmetic; 0 takes all.")] = 0,
+    engine: Annotated[
+        Engine, typer.Option(help="What generates: builtin; or vllm, for many requests at a time (docs/serving.md).")
+    ] = Engine.BUILTIN,
     allow_logprobs: Annotated[
         bool,
         typer.Option("--allow-logprobs", help="Let requests ask for log-probabilities: they help to copy a model."),
@@ -97,6 +106,7 @@ def trusted(
         registry=registry,
         limits=Limits(concurrent, tokens_per_minute, daily_tokens),
         rules=compose(rules, system_prompt),
+        engine=engine.value,
     )
 
     def stop(*_: Any) -> None:

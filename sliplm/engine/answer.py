@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 from sliplm.engine.logprobs import Scored
-from sliplm.errors import LinkError, SlipError, VerificationError, locate
+from sliplm.errors import CancelledError, SlipError, VerificationError, locate
 from sliplm.exchange.link import Field, Link, Own, Router
 
 BEAT_SECONDS = 0.5
@@ -87,10 +87,6 @@ class Answer:
     def _wait(self) -> None:
         """Until nothing is computed for it any more."""
         raise NotImplementedError
-
-
-class CancelledError(LinkError):
-    """Nobody waits any more for what this exchange is for."""
 
 
 def cancellable(link: Link | Router, unwanted: Callable[[], bool]) -> Link | Router:

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from sliplm.engine.answer import CancelledError, cancellable
+from sliplm.engine.answer import cancellable
 from sliplm.engine.sequence import Sequence
-from sliplm.errors import LinkError
+from sliplm.errors import CancelledError, LinkError
 from sliplm.exchange.link import Link, Router
 from sliplm.trusted.packed import Part
 from sliplm.trusted.together import Together

@@ -30,7 +30,7 @@ from sliplm.naming import model_name
 from sliplm.protocol.messages import MAX_TOKENS, Chunk, GenerateRequest, Message, Tool
 from sliplm.split.source import refuse_other_tasks
 from sliplm.split.tokenizer import has_tokenizer
-from sliplm.trusted.together import find_way
+from sliplm.trusted.together import Together, find_way
 
 GENERATIONS = 16
 """So many may run at a time; each holds a cache as long as its text."""
@@ -66,7 +66,7 @@ class BuiltinEngine:
         bundle.open_trusted(path)
         refuse_other_tasks(path)
         self.tokenizer: Any = _tokenizer(path)
-        self.model: Any = transformers.AutoModelForCausalLM.from_pretrained(path).eval()
+        self.model: Any = self._load(path)
         self.model.slip.pool.resize(stock)
         settings = self.model.generation_config
         self._vocabulary: int = self.model.config.get_text_config().vocab_size
@@ -81,7 +81,7 @@ class BuiltinEngine:
         self._room = _context(self.model.config.get_text_config(), self.tokenizer)
         adapts = _keeps_positions(self.model.config.to_dict())
         self.capacity = 1 if adapts else GENERATIONS
-        way = None if adapts else find_way(self.model)
+        way = None if adapts else self._find_way()
         self._batches = None if way is None else Batches(self.model, way)
         self._allow_logprobs = allow_logprobs
         self._syntax = Once(lambda: find_syntax(self.chat.example))
@@ -142,6 +142,12 @@ class BuiltinEngine:
         finally:
             answer.cancel()
         yield last
+
+    def _load(self, path: Path) -> Any:
+        return transformers.AutoModelForCausalLM.from_pretrained(path).eval()
+
+    def _find_way(self) -> Together | None:
+        return find_way(self.model)
 
     def _begin(
         self,

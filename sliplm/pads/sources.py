@@ -49,11 +49,11 @@ class SelfSource:
         raise BundleError("one-time pads that this process made are wrong: its edge bundle or its memory is damaged.")
 
 
-def find_source(said: str | None, trusted: Path | str, digest: bytes) -> SelfSource | int:
-    """What an owner `said` about who makes pads: "self:DIR/edge"; or "helpers" or "helpers:2", of which this is how
-    many for each pad. By default the edge bundle beside DIR/trusted.
+def read_source(said: str | None, trusted: Path | str) -> Path | int:
+    """What an owner `said` about who makes pads: "self:DIR/edge", of which this is the directory; or "helpers" or
+    "helpers:2", of which this is how many for each pad. By default the edge bundle beside DIR/trusted.
 
-    Raises BundleError: it is none, or of another split than `digest`; or nothing was said and there is none.
+    Raises BundleError: it is none, or nothing was said and there is none.
     """
     if said is None:
         beside = Path(trusted).resolve().parent / "edge"
@@ -61,10 +61,16 @@ def find_source(said: str | None, trusted: Path | str, digest: bytes) -> SelfSou
             raise BundleError(
                 f"nobody makes one-time pads: {beside} is not there; say --pads self:DIR/edge or helpers."
             )
-        return SelfSource.open(beside, digest)
+        return beside
     if said in ("helpers", "helpers:1", "helpers:2"):
         return 2 if said.endswith("2") else 1
     kind, _, directory = said.partition(":")
     if kind != "self" or not directory:
         raise BundleError(f"{said!a} does not say who makes one-time pads: self:DIR/edge, helpers or helpers:2 does.")
-    return SelfSource.open(directory, digest)
+    return Path(directory)
+
+
+def find_source(said: str | None, trusted: Path | str, digest: bytes) -> SelfSource | int:
+    """`read_source`, the edge bundle opened. Raises BundleError, also if that is of another split than `digest`."""
+    source = read_source(said, trusted)
+    return SelfSource.open(source, digest) if isinstance(source, Path) else source

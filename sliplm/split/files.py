@@ -8,11 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from transformers.distributed.checkpoint import get_distributed_checkpoint_dir
 from transformers.modeling_utils import _get_resolved_checkpoint_files
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from sliplm.errors import UnsupportedModelError
+
+try:
+    from transformers.distributed.checkpoint import get_distributed_checkpoint_dir
+except ImportError:  # before 5.20, Transformers has no such checkpoints
+
+    def get_distributed_checkpoint_dir(*_: Any) -> None: ...  # type: ignore[misc]
+
 
 logger = logging.getLogger(__name__)
 ADAPTER_CONFIG = "adapter_config.json"
@@ -45,7 +51,7 @@ def checkpoint_files(directory: Path, config: Any) -> list[Path]:
     if not names:
         raise UnsupportedModelError(f"{what} is damaged (it names no weights).")
     files = [Path(name) for name in names]
-    files += [extra for name in type(config).extra_files if (extra := directory / name).is_file()]
+    files += [extra for name in getattr(type(config), "extra_files", ()) if (extra := directory / name).is_file()]
     for path in files:
         if not path.resolve().is_file() or not _inside(path, directory):
             raise UnsupportedModelError(f"{path} is missing; the checkpoint is incomplete.")

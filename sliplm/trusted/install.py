@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -56,25 +56,37 @@ def bind(model: nn.Module, groups: list[Group], tensors: dict[str, torch.Tensor]
         tensors: as `group_layout` names them. They are copied, a group at a time, as they may be views of a file.
         digest: names the split (32 bytes).
     """
+    runtime, bound = assemble([([m.name for m in group], isinstance(group, Sum)) for group in groups], tensors, digest)
+    for group, by in zip(groups, bound, strict=True):
+        for i, m in enumerate(group):
+            module: Any = model.get_submodule(m.name)
+            module.bind(by, i, m.name)
+    shorten(model)
+    model.slip = runtime  # type: ignore[assignment]
+    return runtime
+
+
+def assemble(
+    groups: Sequence[tuple[Sequence[str], bool]], tensors: dict[str, torch.Tensor], digest: bytes
+) -> tuple[Runtime, list[ProtectedGroup | SumGroup]]:
+    """The arithmetic of `groups` (the names of the members, and whether they are a `Sum`), and the runtime that they
+    share; the other arguments are those of `bind`. Raises KeyError with the name of a tensor that is not there, and
+    BundleError for damaged ones."""
     own: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
     for name, tensor in tensors.items():
         member, _, key = name.rpartition(".")
         own[member][key] = tensor
-    leaders = [own[group[0].name] for group in groups]
+    leaders = [own[names[0]] for names, _ in groups]
     shared = (_copies(tensors, tensors.keys() - _OF_MEMBERS) for tensors in leaders)
     runtime = Runtime([Operator.load(number, copies) for number, copies in enumerate(shared)], digest)
-    for op, group in zip(runtime.operators, groups, strict=True):
+    bound: list[ProtectedGroup | SumGroup] = []
+    for op, (names, is_sum) in zip(runtime.operators, groups, strict=True):
         weights = [
-            MemberWeights(m.name, t["factor_a"], t["factor_b"], t.get("bias"))
-            for m, t in ((m, _copies(own[m.name], own[m.name].keys() & _OF_MEMBERS)) for m in group)
+            MemberWeights(name, t["factor_a"], t["factor_b"], t.get("bias"))
+            for name, t in ((name, _copies(own[name], own[name].keys() & _OF_MEMBERS)) for name in names)
         ]
-        bound = (SumGroup if isinstance(group, Sum) else ProtectedGroup)(op, weights, runtime)
-        for i, m in enumerate(group):
-            module: Any = model.get_submodule(m.name)
-            module.bind(bound, i, m.name)
-    shorten(model)
-    model.slip = runtime  # type: ignore[assignment]
-    return runtime
+        bound.append((SumGroup if is_sum else ProtectedGroup)(op, weights, runtime))
+    return runtime, bound
 
 
 def _copies(tensors: dict[str, torch.Tensor], names: Iterable[str]) -> dict[str, torch.Tensor]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 from sliplm.engine.builtin import BuiltinEngine
+from sliplm.extras import require
 from sliplm.pads.keeping import Keeping
 from sliplm.pads.sources import SelfSource, find_source
 from sliplm.protocol.connect import parse_address
@@ -31,6 +33,7 @@ class Trusted:
         registry: URL of the device registry, if it is not the file beside the authority.
         limits: of devices without their own.
         rules: the owner's (`sliplm.serve.rules`).
+        engine: what generates, "builtin" or "vllm", which has packages of its own (requirements-vllm.txt).
 
     Attributes:
         model, tokenizer: Transformers' own objects, the model's layers protected.
@@ -57,24 +60,25 @@ class Trusted:
         registry: str | None = None,
         limits: Limits = DEFAULTS,
         rules: Rules | None = None,
+        engine: str = "builtin",
     ) -> None:
         host, port = parse_address(listen)
         keeping = Keeping(stock, spill, fill_between)
-        engine = self.engine = BuiltinEngine(bundle, keeping.depth, allow_logprobs, name)
-        self.model: Any = engine.model
+        made = self.engine = _engine(engine)(bundle, keeping.depth, allow_logprobs, name)
+        self.model: Any = made.model
         keeping.rule(self.model.slip.pool)
-        source = find_source(pads, bundle, engine.digest)
+        source = find_source(pads, bundle, made.digest)
         if isinstance(source, SelfSource):
             self.model.slip.make_pads(source)
         work = None if isinstance(source, SelfSource) else self.model.slip.take_helpers(source)
-        self.tokenizer: Any = engine.tokenizer
+        self.tokenizer: Any = made.tokenizer
         if isinstance(rules, SystemPrompt):
-            engine.rehearse(rules.text)
+            made.rehearse(rules.text)
         authority = Path(bundle) / "authority"
         self.server = TrustedServer(
-            engine,
-            engine.digest,
-            engine.shapes,
+            made,
+            made.digest,
+            made.shapes,
             authority,
             host,
             port,
@@ -103,3 +107,15 @@ class Trusted:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _engine(name: str) -> type[BuiltinEngine]:
+    if name == "builtin":
+        return BuiltinEngine
+    # vLLM reads these as it is imported, and would write its log between our lines.
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    require("vllm", "--engine vllm")
+    from sliplm.engine.vllm.engine import VllmEngine
+
+    return VllmEngine

@@ -109,7 +109,7 @@ class SlipQuantizer(HfQuantizer):  # type: ignore[misc]
         ignored = set(model._keys_to_ignore_on_load_unexpected or ())
         model._keys_to_ignore_on_load_unexpected = ignored | {f"^({'|'.join(map(re.escape, sorted(unread)))})$"}
 
-    def update_weight_conversions(self, weight_conversions: Any, model: Any) -> list[Any]:
+    def update_weight_conversions(self, weight_conversions: Any, *_: Any) -> list[Any]:
         """None: a bundle's tensors have the names that they have in the model."""
         return []
 

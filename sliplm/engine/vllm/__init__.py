@@ -1,0 +1,1 @@
+"""The protected model as a model that vLLM serves (docs/serving.md)."""
