@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from sliplm.exchange.operator import BYTES, ROWS
 from sliplm.exchange.step import PARTS
 from sliplm.planner.shapes import Block, Group, Model
-from sliplm.planner.speeds import Speeds
+from sliplm.planner.speeds import Plain, Speeds
 from sliplm.protocol.frames import HEADER
 from sliplm.protocol.remote import AHEAD
 from sliplm.split.camouflage import trusted_rank
@@ -91,13 +91,11 @@ def cost(model: Model, where: Sequence[Place], work: Pass, split: Split, speeds:
             rows = work.rows * work.streams
             for group in block.groups:
                 total += masked(group, rows, split, speeds, network)
-            total += _on_trusted(_attention(block, work, speeds.trusted.read, speeds.trusted.multiply_adds))
+            total += _on_trusted(_attention(block, work, speeds.trusted.plain))
         elif place == "trusted":
-            s = speeds.trusted
-            total += _on_trusted(_plain(block, work, s.block, s.read, s.multiply_adds))
+            total += _on_trusted(_plain(block, work, speeds.trusted.plain))
         else:
-            e = speeds.edge
-            seconds = _plain(block, work, e.block, e.plain_read, e.multiply_adds)
+            seconds = _plain(block, work, speeds.edge.plain)
             total += Cost(seconds=seconds, edge=seconds)
             if before != "open":
                 total += _hidden_states(model.hidden, work, speeds, network)
@@ -106,8 +104,7 @@ def cost(model: Model, where: Sequence[Place], work: Pass, split: Split, speeds:
         if outside(where) == "masked":
             total += masked(group, work.streams, split, speeds, network)
         else:
-            s = speeds.trusted
-            total += _on_trusted(_weights(group.weights, work.streams * group.used, s.read, s.multiply_adds))
+            total += _on_trusted(_weights(group, work.streams, speeds.trusted.plain))
     return total
 
 
@@ -123,7 +120,7 @@ def masked(group: Group, rows: int, split: Split, speeds: Speeds, network: Netwo
     ahead = t.exchange + each * columns * t.encode + sent * t.tls
     after = received * t.tls + each * height * t.decode
     own = max(FLOAT / 2 * factors(group, split.rank) / t.read, each * factors(group, split.rank) / t.multiply_adds)
-    product = max(height * columns / e.read, each * height * columns / e.products) + (sent + received) * e.tls
+    product = max(height * columns / e.read, each * height * columns / e.multiply_adds) + (sent + received) * e.tls
     wire = (sent + received) / network.bandwidth
     trip = network.round_trip + wire + product
     alone = ahead + max(own, trip) + after
@@ -152,19 +149,22 @@ def _on_trusted(seconds: float) -> Cost:
     return Cost(seconds=seconds, trusted=seconds)
 
 
-def _plain(block: Block, work: Pass, start: float, read: float, multiply_adds: float) -> float:
+def _plain(block: Block, work: Pass, machine: Plain) -> float:
     """Seconds of a block that one machine computes."""
-    rows = work.rows * work.streams
-    weights = (_weights(group.weights, rows * group.used, read, multiply_adds) for group in block.groups)
-    return start + sum(weights) + _attention(block, work, read, multiply_adds)
+    weights = sum(_weights(group, work.rows * work.streams, machine) for group in block.groups)
+    return machine.block + weights + _attention(block, work, machine)
 
 
-def _weights(weights: int, rows: float, read: float, multiply_adds: float) -> float:
-    return max(FLOAT * weights * min(1, rows) / read, rows * weights / multiply_adds)
+def _weights(group: Group, rows: int, machine: Plain) -> float:
+    """Seconds of `rows` rows, of which those that reach the group are multiplied with whole matrices."""
+    reached = 1 - (1 - group.used) ** rows
+    return max(
+        FLOAT * group.weights * reached / machine.read, rows * group.used * group.weights / machine.multiply_adds
+    )
 
 
-def _attention(block: Block, work: Pass, read: float, multiply_adds: float) -> float:
+def _attention(block: Block, work: Pass, machine: Plain) -> float:
     """Seconds in which all rows attend to what is before them: each sequence's cache is read, and multiplied."""
     seen = work.before + work.rows / 2
     cache = FLOAT * block.cache * (work.before + work.rows) * work.streams
-    return max(cache / read, 2 * block.scores * seen * work.rows * work.streams / multiply_adds)
+    return max(cache / machine.read, 2 * block.scores * seen * work.rows * work.streams / machine.multiply_adds)

@@ -84,7 +84,7 @@ def of(
     whole = [group for group, place in placed(model, where) if place == "trusted"]
     arithmetic = sum(g.used * factors(g, split.rank) for g in masked) + sum(g.used * g.weights for g in whole)
     pads = sum(g.used * (FLOAT * split.planes * g.size[0]) for g in masked)
-    making = sum(g.used * split.planes * g.weights for g in masked) / speeds.edge.products
+    making = sum(g.used * split.planes * g.weights for g in masked) / speeds.edge.multiply_adds
     held = FLOAT * (work.prompt + 1) * work.streams
     caches = {kind: sum(b.cache for b, p in zip(model.blocks, where, strict=True) if (p == "open") is kind) * held
               for kind in (False, True)}  # fmt: skip

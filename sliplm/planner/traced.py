@@ -30,7 +30,7 @@ def trace(model: str) -> Model:
         settings = config.get_text_config()
         cache, scores = _attention(settings)
         inside: list[list[Group]] = [[] for _ in skeleton.get_submodule(place)]
-        around = []
+        around: list[Group] = []
         for group in groups:
             block = block_of(group[0].name, place)
             (around if block is None else inside[block]).append(_group(group, settings))

@@ -36,6 +36,21 @@ def bandwidth(text: str) -> float:
     return float(found[1]) * _BITS[found[2]] / 8
 
 
+def numbers(text: str) -> list[int]:
+    """The numbers in "4,16,64", in order. Raises SlipError."""
+    if not re.fullmatch(r"[1-9]\d{0,4}(,[1-9]\d{0,4})*", text, re.ASCII):
+        raise SlipError(f"{text[:40]!a} is no list of numbers from 1 on, such as 4,16,64.")
+    return sorted({int(part) for part in text.split(",")})
+
+
+def plans(text: str) -> list[str]:
+    """The plans in "all,first:2,blocks:0-3,28,trusted:2". Raises SlipError if there are none."""
+    found = re.split(r",(?=[a-z])", text)  # within blocks:0-3,28 a digit follows
+    if not all(found):
+        raise SlipError(f"{text[:40]!a} is no list of plans: write all,first:2,trusted:2.")
+    return found
+
+
 @dataclass(frozen=True)
 class Budget:
     """The most that a token may cost: `kind` says what `limit` counts, round trips, seconds, or the share of the
