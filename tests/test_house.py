@@ -17,7 +17,19 @@ MODULES = {
     for path in ROOT.rglob("*.py")
     if path != ROOT / "__init__.py"
 }
-TRUSTED_ONLY = ("trusted", "exchange", "split", "registry", "engine", "serve", "pads", "attacks", "evaluate", "speed")
+TRUSTED_ONLY = (
+    "trusted",
+    "exchange",
+    "split",
+    "registry",
+    "engine",
+    "serve",
+    "pads",
+    "attacks",
+    "evaluate",
+    "planner",
+    "speed",
+)
 EXTRA = {module for _, modules in EXTRAS.values() for module in modules}
 
 
