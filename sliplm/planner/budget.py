@@ -84,7 +84,7 @@ def prices(model: Model, kind: str, split: Split, speeds: Speeds, network: Netwo
         part = replace(model, blocks=tuple(blocks), around=model.around if around else ())
         if kind == "trusted share":
             known = {"masked": lambda g: factors(g, split.rank), "trusted": lambda g: g.weights, "open": lambda _: 0}
-            return sum(g.used * known[place](g) for g, place in placed(part, where)) / model.multiply_adds
+            return float(sum(g.used * known[place](g) for g, place in placed(part, where))) / model.multiply_adds
         found = cost(part, where, Pass(before=CONTEXT), split, speeds, network)
         return found.round_trips if kind == "round trips" else found.seconds
 

@@ -184,12 +184,13 @@ def _split(place: Path, blocks: int) -> None:
 def _tls(runner: Protected) -> float:
     """Seconds a byte: rows through the head, whose product takes next to no time, and back."""
     link, group = runner._link, len(runner._slip.shapes) - 1
-    height, width = runner._slip.shapes[group]
-    taken = []
+    height, width = map(int, runner._slip.shapes[group])
+    taken: list[float] = []
     for rows in (1, ROWS):
         x = np.ones((rows, width), np.uint32)
         taken.append(_seconds(lambda _, x=x: link.exchange(group, x, lambda: None), 20))  # type: ignore[misc]
-    return max(taken[1] - taken[0], 1e-9) / (4 * (ROWS - 1) * (height + width)) / 2
+    numbers = (ROWS - 1) * (height + width)
+    return max(taken[1] - taken[0], 1e-9) / (FLOAT * numbers) / 2  # both sides move each byte
 
 
 def _seconds(run: Callable[[int], object], calls: int) -> float:

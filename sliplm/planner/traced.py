@@ -65,8 +65,9 @@ def _configuration(model: str) -> tuple[Any, str]:
 
 def block_list(model: nn.Module) -> str:
     """The path of the list of decoder blocks in `model`, such as "model.layers". Raises UnsupportedModelError."""
-    count = model.config.get_text_config().num_hidden_layers  # type: ignore[union-attr, operator]
-    lists = [name for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    config: Any = model.config
+    count = config.get_text_config().num_hidden_layers
+    lists: list[str] = [name for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
     if not lists:
         raise UnsupportedModelError(f"{type(model).__name__} has no list of {count} decoder blocks.")
     return min(lists, key=lambda name: name.count("."))
