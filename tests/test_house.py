@@ -17,7 +17,8 @@ MODULES = {
     for path in ROOT.rglob("*.py")
     if path != ROOT / "__init__.py"
 }
-TRUSTED_ONLY = ("trusted", "exchange", "split", "registry", "engine", "serve", "pads", "attacks", "evaluate", "speed")
+MEASURING = ("attacks", "evaluate", "planner", "speed")
+TRUSTED_ONLY = ("trusted", "exchange", "split", "registry", "engine", "serve", "pads", *MEASURING)
 EXTRA = {module for _, modules in EXTRAS.values() for module in modules}
 
 

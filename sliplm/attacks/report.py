@@ -58,14 +58,14 @@ def write(result: dict[str, Any], spectra: dict[str, dict[str, list[float]]], pa
 def _tables(result: dict[str, Any]) -> list[str]:
     rows: list[tuple[str, ...]] = []
     for name, found in result["bundles"].items():
-        for method in ("direct", "full", "lora", "null-space", "distill"):
+        for method in ("direct", "full", "lora", "null-space", "distill", "boundary"):
             rows += [(Path(name).name, method, o, *_cells(line)) for o, line in found.get(method, {}).items()]
     for objective, lines in result.get("without", {}).items():
         for start, line in lines.items():
             rows.append(("no bundle", f"{start}, trained on {objective}", "", *_cells(line)))
     parts = []
     if rows:
-        head = ("bundle", "attack", "oracles", "at start", "at the end", "seeds", "learning rate")
+        head = ("bundle", "attack", "oracles, or start", "at start", "at the end", "seeds", "learning rate")
         parts = ["<h2>Attacks</h2>", _table(head, rows)]
     rows = [
         (
@@ -111,7 +111,7 @@ def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 def _curves(result: dict[str, Any]) -> Any:
     axes, figure = _axes(len(result["bundles"]))
     for ax, (name, found) in zip(axes, result["bundles"].items(), strict=True):
-        for colour, method in enumerate(("full", "lora", "null-space", "distill")):
+        for colour, method in enumerate(("full", "lora", "null-space", "distill", "boundary")):
             for oracles, line in found.get(method, {}).items():
                 style = "-" if oracles == "none" else ":"
                 ax.plot(

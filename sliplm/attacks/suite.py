@@ -14,7 +14,7 @@ import torch
 import transformers
 from safetensors import safe_open
 
-from sliplm.attacks import direct, distill, full, lora, matrices, null_space
+from sliplm.attacks import boundary, direct, distill, full, lora, matrices, null_space
 from sliplm.attacks.lines import Runs, line
 from sliplm.attacks.stolen import ALL, NONE, Oracles, Stolen, trim
 from sliplm.attacks.training import LENGTH, Data, language_loss, perplexity
@@ -22,14 +22,16 @@ from sliplm.attacks.verdict import verdict
 from sliplm.errors import BundleError, SlipError
 from sliplm.evaluate import agreement, text
 from sliplm.extras import require
+from sliplm.planner.traced import block_list, block_of
 from sliplm.split.groups import blocks
+from sliplm.split.places import Place
 from sliplm.split.source import load_whole
 
 logger = logging.getLogger(__name__)
 
 MATRICES = {"subspace": matrices.subspaces, "blinding": matrices.neighbours, "public-base": matrices.public_base}
 TRAINED: dict[str, Any] = {"full": full, "lora": lora, "null-space": null_space, "distill": full}
-METHODS = (*MATRICES, "direct", *TRAINED)
+METHODS = (*MATRICES, "direct", *TRAINED, "boundary")
 SEEDS = 3  # of the lines that are compared: without oracles, and without a bundle
 Progress = Callable[[int, int], None]
 
@@ -43,6 +45,7 @@ def attack(
     own_samples: bool = False,
     progress: Progress | None = None,
     finished: Path | None = None,
+    base: str | None = None,
 ) -> dict[str, Any]:
     """Attack the bundles in `directories`, splits of one model `reference`.
 
@@ -51,6 +54,7 @@ def attack(
         budget: tokens of text that the thief has, to train on and to choose a learning rate with.
         text_file: UTF-8 text; the Python documentation if absent.
         own_samples: train on text that the original model generates instead (held-out text stays).
+        base: a public model of the same shape, which the thief at a border has, too.
         finished: keep finished training runs in this file, and use those that are there.
 
     Returns:
@@ -92,6 +96,7 @@ def attack(
             tokenizer, text.read_text(text_file), budget, partial(sample, original) if own_samples else None
         )
         trim(original, data.vocabulary)
+        public = trim(load_whole(base), data.vocabulary) if base else None
         result["original"] = perplexity(original, data.held)
         result |= {"held_tokens": data.held.numel(), "vocabulary": len(data.vocabulary)}
         runs = Runs(finished, f"{budget} {result['text']} {len(data.vocabulary)}")
@@ -117,7 +122,10 @@ def attack(
         for s, (directory, found) in zip(stolen, result["bundles"].items(), strict=True):
             for method in (m for m in chosen if m not in MATRICES):
                 with _timed(result, directory, method):
-                    found[method] = {str(o): _learned(s, o, method, data, runs, losses) for o in (NONE, ALL)}
+                    if method == "boundary":
+                        found[method] = _at_borders(s, original, data, public)
+                    else:
+                        found[method] = {str(o): _learned(s, o, method, data, runs, losses) for o in (NONE, ALL)}
                 steps.done()
     result["verdict"] = verdict(result)
     return result
@@ -142,6 +150,16 @@ def _learned(
         SEEDS if oracles == NONE and module is full else 1,
         losses["answers" if method == "distill" else "text"],
     )
+
+
+def _at_borders(stolen: Stolen, original: Any, data: Data, public: Any) -> dict[str, Any]:
+    """Lines of the attack `boundary`, none where no block is open."""
+    place = block_list(original)
+    where: list[Place] = ["open"] * len(original.get_submodule(place))
+    for plan in stolen.plan:
+        if (number := block_of(plan.members[0], place)) is not None:
+            where[number] = plan.place
+    return boundary.attack(original, where, data, stolen.plan[0].rank, public)
 
 
 def read_data(

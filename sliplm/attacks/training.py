@@ -50,7 +50,7 @@ def language_loss(model: Any, ids: torch.Tensor) -> torch.Tensor:
 def perplexity(model: Any, windows: torch.Tensor) -> float:
     """Of all of `windows` (m, LENGTH); a model that has diverged gets e^700."""
     model.eval()
-    with _autocast():
+    with autocast():
         loss = sum(float(language_loss(model, ids)) * len(ids) for ids in windows.split(4)) / len(windows)
     return math.exp(min(loss, 700.0)) if math.isfinite(loss) else math.exp(700.0)
 
@@ -87,7 +87,7 @@ def learn(
     seen = 0
     for step, ids in enumerate(batches, 1):
         model.train()
-        with _autocast():
+        with autocast():
             value = loss(model, ids)
         optimizer.zero_grad()
         value.backward()  # type: ignore[no-untyped-call]
@@ -102,6 +102,6 @@ def learn(
     return curve
 
 
-def _autocast() -> Any:
+def autocast() -> Any:
     """bfloat16 products, where the processor has them: elsewhere they are emulated, hundreds of times slower."""
     return torch.autocast("cpu", torch.bfloat16, enabled=torch.ops.mkldnn._is_mkldnn_bf16_supported())

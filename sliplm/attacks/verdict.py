@@ -16,7 +16,10 @@ def yardstick(result: dict[str, Any], objective: str) -> dict[str, Any]:
 
 def verdict(result: dict[str, Any]) -> dict[str, list[str]]:
     """For every bundle: each finding in a sentence."""
-    return {name: [*_matrices(found), *_lines(result, found)] for name, found in result["bundles"].items()}
+    return {
+        name: [*_matrices(found), *_lines(result, found), *_borders(result, found)]
+        for name, found in result["bundles"].items()
+    }
 
 
 def _matrices(found: dict[str, Any]) -> list[str]:
@@ -59,3 +62,11 @@ def _lines(result: dict[str, Any], found: dict[str, Any]) -> list[str]:
                 f"bundle ({best['reached']:.4g}, seeds {best['low']:.4g} to {best['high']:.4g}). {success}"
             )
     return sentences
+
+
+def _borders(result: dict[str, Any], found: dict[str, Any]) -> list[str]:
+    return [
+        f"boundary, from {start}: perplexity {line['reached']:.4g} after {line['tokens'][-1]:,} tokens were seen where "
+        f"hidden states cross in the clear; {line['ppl'][0]:.4g} before any, {result['original']:.4g} the original."
+        for start, line in found.get("boundary", {}).items()
+    ]

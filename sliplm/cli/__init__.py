@@ -12,7 +12,7 @@ import typer
 
 os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' progress bars; read when tqdm is first imported
 
-from sliplm.cli import ask, bench, chat, demo, device, edge, evaluate, helper, inspect, split, top, trusted
+from sliplm.cli import ask, bench, chat, demo, device, edge, evaluate, helper, inspect, plan, split, top, trusted
 from sliplm.cli.common import fail
 from sliplm.errors import SlipError
 from sliplm.extras import advice
@@ -24,6 +24,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 for command in (
+    plan.plan,
+    plan.sensitivity,
     split.split,
     inspect.inspect,
     trusted.trusted,

@@ -59,6 +59,7 @@ def attack(
     budget: Annotated[int, typer.Option(min=512, help="Tokens of text that the thief has.")] = 2048,
     text: Annotated[Path | None, typer.Option(help="UTF-8 text; the Python documentation if absent.")] = None,
     own_samples: Annotated[bool, typer.Option(help="Train on text that the original generates.")] = False,
+    base: Annotated[str | None, typer.Option(help="A public model that the thief has, too, for `boundary`.")] = None,
     report: Annotated[Path | None, typer.Option(help="Write an HTML report here.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -71,7 +72,7 @@ def attack(
     if report:
         attack_report.require_plots()
     with progress_bar("attacking") as progress:
-        result = suite.attack(directories, reference, method or (), budget, text, own_samples, progress)
+        result = suite.attack(directories, reference, method or (), budget, text, own_samples, progress, base=base)
     if report:
         attack_report.write(result, suite.spectra(directories, reference), report)
     lines = [line for name, found in result["verdict"].items() for line in (name, *(f"  {x}" for x in found))]

@@ -138,7 +138,8 @@ class Protected(Plain):
     """The trusted side in this process, and a real `slip edge` in another, which has the cores `others`, if named.
 
     `pads` says who makes them: "self", this process, which then is an edge, too; or "helpers", a real `slip helper` in
-    a third process. `clocks` count the steps of an exchange, and cost some time of their own.
+    a third process. `clocks` count the steps of an exchange, and cost some time of their own. The others reach this
+    process by the address that `way` gives for its own.
     """
 
     def __init__(
@@ -148,6 +149,7 @@ class Protected(Plain):
         pads: str = "self",
         clocks: bool = True,
         others: Collection[int] = (),
+        way: Callable[[str], str] = str,
     ) -> None:
         trusted = directory / "trusted"
         self.model = self._timed(lambda: transformers.AutoModelForCausalLM.from_pretrained(trusted).eval())
@@ -160,7 +162,7 @@ class Protected(Plain):
         server = TrustedServer(_NoText(), self._slip.digest, self._slip.shapes, scratch / "authority", pads=work)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         running.callback(server.close)
-        where = "{}:{}".format(*server.address)
+        where = way("{}:{}".format(*server.address))
         common = (directory / "edge", "--trusted", where, "--identity")
         with on(others):
             edge = running.enter_context(process("edge", *common, scratch / "identity", "--api", ""))

@@ -42,15 +42,7 @@ class Source(ABC):
     def skeleton(self) -> transformers.PreTrainedModel:
         """The model with fake tensors: shapes and code, no memory. Call, and use the result, under `fake_mode()`.
         Raises UnsupportedModelError if the configuration makes no model."""
-        kind = model_class(self.config)
-        try:
-            with torch.device("meta"), unset_fake_temporarily():  # some compute with real numbers as they are made
-                model = kind._from_config(self.config)
-        except Exception as error:  # whatever the model's code raises
-            why = f"{type(error).__name__}: {_first_line(error)}"
-            raise UnsupportedModelError(f"no {kind.__name__} can be made of the configuration ({why}).") from None
-        skeleton: transformers.PreTrainedModel = model.to_empty(device="cpu").eval()
-        return skeleton
+        return make_skeleton(self.config)
 
     @abstractmethod
     def names(self) -> set[str]:
@@ -198,6 +190,24 @@ def load_whole(model: str) -> Any:
     refuse_adapter(path)
     config, method = _config(str(path), arguments)
     return _load(str(path), config, arguments, method)
+
+
+def make_skeleton(config: transformers.PretrainedConfig) -> transformers.PreTrainedModel:
+    """See `Source.skeleton`."""
+    kind = model_class(config)
+    try:
+        with torch.device("meta"), unset_fake_temporarily():  # some compute with real numbers as they are made
+            model = kind._from_config(config)
+    except Exception as error:  # whatever the model's code raises
+        why = f"{type(error).__name__}: {_first_line(error)}"
+        raise UnsupportedModelError(f"no {kind.__name__} can be made of the configuration ({why}).") from None
+    skeleton: transformers.PreTrainedModel = model.to_empty(device="cpu").eval()
+    return skeleton
+
+
+def read_config(directory: Path, arguments: dict[str, Any]) -> transformers.PretrainedConfig:
+    """The configuration of what `locate` found; no weights are read. Raises UnsupportedModelError."""
+    return _config(str(directory), arguments)[0]
 
 
 def locate(model: str) -> tuple[Path, dict[str, Any]]:
