@@ -52,7 +52,7 @@ one; earlier only if there is no other. So it cannot hold up an exchange each ti
 FAILURES = 16
 """After so many in one exchange it is given up."""
 
-NO_EDGE = "there is no worker connected: start `slip edge`, or try again soon"
+NO_EDGE = "no edge is connected: start `slip edge`, or try again soon"
 
 
 class Edges(Router):

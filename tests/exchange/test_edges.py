@@ -225,7 +225,7 @@ def test_if_all_are_gone_it_waits_a_moment_and_says_so(layer: Layer, fault: str,
         run(edges, layer, inputs(rows))
     assert time.monotonic() - begin >= 0.1 and not any(link.alive for link in links)
     assert sum(link.lies for link in links) == 3 * (fault == "lie")
-    with pytest.raises(NoWorkerError, match="no worker connected"):
+    with pytest.raises(NoWorkerError, match="no edge is connected"):
         run(edges, layer, inputs(rows))
 
 

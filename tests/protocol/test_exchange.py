@@ -291,7 +291,7 @@ def test_an_edge_killed_in_the_middle_is_noticed_at_once(home, identity):
         try:
             the_link(server)
             client = EdgeWorker(make_engine(), where, identity)
-            with pytest.raises(LinkError, match="no worker connected"):
+            with pytest.raises(LinkError, match="no edge is connected"):
                 for i, chunk in enumerate(client.generate(ask(words=10_000))):
                     assert chunk.finish_reason is None
                     if i == 3:

@@ -46,7 +46,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_a_request_without_a_worker(home, identity):
-    with serving(home, worker_wait=0.1) as server, pytest.raises(LinkError, match="no worker connected"):
+    with serving(home, worker_wait=0.1) as server, pytest.raises(LinkError, match="no edge is connected"):
         text(EdgeWorker(make_engine(), server.address, identity))
 
 
@@ -69,7 +69,7 @@ def test_any_worker_serves_any_device(home, identity):
             wait_until(lambda: bool(server.links()))
             assert text(client) == "word0 word1 word2 "
         wait_until(lambda: not server.links())
-        with pytest.raises(LinkError, match="no worker connected"):
+        with pytest.raises(LinkError, match="no edge is connected"):
             text(client)
 
 

@@ -71,7 +71,7 @@ def test_an_edge_that_is_not_served(home, identity, tmp_path, monkeypatch, what,
 def test_an_edge_whose_worker_is_not_connected(home: Path, identity: Path) -> None:
     with serving(home, worker_wait=0.1) as server, api(EdgeWorker(make_engine(), server.address, identity)) as client:
         answer = client.post("/v1/completions", json={"prompt": "x"})
-        assert answer.status_code == 503 and "no worker connected" in answer.json()["error"]["message"]
+        assert answer.status_code == 503 and "no edge is connected" in answer.json()["error"]["message"]
 
 
 def test_a_fault_inside_the_trusted_side(home: Path, identity: Path) -> None:
