@@ -11,6 +11,7 @@ import typer
 
 from sliplm.cli.common import Json, Model, Planes, Rank, emit, err, progress_bar, set_up_logging
 from sliplm.cli.quiet import quiet_transformers
+from sliplm.split.places import KINDS
 
 
 def split(
@@ -25,6 +26,7 @@ def split(
         Path | None,
         typer.Option(help="OLD/trusted, an earlier split of the same weights: use its camouflage again."),
     ] = None,
+    plan: Annotated[str, typer.Option(help=f"Where blocks are computed: {KINDS}.")] = "all",
     adapter: Annotated[Path | None, typer.Option(help="A LoRA adapter (PEFT's directory) to merge into MODEL.")] = None,
     name: Annotated[str | None, typer.Option(help="What the model is called; by default as its directory.")] = None,
     as_json: Json = False,
@@ -39,7 +41,7 @@ def split(
     from sliplm.split.model import split_model as run
 
     quiet_transformers()
-    options = Options(rank, planes, camouflage, blinding, base, again)
+    options = Options(rank, planes, camouflage, blinding, base, again, plan)
     for sentence in weaknesses(options):
         err().print(f"slip: warning: {sentence}", style="yellow", markup=False)
     with progress_bar("splitting (weights)") as progress:

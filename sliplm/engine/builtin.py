@@ -25,7 +25,7 @@ from sliplm.engine.stops import StopTexts, end_tokens
 from sliplm.engine.template import Chat, unknown_token
 from sliplm.engine.tools import Syntax, find_syntax
 from sliplm.errors import BundleError, LinkError, RequestError, SlipError, TooLongError, VerificationError, locate
-from sliplm.exchange.link import Field, Link, Own
+from sliplm.exchange.link import Field, Link, Own, States
 from sliplm.naming import model_name
 from sliplm.protocol.messages import MAX_TOKENS, Chunk, GenerateRequest, Message, Tool
 from sliplm.split.source import refuse_other_tasks
@@ -298,6 +298,13 @@ class _Cancellable(Link):
         self, group: int, questions: Iterator[Field], own: Callable[[], object]
     ) -> Generator[Field, None, None]:
         return self._link.exchanges(group, self._until_cancelled(questions), own)
+
+    def compute(self, run: int, request: int, start: int, x: States, keep: bool) -> States:
+        self._check()
+        return self._link.compute(run, request, start, x, keep)
+
+    def forget(self, request: int) -> None:
+        self._link.forget(request)
 
     def _until_cancelled(self, questions: Iterator[Field]) -> Iterator[Field]:
         for x in questions:
