@@ -174,7 +174,7 @@ class EdgeBundle:
     Attributes:
         digest: 32 bytes that name this split; both sides must agree on it.
         shapes: (M, K) of every group.
-        open: what is said of open blocks; None if there are none.
+        opened: what is said of open blocks; None if there are none.
         directory: where its files are.
     """
 
@@ -184,7 +184,7 @@ class EdgeBundle:
         self.directory = directory
         self.digest = digest
         self.shapes = manifest.shapes
-        self.open = manifest.open
+        self.opened = manifest.open
         self._q = q
         self._checking = checking
 

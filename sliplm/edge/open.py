@@ -63,7 +63,7 @@ class OpenBlocks:
     def load(cls, bundle: EdgeBundle, limits: CacheLimits | None = None) -> OpenBlocks:
         """Those of `bundle`, which has some. Raises BundleError: they are damaged, or torch or Transformers is missing
         here."""
-        assert bundle.open is not None
+        assert bundle.opened is not None
         try:
             model = importlib.import_module("sliplm.open.model")
         except ImportError:

@@ -31,5 +31,5 @@ class Edge(EdgeWorker):
         limits: CacheLimits | None = None,
     ) -> None:
         opening = bundle if isinstance(bundle, EdgeBundle) else EdgeBundle.opening(bundle)
-        blocks = None if opening.open is None else OpenBlocks.load(opening, limits)
+        blocks = None if opening.opened is None else OpenBlocks.load(opening, limits)
         super().__init__(Multiplier.from_bundle(opening), trusted, identity, blocks)

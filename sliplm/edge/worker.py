@@ -79,7 +79,6 @@ class EdgeWorker(Lent):
         done.sent_bytes += y.nbytes
         channel.send_staged(Kind.RESULT, group, sequence, y)
 
-
     def _compute(self, channel: Channel, header: Header, blocks: OpenBlocks) -> None:
         if header.kind == Kind.DROP:
             return blocks.forget(frames.parse_drop(channel.read(header)))

@@ -27,7 +27,9 @@ def find_blocks(model: Any) -> str:
         if isinstance(module, nn.ModuleList) and len(module) == count and _continues(model, name)
     ]
     if not found or model.config.is_encoder_decoder:
-        raise UnsupportedModelError(f"{type(model).__name__} has no list of decoder blocks: only the plan all is for it.")
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no list of decoder blocks: only the plan all is for it."
+        )
     kinds = {type(layer) for layer in DynamicCache(config=config).layers}
     if not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
         raise UnsupportedModelError(

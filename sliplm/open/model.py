@@ -112,10 +112,11 @@ class Run:
 def load(bundle: EdgeBundle) -> list[Run]:
     """The runs of open blocks of `bundle`, ready to compute. Raises BundleError, after `bundle.check`."""
     bundle.check()
-    assert bundle.open is not None
+    opened = bundle.opened
+    assert opened is not None
     try:
         config = transformers.AutoConfig.from_pretrained(bundle.directory / CONFIG_FILE, trust_remote_code=False)
-        return [Run(bundle, config, bundle.open.path, first, last) for first, last in bundle.open.runs]
+        return [Run(bundle, config, opened.path, first, last) for first, last in opened.runs]
     except BundleError:
         raise
     except Exception as error:  # whatever Transformers raises, of another release than the split's for example
@@ -141,7 +142,7 @@ def _without_weights() -> Iterator[None]:
     def without(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         register(module, name, None if parameter is None else nn.Parameter(parameter.detach().to("meta"), False))
 
-    nn.Module.register_parameter = without  # type: ignore[method-assign]
+    nn.Module.register_parameter = without  # type: ignore[assignment, method-assign]
     try:
         yield
     finally:

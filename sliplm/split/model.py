@@ -246,8 +246,10 @@ def _write(
         if first is None and (others := siblings(out, weights)):
             logger.warning("%s", second_split(*others[0], len(groups)))
         opened = placed.open if placed is not None else None
-        said = opened and write_open(edge, source, opened, given, stored, type(skeleton).__name__)
-        digest = writer.write_edge_manifest(edge, shapes, q_file.close(), said)
+        manifest = None
+        if opened is not None:
+            manifest = write_open(edge, source, opened, given, stored, type(skeleton).__name__)
+        digest = writer.write_edge_manifest(edge, shapes, q_file.close(), manifest)
         trusted_file.close()
     finally:
         for file in files:

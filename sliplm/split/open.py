@@ -25,8 +25,8 @@ from sliplm.split.tensors import Layout
 
 @dataclass(frozen=True)
 class Placed:
-    """Where the parts of a model are: the `path` of its list of blocks, and the place of each of them. All that is in no
-    block (embedding, last norm, head) is whole on the trusted side."""
+    """Where the parts of a model are: the `path` of its list of blocks, and the place of each. All that is in no block
+    (embedding, last norm, head) is whole on the trusted side."""
 
     path: str
     places: Sequence[Place]
@@ -63,8 +63,8 @@ def count_blocks(skeleton: Any) -> tuple[str, int]:
 
 
 def place_groups(plan: Sequence[GroupPlan], placed: Placed) -> list[GroupPlan]:
-    """`plan` with the place of every group. Raises UnsupportedModelError: a group's matrices are in several. SlipError: all are on
-    the trusted side."""
+    """`plan` with the place of every group. Raises UnsupportedModelError: a group's matrices are in several. SlipError:
+    all are on the trusted side."""
     found = []
     for group in plan:
         places = {placed.of(name) for name in group.members}
@@ -87,7 +87,9 @@ def take_open(plain: Layout, placed: Placed | None) -> tuple[Layout, Layout]:
     return tuple({n: e for n, e in plain.items() if is_open[n] is side} for side in (False, True))  # type: ignore[return-value]
 
 
-def write_open(edge: Path, source: Source, open_plan: OpenPlan, tensors: Layout, stored: dict[str, str], kind: str) -> Any:
+def write_open(
+    edge: Path, source: Source, open_plan: OpenPlan, tensors: Layout, stored: dict[str, str], kind: str
+) -> OpenManifest:
     """Write the open blocks' `tensors`, in the types that `source` has them in, and the configuration from which
     Transformers makes the model, of the class `kind`, into DIR/edge; what its manifest says of them."""
     layout: Layout = {name: (source.dtype(stored[name]), shape) for name, (_, shape) in tensors.items()}

@@ -1,4 +1,4 @@
-"""Open blocks, where the trusted side calls them: a run of them is one question to the edge, which keeps their cache."""
+"""Open blocks, where the trusted side calls them: a run of them is one question to the edge, which has their cache."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class OpenRun(Elsewhere):
         self._runtime = runtime
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The hidden states (B, T, H) after the run. Raises LinkError, NumericsError; UnsupportedModelError if the cache
-        was made for other sequences."""
+        """The hidden states (B, T, H) after the run. Raises LinkError, NumericsError; UnsupportedModelError: the cache
+        is one of other sequences."""
         runtime = self._runtime
         if runtime is None:
             raise RuntimeError("these open blocks are not bound to an edge")
@@ -40,7 +40,8 @@ class OpenRun(Elsewhere):
             requests, start = [runtime.new_request() for _ in hidden_states], 0
         else:
             requests, start = _requests(cache, runtime, len(hidden_states)), cache.get_seq_length(self.index)
-            if start and not torch.equal(cache.layers[self.index].keys[:, 0, -1, 0], torch.arange(len(requests)) * 1.0):
+            layer: Any = cache.layers[self.index]
+            if start and layer.keys[:, 0, -1, 0].tolist() != list(range(len(requests))):
                 raise UnsupportedModelError("the sequences of a cache cannot be reordered where blocks are open.")
         half = hidden_states.dtype == torch.bfloat16
         out = []
@@ -67,7 +68,7 @@ def _requests(cache: Cache, runtime: Runtime, count: int) -> list[Request]:
 
 
 def place_runs(model: Any, plan: OpenPlan | None) -> list[OpenRun]:
-    """Put `OpenRun` and `Elsewhere` in the places of the open blocks of `model`. Raises BundleError: it has none such."""
+    """Put `OpenRun` and `Elsewhere` in the places of the open blocks of `model`. Raises BundleError: it has no such."""
     if plan is None:
         return []
     try:
