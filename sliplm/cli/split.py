@@ -53,6 +53,7 @@ def split(
         f"{output / 'trusted'}  {s.trusted_bytes / 1e6:,.0f} MB, for yours: keep it secret\n"
         f"{s.layers} layers in {s.groups} groups protected, {s.protected_parameters / 1e6:,.0f} million weights; "
         f"split {s.digest[:16]}\n"
+        + (f"{s.open}\n" if s.open else "")
         + (
             f"checked: {s.checked} differ from the original's by {s.error:.1e} of their spread"
             if s.checked

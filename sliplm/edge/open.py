@@ -114,7 +114,7 @@ class OpenBlocks:
             return y
 
     def forget(self, request: int) -> None:
-        """Free the caches of a request, if they are here. Never waits: a thread that computes may be made to call it."""
+        """Free the caches of a request, if they are here. Never waits: it may be called while this thread computes."""
         self._kept.pop(request, None)
 
     def clear(self) -> None:
@@ -148,7 +148,7 @@ class OpenBlocks:
                 )
 
     def _free_oldest(self, but: _Kept | None) -> bool:
-        """Free the caches of the request that nobody has asked for the longest, if it is idle; whether there was one."""
+        """Free the caches of the request that has been idle the longest, but of `but`; whether there was one."""
         last = time.monotonic() - self._limits.idle
         idle = [(kept.used, request) for request, kept in self._kept.items() if kept.used < last and kept is not but]
         if idle:

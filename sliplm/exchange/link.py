@@ -68,8 +68,8 @@ class Link(abc.ABC):
             own = _nothing
 
     def compute(self, run: int, request: int, start: int, x: States, keep: bool) -> States:
-        """The hidden states `x` of the positions from `start` on, after the open blocks of `run`. The edge keeps what it
-        has of the positions of `request` until `forget`, or, without `keep`, until it has answered.
+        """The hidden states `x` of the positions from `start` on, after the open blocks of `run`. The edge keeps what
+        it has of `request` until `forget`, or, without `keep`, until it has answered.
 
         Raises LinkError as `exchange` does; BusyError, which leaves the link as it is, if the edge has no room, or has
         given up what it had of this request. The answer *cannot* be verified.
@@ -78,6 +78,7 @@ class Link(abc.ABC):
 
     def forget(self, request: int) -> None:
         """Let the edge forget `request`. Of a link that has failed, it has forgotten all: this raises nothing."""
+        return None
 
     @abc.abstractmethod
     def close(self) -> None:

@@ -1,7 +1,7 @@
 """The decoder blocks of a Transformers model: where they are, and what takes the place of one that is elsewhere.
 
-A model keeps the number of its blocks, wherever they are computed: layers' numbers, kinds of masks and the cache's layers
-are then those of the original, on both sides.
+A model keeps the number of its blocks, wherever they are computed: on both sides, numbers of layers, kinds of masks and
+the layers of the cache are then those of the original.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""A run of open blocks as a Transformers model computes it: the model of the original's class, of which no other part has
-weights. What it does before the first block of the run is overridden there, and what it does after the last is dropped."""
+"""A run of open blocks as Transformers computes it, in a model of the original's class of which no other part has
+weights: what it does before the first block of the run is overridden there, what it does after the last is dropped."""
 
 from __future__ import annotations
 

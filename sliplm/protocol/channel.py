@@ -274,7 +274,7 @@ class Channel:
                 self._fail(TimeoutError())
 
     def read(self, header: Header) -> bytes:
-        """The payload of a frame whose length the caller has found reasonable: without an array, it is 1 MiB at most."""
+        """The payload of a frame, whose length the caller has checked. Without an array, it is at most 1 MiB."""
         data = bytearray(header.length)
         self._read(memoryview(data))
         return bytes(data)
