@@ -91,7 +91,7 @@ class Stolen:
                 known = {name for name in file.keys() if not name.startswith(self._withheld)}  # noqa: SIM118
                 known -= protected_tensors(groups)
                 state = {name: file.get_tensor(name) for name in model.state_dict() if name in known}
-                model.load_state_dict(state, strict=False)
+                model.load_state_dict({n: t for n, t in state.items() if t.numel()}, strict=False)  # one is a guard
             if self.edge.opened is not None:
                 model.load_state_dict(load_file(self.edge.directory / bundle.OPEN_FILE), strict=False)
             found: dict[str, torch.Tensor] = {}

@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from open_fakes import WIDTH, Sums, states
 
@@ -105,6 +105,7 @@ def test_rows_that_do_not_fit_are_refused() -> None:
             blocks.compute(run, 1, 0, x, keep=True)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 4), st.booleans(), st.booleans()), max_size=40))
 def test_limits_hold_and_answers_are_right_whatever_comes(steps: list[tuple[int, int, bool, bool]]) -> None:
     """Each request as a list of its rows, beside the edge's; `idle` is never reached."""
