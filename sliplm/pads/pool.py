@@ -376,7 +376,9 @@ class Pool:
 
     def _lacking(self, stock: Stock, parties: frozenset[str]) -> tuple[int, int] | None:
         """The group that lacks most, and how many rows to make of it; None if none lacks a batch, as small ones cost
-        more a token."""
+        more a token, or there is no group, as where nothing is masked."""
+        if not self._shapes:
+            return None
         target, short = self.target, self._short_of(parties)
         expected = [have + coming for have, coming in zip(stock.levels, stock.coming, strict=True)]
         for group, rows in short.items():
