@@ -299,7 +299,8 @@ class Pool:
         with self._state:
             while not self._closed:
                 self._expire()
-                hired = maker in self._makers  # one that was dismissed waits in vain, and then sees that it has to go
+                # One that was dismissed waits in vain, and then sees that it has to go. A plan may mask nothing.
+                hired = maker in self._makers and bool(self._shapes)
                 if hired and (next := self._lacking(self._stock(maker), maker.parties)) is not None:
                     job = Job(maker, *next, late=maker in self._late)
                     self._jobs.add(job)
@@ -376,9 +377,7 @@ class Pool:
 
     def _lacking(self, stock: Stock, parties: frozenset[str]) -> tuple[int, int] | None:
         """The group that lacks most, and how many rows to make of it; None if none lacks a batch, as small ones cost
-        more a token, or there is no group, as where nothing is masked."""
-        if not self._shapes:
-            return None
+        more a token."""
         target, short = self.target, self._short_of(parties)
         expected = [have + coming for have, coming in zip(stock.levels, stock.coming, strict=True)]
         for group, rows in short.items():
