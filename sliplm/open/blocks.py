@@ -35,7 +35,7 @@ def find_blocks(model: Any) -> str:
         raise UnsupportedModelError(
             f"the blocks of {type(model).__name__} remember more than keys and values: only the plan all is for it."
         )
-    return max(found)[1]
+    return str(max(found)[1])
 
 
 def _continues(model: Any, name: str) -> bool:
