@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from sliplm.bundle import EdgeBundle
 from sliplm.errors import BundleError, BusyError, ProtocolError
+from sliplm.extras import EXTRAS
 
 
 class Run(Protocol):
@@ -67,9 +68,8 @@ class OpenBlocks:
         try:
             model = importlib.import_module("sliplm.open.model")
         except ImportError:
-            raise BundleError(
-                "this bundle has open blocks, which take torch and Transformers: pip install 'sliplm[open]'."
-            ) from None
+            what, _ = EXTRAS["open"]
+            raise BundleError(f"this bundle has open blocks, which take {what}: pip install 'sliplm[open]'.") from None
         return cls(model.load(bundle), limits)
 
     @property
