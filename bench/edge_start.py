@@ -49,6 +49,7 @@ class NoModel:
     """What the server serves: nothing."""
 
     capacity = 1
+    shows = False
 
     def model_name(self) -> str:
         return "none"

@@ -45,6 +45,7 @@ class Mirror:
 
 class Silent:
     capacity = 1
+    shows = False
 
     def generate(self, request, link):
         yield from ()

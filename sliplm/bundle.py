@@ -2,6 +2,7 @@
 
     DIR/edge/manifest.json      format version, the shape of every Q, SHA-256 of q.safetensors
     DIR/edge/q.safetensors      int8 tensors "0", "1", ...: the stacked planes of each group, (M, K)
+    DIR/edge/open.safetensors   only if blocks are open: their tensors as the original has them, and its config.json
     DIR/trusted/manifest.json   format version, SHA-256 of every file, and of the edge's manifest
     DIR/trusted/...             a Transformers checkpoint (see `sliplm.trusted`), without Q
 
@@ -31,13 +32,26 @@ LAST_FORMAT = 2  # of which the trusted bundle is still read, for a second split
 MANIFEST = "manifest.json"
 BLOCK_BYTES = 1 << 24
 Q_FILE = "q.safetensors"
+OPEN_FILE, CONFIG_FILE = "open.safetensors", "config.json"
 TRUSTED_FILES = {"config.json", "model.safetensors"}
 
 
-class EdgeManifest(msgspec.Struct, forbid_unknown_fields=True):
+class OpenManifest(msgspec.Struct, forbid_unknown_fields=True):
+    """Blocks that the edge computes whole (`sliplm.open`): the `path` of the model's list of blocks, and the first and
+    the last one of every run of them. `note` says to people what that gives away."""
+
+    path: str
+    runs: list[tuple[int, int]]
+    weights_sha256: str
+    config_sha256: str
+    note: str
+
+
+class EdgeManifest(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     format: int
     shapes: list[tuple[int, int]]
     q_sha256: str
+    open: OpenManifest | None = None
 
 
 class TrustedManifest(msgspec.Struct, forbid_unknown_fields=True):
@@ -160,11 +174,17 @@ class EdgeBundle:
     Attributes:
         digest: 32 bytes that name this split; both sides must agree on it.
         shapes: (M, K) of every group.
+        opened: what is said of open blocks; None if there are none.
+        directory: where its files are.
     """
 
-    def __init__(self, digest: bytes, shapes: list[tuple[int, int]], q: QFile, checking: _Checking) -> None:
+    def __init__(
+        self, directory: Path, digest: bytes, manifest: EdgeManifest, q: QFile, checking: list[_Checking]
+    ) -> None:
+        self.directory = directory
         self.digest = digest
-        self.shapes = shapes
+        self.shapes = manifest.shapes
+        self.opened = manifest.open
         self._q = q
         self._checking = checking
 
@@ -180,17 +200,21 @@ class EdgeBundle:
         """As `open`, while Q is still being read in a thread: nothing may leave it before `check` returns."""
         directory = Path(path)
         manifest, digest = read_edge_manifest(directory)
-        checking = _Checking(directory / Q_FILE, manifest.q_sha256)
+        expected = {Q_FILE: manifest.q_sha256}
+        if manifest.open is not None:
+            expected |= {OPEN_FILE: manifest.open.weights_sha256, CONFIG_FILE: manifest.open.config_sha256}
+        checking = [_Checking(directory / name, digest) for name, digest in expected.items()]
         try:
             q = QFile(directory / Q_FILE, manifest.shapes)
         except BundleError:
-            checking.wait()  # where the digest is wrong, too, this is what is said
+            checking[0].wait()  # where the digest is wrong, too, this is what is said
             raise
-        return cls(digest, manifest.shapes, q, checking)
+        return cls(directory, digest, manifest, q, checking)
 
     def check(self) -> None:
-        """Wait until the digest of Q is known. Raises BundleError if it is not the manifest's."""
-        self._checking.wait()
+        """Wait until the digests are known. Raises BundleError if one is not the manifest's."""
+        for checking in self._checking:
+            checking.wait()
 
     def matrix(self, group: int) -> NDArray[np.int8]:
         """Q of `group`: int8, (M, K), memory-mapped, read-only."""

@@ -21,6 +21,7 @@ _TRUSTED = (
 )
 EXTRAS = {  # extra: what it brings, for people; the modules
     "trusted": ("the trusted side's packages", _TRUSTED),
+    "open": ("torch and Transformers", ("safetensors", "torch", "transformers")),
     "postgres": ("the package psycopg", ("psycopg",)),
     "vllm": ("vLLM, in an environment of its own", ("vllm",)),
     "tasks": ("the package lm-eval", ("lm_eval",)),

@@ -87,6 +87,7 @@ class FakeEngine:
     """
 
     capacity = 16
+    shows = False
 
     def __init__(self, delay: float = 0.0) -> None:
         self.delay = delay

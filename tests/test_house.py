@@ -69,6 +69,11 @@ def test_the_edge_never_reaches_what_only_the_trusted_side_may_hold(module: str)
     assert not [name for name in reaches(module) if name in MODULES and room(name) in TRUSTED_ONLY]
 
 
+@pytest.mark.parametrize("module", inside("open"))
+def test_open_blocks_are_either_side_s(module: str) -> None:
+    assert not [name for name in reaches(module) if name in MODULES and room(name) in TRUSTED_ONLY]
+
+
 @pytest.mark.parametrize("module", inside("protocol"))
 def test_the_protocol_knows_numbers_and_errors_only(module: str) -> None:
     own = {name for name in imports(module) if name in MODULES}

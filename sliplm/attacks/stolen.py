@@ -14,11 +14,12 @@ from typing import Any
 import torch
 import transformers
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from sliplm import bundle
 from sliplm.split.blinding import stored, unblind
 from sliplm.split.groups import Group, blocks, protected_tensors
-from sliplm.split.plan import read_plan
+from sliplm.split.plan import masked, read_plan
 from sliplm.split.planes import dequantise
 from sliplm.trusted.transformers import SlipConfig
 
@@ -46,7 +47,11 @@ ALL = Oracles(scales=True, blinding=True, plain=True)
 
 
 class Stolen:
-    """An edge bundle in the thief's hands. `directory` also holds the trusted half, read by oracles and scores only."""
+    """An edge bundle in the thief's hands. `directory` also holds the trusted half, read by oracles and scores only.
+
+    Blocks that are open are the thief's, plain and whole; those on the trusted side have nothing on the edge, and no
+    oracle gives them away.
+    """
 
     def __init__(self, directory: Path) -> None:
         """Raises BundleError."""
@@ -56,7 +61,9 @@ class Stolen:
         self.digest = self.edge.digest.hex()[:16]
         self.config = transformers.AutoConfig.from_pretrained(self.trusted)
         self.settings: dict[str, Any] = self.config.quantization_config
-        self.plan = read_plan(self.settings)
+        plan = read_plan(self.settings)
+        self.plan = masked(plan)
+        self._withheld = tuple(f"{name}." for of in plan if of.place == "trusted" for name in of.members)
         del self.config.quantization_config
 
     def scratch(self, seed: int = 0) -> Any:
@@ -81,9 +88,12 @@ class Stolen:
         groups = self.groups(model)
         with safe_open(self.trusted / "model.safetensors", "pt") as file:
             if oracles.plain:
-                known = set(file.keys()) - protected_tensors(groups)
+                known = {name for name in file.keys() if not name.startswith(self._withheld)}  # noqa: SIM118
+                known -= protected_tensors(groups)
                 state = {name: file.get_tensor(name) for name in model.state_dict() if name in known}
-                model.load_state_dict(state, strict=False)
+                model.load_state_dict({n: t for n, t in state.items() if t.numel()}, strict=False)  # one is a guard
+            if self.edge.opened is not None:
+                model.load_state_dict(load_file(self.edge.directory / bundle.OPEN_FILE), strict=False)
             found: dict[str, torch.Tensor] = {}
             for number, group in enumerate(groups):
                 weight = self.matrix(number, group, oracles, file, fresh_size(model, group))
@@ -123,6 +133,7 @@ class _Noise:
 
     def __init__(self, edge: bundle.EdgeBundle, generator: torch.Generator) -> None:
         self._edge, self._generator = edge, generator
+        self.opened = None
 
     def matrix(self, group: int) -> Any:
         noise = torch.randn(self._edge.matrix(group).shape, generator=self._generator) * 32

@@ -71,6 +71,11 @@ def attack(
     if {"blinding", "public-base"} & set(chosen):
         require("scipy", "this attack")
     stolen = [Stolen(d) for d in directories]
+    for s, d in zip(stolen, directories, strict=True):
+        if not s.plan:
+            raise SlipError(
+                f"no block of {d} is masked: the edge has blocks in plain or not at all; nothing to attack."
+            )
     original = load_whole(reference)
     for s, d in zip(stolen, directories, strict=True):
         if s.config.architectures != [type(original).__name__] or s.config.vocab_size != original.config.vocab_size:
@@ -83,6 +88,7 @@ def attack(
     result["seconds"] = {}
     result["bundles"] = {
         str(d): {"split": {k: v for k, v in s.settings.items() if k not in ("groups", "ranks")}}
+        | ({} if s.edge.opened is None else {"open": s.edge.opened.note})
         for s, d in zip(stolen, directories, strict=True)
     }
     for method in (m for m in chosen if m in MATRICES):

@@ -17,9 +17,16 @@ def yardstick(result: dict[str, Any], objective: str) -> dict[str, Any]:
 def verdict(result: dict[str, Any]) -> dict[str, list[str]]:
     """For every bundle: each finding in a sentence."""
     return {
-        name: [*_matrices(found), *_lines(result, found), *_borders(result, found)]
+        name: [*_plain(found), *_matrices(found), *_lines(result, found), *_borders(result, found)]
         for name, found in result["bundles"].items()
     }
+
+
+def _plain(found: dict[str, Any]) -> list[str]:
+    """What needs no attack."""
+    if "open" not in found:
+        return []
+    return [f"Not protected: {found['open']}. Every thief below has these weights; what is attacked is the rest."]
 
 
 def _matrices(found: dict[str, Any]) -> list[str]:

@@ -29,6 +29,8 @@ def edge(
         list[str] | None,
         typer.Option(help="A web page's origin, such as https://app.example.com, that may use the API; repeatable."),
     ] = None,
+    caches: Annotated[int, typer.Option(min=1, help="With open blocks: requests that may have a cache here.")] = 64,
+    cache_memory: Annotated[int, typer.Option(min=1, help="With open blocks: MB that all caches may take.")] = 4096,
     log_format: LogFormat = Format.TEXT,
     as_json: Json = False,
 ) -> None:
@@ -38,6 +40,7 @@ def edge(
 
     opening = EdgeBundle.opening(bundle)  # its digest is computed while the rest is imported
     from sliplm import kernels
+    from sliplm.edge.open import CacheLimits
     from sliplm.edge.options import read_key, read_name, read_origin
     from sliplm.edge.serve import ApiServer
     from sliplm.edge.side import Edge
@@ -47,7 +50,7 @@ def edge(
     key = read_key(api_key) if api_key else None
     names = [read_name(text) for text in api_name or ()]
     origins = [read_origin(text) for text in api_origin or ()]
-    worker = Edge(opening, trusted, identity)
+    worker = Edge(opening, trusted, identity, CacheLimits(caches, cache_memory << 20))
     stop = threading.Event()
     failure: list[BaseException] = []
 

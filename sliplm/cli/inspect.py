@@ -36,6 +36,8 @@ def _show(found: dict[str, Any]) -> None:
         base = "; of a fine-tune, split with its public base" if found["based"] else ""
         head += f": {found['model']} ({found['architecture']}), {' and '.join(hidden)}{base}"
     out().print(head, markup=False)
+    if "open" in found:
+        out().print(found["open"]["note"], markup=False, style="yellow")
     table = Table(box=None, pad_edge=False)
     table.add_column("groups", justify="right")
     table.add_column("matrices", overflow="fold")
@@ -43,8 +45,10 @@ def _show(found: dict[str, Any]) -> None:
         table.add_column(name, justify="right")
     for row in summarise(found["groups"]):
         shape = " x ".join(map(str, row["shape"])) if row["shape"] else "?"
-        plan = [str(row[key] or "?") for key in ("kind", "rank", "planes", "place")]
-        sizes = [f"{row[side] / 1e6:.1f}" if row[side] else "?" for side in ("edge", "trusted")]
+        unknown = "?" if row["place"] in (None, "masked") else "-"
+        shape = shape if row["shape"] else unknown
+        plan = [str(row[key] or unknown) for key in ("kind", "rank", "planes", "place")]
+        sizes = [f"{row[side] / 1e6:.1f}" if row[side] else unknown for side in ("edge", "trusted")]
         table.add_row(str(row["count"]), escape(row["members"]), *plan, shape, *sizes)
     out().print(table)
     for name, count, size in summarise_kept(found.get("kept", {})):

@@ -11,6 +11,7 @@ import typer
 
 from sliplm.cli.common import Json, Model, Planes, Rank, emit, err, progress_bar, set_up_logging
 from sliplm.cli.quiet import quiet_transformers
+from sliplm.split.places import KINDS
 
 
 def split(
@@ -25,6 +26,7 @@ def split(
         Path | None,
         typer.Option(help="OLD/trusted, an earlier split of the same weights: use its camouflage again."),
     ] = None,
+    plan: Annotated[str, typer.Option(help=f"Where blocks are computed: {KINDS}.")] = "all",
     adapter: Annotated[Path | None, typer.Option(help="A LoRA adapter (PEFT's directory) to merge into MODEL.")] = None,
     name: Annotated[str | None, typer.Option(help="What the model is called; by default as its directory.")] = None,
     as_json: Json = False,
@@ -39,7 +41,7 @@ def split(
     from sliplm.split.model import split_model as run
 
     quiet_transformers()
-    options = Options(rank, planes, camouflage, blinding, base, again)
+    options = Options(rank, planes, camouflage, blinding, base, again, plan)
     for sentence in weaknesses(options):
         err().print(f"slip: warning: {sentence}", style="yellow", markup=False)
     with progress_bar("splitting (weights)") as progress:
@@ -51,6 +53,7 @@ def split(
         f"{output / 'trusted'}  {s.trusted_bytes / 1e6:,.0f} MB, for yours: keep it secret\n"
         f"{s.layers} layers in {s.groups} groups protected, {s.protected_parameters / 1e6:,.0f} million weights; "
         f"split {s.digest[:16]}\n"
+        + (f"{s.open}\n" if s.open else "")
         + (
             f"checked: {s.checked} differ from the original's by {s.error:.1e} of their spread"
             if s.checked

@@ -152,10 +152,14 @@ class Lent(abc.ABC):
             self.connected.clear()
             self._channel = None
             channel.close()
+            self._ended()
 
     @abc.abstractmethod
     def _answer(self, channel: Channel, header: Header) -> None:
         """Answer a frame. Raises ProtocolError if it is none that this kind of connection brings."""
+
+    def _ended(self) -> None:  # noqa: B027 - most have nothing to do
+        """A connection has ended."""
 
     def _shape(self, group: int) -> tuple[int, int]:
         """(M, K) of a group that the trusted side named. Raises ProtocolError."""

@@ -47,7 +47,8 @@ class Multiplier:
             bundle.forget(group)
         bundle.check()
         engine = cls(matrices, bundle.digest)
-        engine._few = _useful_threads(max(matrices, key=lambda m: m.nbytes))
+        if matrices:  # a plan may mask nothing
+            engine._few = _useful_threads(max(matrices, key=lambda m: m.nbytes))
         return engine
 
     def product(self, group: int, x: Field, out: Field | None = None) -> Field:

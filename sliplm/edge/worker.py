@@ -14,7 +14,9 @@ import numpy as np
 
 from sliplm.edge.connection import IDLE_SECONDS, Lent
 from sliplm.edge.multiplier import Multiplier
-from sliplm.errors import ProtocolError
+from sliplm.edge.open import OpenBlocks
+from sliplm.errors import BusyError, ProtocolError
+from sliplm.protocol import frames
 from sliplm.protocol.channel import Channel
 from sliplm.protocol.connect import Address
 from sliplm.protocol.frames import Header, Kind, Role
@@ -25,7 +27,7 @@ GENERATE_SECONDS = 300.0
 
 
 class EdgeWorker(Lent):
-    """Serves exchanges, see `Lent`; `generate` asks for text."""
+    """Serves exchanges, and open `blocks` if there are some, see `Lent`; `generate` asks for text."""
 
     role = Role.WORK
 
@@ -34,11 +36,13 @@ class EdgeWorker(Lent):
         engine: Multiplier,
         trusted: str | Address,
         identity: Path | str,
+        blocks: OpenBlocks | None = None,
         *,
         idle_timeout: float = IDLE_SECONDS,
         generate_timeout: float = GENERATE_SECONDS,
     ) -> None:
         super().__init__(engine, trusted, identity, idle_timeout=idle_timeout)
+        self._blocks = blocks
         self._generate_timeout = generate_timeout
         self._input = np.empty(0, np.uint32)
 
@@ -53,6 +57,8 @@ class EdgeWorker(Lent):
 
     def _answer(self, channel: Channel, header: Header) -> None:
         kind, _, group, rows, sequence, length = header
+        if kind in (Kind.BLOCKS, Kind.DROP) and self._blocks is not None:
+            return self._compute(channel, header, self._blocks)
         if kind != Kind.EXCHANGE:
             raise ProtocolError(f"the trusted side sent {Kind(kind).name} out of turn")
         m, k = self._shape(group)
@@ -72,6 +78,36 @@ class EdgeWorker(Lent):
         done.received_bytes += length
         done.sent_bytes += y.nbytes
         channel.send_staged(Kind.RESULT, group, sequence, y)
+
+    def _compute(self, channel: Channel, header: Header, blocks: OpenBlocks) -> None:
+        if header.kind == Kind.DROP:
+            return blocks.forget(frames.parse_drop(channel.read(header)))
+        run, rows = header.group, header.rows
+        if run >= len(blocks.widths):
+            raise ProtocolError(f"this bundle has {len(blocks.widths)} runs of open blocks, and no run {run}")
+        width = blocks.widths[run]
+        if header.length > frames.BLOCKS_BYTES + 4 * rows * width:
+            raise ProtocolError(f"open blocks take rows of {width} numbers")
+        payload = channel.read(header)
+        request, first, kind, keep = frames.parse_blocks(payload, width, rows)
+        x = np.frombuffer(payload, (np.float32, np.uint16)[kind - 1], offset=frames.BLOCKS_BYTES)
+        x = x.reshape(rows, width).copy()  # bytes cannot be written to, which torch warns of
+        start = time.perf_counter_ns()
+        try:
+            y = blocks.compute(run, request, first, x, keep)
+        except BusyError as error:
+            return channel.tell(error)
+        done = self.counters
+        done.compute_ns += time.perf_counter_ns() - start
+        done.exchanges += 1
+        done.rows += rows
+        done.received_bytes += header.length
+        done.sent_bytes += y.nbytes
+        channel.send(Kind.STATES, y.tobytes(), group=run, rows=rows, sequence=header.sequence)
+
+    def _ended(self) -> None:
+        if self._blocks is not None:
+            self._blocks.clear()
 
 
 class Generation(Iterator[Chunk]):

@@ -10,13 +10,15 @@ from typing import Any
 
 from sliplm.engine.logprobs import Scored
 from sliplm.errors import CancelledError, SlipError, VerificationError, locate
-from sliplm.exchange.link import Field, Link, Own, Router
+from sliplm.exchange.link import Field, Link, Own, Router, States
 
 BEAT_SECONDS = 0.5
 AHEAD = 64
 """Tokens that wait for a slow reader before the generation waits for it, too."""
 
 Token = tuple[int, Scored | None]
+
+CANCELLED = "the request was cancelled"
 
 _log = logging.getLogger(__name__)
 
@@ -104,6 +106,14 @@ class _Router(Router):
 
         return self._router.run(wanted, *arguments)
 
+    def compute(self, run: int, request: int, start: int, x: States, keep: bool) -> States:
+        if self._unwanted():
+            raise CancelledError(CANCELLED)
+        return self._router.compute(run, request, start, x, keep)
+
+    def forget(self, request: int) -> None:
+        self._router.forget(request)
+
 
 class _Link(Link):
     def __init__(self, link: Link, unwanted: Callable[[], bool]) -> None:
@@ -119,6 +129,13 @@ class _Link(Link):
     ) -> Generator[Field, None, None]:
         return self._link.exchanges(group, self._while_wanted(questions), own)
 
+    def compute(self, run: int, request: int, start: int, x: States, keep: bool) -> States:
+        self._check()
+        return self._link.compute(run, request, start, x, keep)
+
+    def forget(self, request: int) -> None:
+        self._link.forget(request)
+
     def _while_wanted(self, questions: Iterator[Field]) -> Iterator[Field]:
         for x in questions:
             self._check()
@@ -126,7 +143,7 @@ class _Link(Link):
 
     def _check(self) -> None:
         if self._unwanted():
-            raise CancelledError("the request was cancelled")
+            raise CancelledError(CANCELLED)
 
     def close(self) -> None:
         self._link.close()

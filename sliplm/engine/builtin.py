@@ -95,6 +95,11 @@ class BuiltinEngine:
     def shapes(self) -> list[tuple[int, int]]:
         return self.model.slip.shapes
 
+    @property
+    def shows(self) -> bool:
+        """Whether there are open blocks."""
+        return bool(self.model.slip.runs)
+
     def model_name(self) -> str:
         return self._name
 

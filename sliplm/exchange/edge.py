@@ -8,8 +8,10 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from time import perf_counter
+from typing import Any
 
-from sliplm.exchange.link import Field, Link, Own
+from sliplm.errors import LinkError
+from sliplm.exchange.link import Field, Link, Own, Router, States
 from sliplm.exchange.shares import Speed
 
 STALL_SECONDS, STALL_TIMES, STALL_NEW_SECONDS = 1.0, 8, 5.0
@@ -94,3 +96,27 @@ class Edge(Link):
         if not self.speed.known:
             return now - self.since > STALL_NEW_SECONDS
         return now - self.since > max(STALL_SECONDS, STALL_TIMES * self.seconds(*self.asked))
+
+
+class Picked(Router):
+    """One edge for all of a request, because it keeps something of it from one exchange to the next. `lost` is told of
+    its failures, and returns or raises what to raise."""
+
+    def __init__(self, link: Link, lost: Callable[[LinkError], LinkError]) -> None:
+        self.link = link
+        self._lost = lost
+
+    def run(self, step: Callable[..., Any], op: Any, x: Any, pads: Any, own: Callable[[Any], Any]) -> Any:
+        try:
+            return step(op, x, pads, self.link, own)
+        except LinkError as error:
+            raise self._lost(error) from None
+
+    def compute(self, run: int, request: int, start: int, x: States, keep: bool) -> States:
+        try:
+            return self.link.compute(run, request, start, x, keep)
+        except LinkError as error:
+            raise self._lost(error) from None
+
+    def forget(self, request: int) -> None:
+        self.link.forget(request)

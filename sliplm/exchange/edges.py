@@ -15,13 +15,14 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
+from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from sliplm.errors import LinkError, NoWorkerError, VerificationError
-from sliplm.exchange.edge import Edge
+from sliplm.exchange.edge import Edge, Picked
 from sliplm.exchange.link import PARTS, Link, Router
 from sliplm.exchange.shares import NEW, ROWS, SIZE, Line, shares
 
@@ -53,6 +54,7 @@ FAILURES = 16
 """After so many in one exchange it is given up."""
 
 NO_EDGE = "no edge is connected: start `slip edge`, or try again soon"
+NO_EDGE_OF_ITS_OWN = "this device has no edge connected: start `slip edge` on it, or try again soon"
 
 
 class Edges(Router):
@@ -123,17 +125,18 @@ class Edges(Router):
         with self._lock:
             self._await_one(perf_counter() + self._patience)
 
-    def pick(self, name: str | None = None) -> Link:
-        """One link that is alive, the newest of the edge of this name if there is one: for what is kept on an edge from
-        one exchange to the next. Raises NoWorkerError if there is none in time."""
+    def pick(self, name: str) -> Picked:
+        """The newest edge of this name that is alive, and no other: for a model that keeps and shows an edge something
+        of a request. Raises NoWorkerError if there is none in time."""
         deadline = perf_counter() + self._patience
         with self._lock:
             while True:
-                self._await_one(deadline)
-                alive = [edge for edge in self._edges if edge.alive]
-                if alive:
-                    return max(alive, key=lambda edge: edge.name == name).link
-                self._set([])
+                mine = [edge for edge in self._edges if edge.name == name and edge.alive]
+                if mine:
+                    return Picked(mine[-1].link, partial(self._lost, mine[-1]))
+                if (left := deadline - perf_counter()) <= 0 or self._closed.is_set():
+                    raise NoWorkerError(NO_EDGE_OF_ITS_OWN)
+                self._changed.wait(left)
 
     def _await_one(self, deadline: float) -> None:
         while not self._edges or self._closed.is_set():

@@ -19,6 +19,8 @@ Field = NDArray[np.uint32]
 Shape = tuple[int, int]
 """A group's matrix: (M, K), rows and columns."""
 Own = TypeVar("Own")
+States = NDArray[Any]
+"""Hidden states of one sequence, (T, H): float32, or bfloat16 as uint16."""
 
 
 PARTS = 8
@@ -29,6 +31,14 @@ class Products(Protocol):
     """What multiplies: an edge's `Multiplier`."""
 
     def product(self, group: int, x: Field) -> Field: ...
+
+
+class Blocks(Protocol):
+    """What computes open blocks: an edge's `OpenBlocks`."""
+
+    def compute(self, run: int, request: int, start: int, x: States, keep: bool) -> States: ...
+
+    def forget(self, request: int) -> None: ...
 
 
 class Link(abc.ABC):
@@ -66,6 +76,19 @@ class Link(abc.ABC):
             yield self.exchange(group, x, own)[0]
             own = _nothing
 
+    def compute(self, run: int, request: int, start: int, x: States, keep: bool) -> States:
+        """The hidden states `x` of the positions from `start` on, after the open blocks of `run`. The edge keeps what
+        it has of `request` until `forget`, or, without `keep`, until it has answered.
+
+        Raises LinkError as `exchange` does; BusyError, which leaves the link as it is, if the edge has no room, or has
+        given up what it had of this request. The answer *cannot* be verified.
+        """
+        raise LinkError("this edge computes no open blocks.")
+
+    def forget(self, request: int) -> None:
+        """Let the edge forget `request`. Of a link that has failed, it has forgotten all: this raises nothing."""
+        return None
+
     @abc.abstractmethod
     def close(self) -> None:
         """End the link; a running exchange fails. May be called twice, and from any thread."""
@@ -81,14 +104,22 @@ class Router:
         """What `step`, an exchange over one link (`step.exchange`), returns with a link that this chooses."""
         raise NotImplementedError
 
+    def compute(self, run: int, request: int, start: int, x: States, keep: bool) -> States:
+        """As `Link.compute`, if one link is chosen for good: the edge behind it keeps what is computed."""
+        raise NotImplementedError
+
+    def forget(self, request: int) -> None:
+        """See Link."""
+
 
 class InProcessLink(Link):
     """An edge in this very process: tests, notebooks, `slip evaluate`."""
 
     party = None
 
-    def __init__(self, products: Products) -> None:
+    def __init__(self, products: Products, blocks: Blocks | None = None) -> None:
         self._products = products
+        self._blocks = blocks
         self._closed = False
 
     def exchange(self, group: int, x: Field, own: Callable[[], Own]) -> tuple[Field, Own]:
@@ -100,6 +131,15 @@ class InProcessLink(Link):
     @property
     def alive(self) -> bool:
         return not self._closed
+
+    def compute(self, run: int, request: int, start: int, x: States, keep: bool) -> States:
+        if self._blocks is None:
+            return super().compute(run, request, start, x, keep)
+        return self._blocks.compute(run, request, start, x, keep)
+
+    def forget(self, request: int) -> None:
+        if self._blocks is not None:
+            self._blocks.forget(request)
 
     def close(self) -> None:
         self._closed = True

@@ -306,7 +306,8 @@ class Pool:
         with self._state:
             while not self._closed:
                 self._expire()
-                hired = maker in self._makers  # one that was dismissed waits in vain, and then sees that it has to go
+                # One that was dismissed waits in vain, and then sees that it has to go. A plan may mask nothing.
+                hired = maker in self._makers and bool(self._shapes)
                 if hired and (next := self._lacking(self._stock(maker), maker.parties)) is not None:
                     job = Job(maker, *next, late=maker in self._late)
                     self._jobs.add(job)

@@ -12,7 +12,7 @@ import socket
 import ssl
 import time
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -160,9 +160,9 @@ class Channel:
         except (OSError, ValueError) as error:
             self._fail(error)
 
-    def send(self, kind: Kind, payload: bytes = b"", *, group: int = 0, sequence: int = 0) -> None:
-        """Send a frame without an array."""
-        self._write(HEADER.pack(kind, self.version, group, 0, sequence, len(payload)) + payload)
+    def send(self, kind: Kind, payload: bytes = b"", *, group: int = 0, rows: int = 0, sequence: int = 0) -> None:
+        """Send a frame without an array of field elements."""
+        self._write(HEADER.pack(kind, self.version, group, rows, sequence, len(payload)) + payload)
 
     def send_error(self, code: Code, sentence: str, sequence: int = 0) -> None:
         """Send an ERROR; `sentence` must hold no secret."""
@@ -275,12 +275,12 @@ class Channel:
                 self._fail(TimeoutError())
 
     def read(self, header: Header) -> bytes:
-        """The payload of a frame without an array (so at most 1 MiB)."""
+        """The payload of a frame, whose length the caller has checked. Without an array, it is at most 1 MiB."""
         data = bytearray(header.length)
         self._read(memoryview(data))
         return bytes(data)
 
-    def read_array(self, into: NDArray[np.uint32]) -> None:
+    def read_array(self, into: NDArray[Any]) -> None:
         """Read a payload into a C-contiguous array, whose size the caller has compared with the header."""
         view = into.data.cast("B")
         size, start = len(view), self._start

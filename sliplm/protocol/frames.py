@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from sliplm.errors import ProtocolError, VersionError
 
-VERSIONS = (2, 3)
+VERSIONS = (2, 4)
 """The oldest and the newest protocol version that this code speaks. A field of a message or a code that is new needs a
 new one: the other side refuses what it does not know."""
 
@@ -32,6 +32,14 @@ NAMELESS = "model"
 _HELLO = struct.Struct("<4sBBBx32s")
 _WELCOME = struct.Struct("<Bxxx32s")
 _PADS = struct.Struct("<32sII")
+_BLOCKS = struct.Struct("<QIBBxx")
+_DROP = struct.Struct("<Q")
+
+OPEN_VERSION = 4
+"""From which on open blocks are spoken of."""
+
+STATE_BYTES = {1: 4, 2: 2}
+"""Of one number of a hidden state, by the type that BLOCKS names: 1 is float32, 2 is bfloat16."""
 
 
 class Kind(enum.IntEnum):
@@ -49,6 +57,9 @@ class Kind(enum.IntEnum):
     DONE = 10  # trusted, REQUEST: the last Chunk
     PADS = 11  # trusted, HELP: a key, and which of its rows to multiply
     IMAGES = 12  # helper, HELP: the products
+    BLOCKS = 13  # trusted, WORK: hidden states before a run of open blocks
+    STATES = 14  # edge, WORK: those after it
+    DROP = 15  # trusted, WORK: forget a request; there is no answer
 
 
 class Role(enum.IntEnum):
@@ -86,26 +97,43 @@ class PadsWanted(NamedTuple):
         return f"PadsWanted(<secret>, {self.first}, {self.rows})"
 
 
+class Blocks(NamedTuple):
+    """What BLOCKS says before its rows: whose they are, the position of the first one, the type of their numbers (a key
+    of STATE_BYTES), and whether the edge keeps what it has of this request's positions in this run."""
+
+    request: int
+    start: int
+    type: int
+    keep: bool
+
+
+BLOCKS_BYTES = _BLOCKS.size
+
+
 class Welcome(NamedTuple):
     version: int
     digest: bytes
     model_name: str
 
 
-# Kind -> (shortest payload, longest payload, carries an array, `group` may be non-zero)
-_RULES: dict[int, tuple[int, int, bool, bool]] = {
-    Kind.HELLO: (_HELLO.size, _HELLO.size, False, False),
-    Kind.WELCOME: (_WELCOME.size, _WELCOME.size + MAX_NAME_BYTES, False, False),
-    Kind.EXCHANGE: (4, MAX_ARRAY_BYTES, True, True),
-    Kind.RESULT: (4, MAX_ARRAY_BYTES, True, True),
-    Kind.ERROR: (0, MAX_ERROR_BYTES, False, True),
-    Kind.PING: (0, 0, False, False),
-    Kind.PONG: (0, 0, False, False),
-    Kind.GENERATE: (2, MAX_JSON_BYTES, False, False),
-    Kind.TEXT: (2, MAX_JSON_BYTES, False, False),
-    Kind.DONE: (2, MAX_JSON_BYTES, False, False),
-    Kind.PADS: (_PADS.size, _PADS.size, False, True),
-    Kind.IMAGES: (4, MAX_ARRAY_BYTES, True, True),
+# Kind -> (shortest payload, longest payload, bytes of the smallest number in its rows or 0 for none, bytes before them,
+# `group` may be non-zero)
+_RULES: dict[int, tuple[int, int, int, int, bool]] = {
+    Kind.HELLO: (_HELLO.size, _HELLO.size, 0, 0, False),
+    Kind.WELCOME: (_WELCOME.size, _WELCOME.size + MAX_NAME_BYTES, 0, 0, False),
+    Kind.EXCHANGE: (4, MAX_ARRAY_BYTES, 4, 0, True),
+    Kind.RESULT: (4, MAX_ARRAY_BYTES, 4, 0, True),
+    Kind.ERROR: (0, MAX_ERROR_BYTES, 0, 0, True),
+    Kind.PING: (0, 0, 0, 0, False),
+    Kind.PONG: (0, 0, 0, 0, False),
+    Kind.GENERATE: (2, MAX_JSON_BYTES, 0, 0, False),
+    Kind.TEXT: (2, MAX_JSON_BYTES, 0, 0, False),
+    Kind.DONE: (2, MAX_JSON_BYTES, 0, 0, False),
+    Kind.PADS: (_PADS.size, _PADS.size, 0, 0, True),
+    Kind.IMAGES: (4, MAX_ARRAY_BYTES, 4, 0, True),
+    Kind.BLOCKS: (_BLOCKS.size + 2, MAX_ARRAY_BYTES, 2, _BLOCKS.size, True),
+    Kind.STATES: (2, MAX_ARRAY_BYTES, 2, 0, True),
+    Kind.DROP: (_DROP.size, _DROP.size, 0, 0, False),
 }
 
 
@@ -125,11 +153,13 @@ def parse_header(data: bytes | bytearray | memoryview, version: int) -> Header:
     # An ERROR may come before or instead of a WELCOME, when its sender knows no agreed version yet.
     if seen != version and not (kind == Kind.ERROR and seen == 0):
         raise ProtocolError(f"the other side sent a frame of protocol version {seen}, not {version}")
-    shortest, longest, is_array, has_group = rule
+    if kind >= Kind.BLOCKS and version < OPEN_VERSION:
+        raise ProtocolError(f"the other side sent {Kind(kind).name}, which protocol version {version} does not have")
+    shortest, longest, number, before, has_group = rule
     if not shortest <= length <= longest:
         raise ProtocolError(f"the other side announced a {Kind(kind).name} frame of {length} bytes")
-    if is_array:
-        if not 1 <= rows <= MAX_ROWS or length % (4 * rows):
+    if number:
+        if not 1 <= rows <= MAX_ROWS or (length - before) % (number * rows):
             raise ProtocolError(f"the other side announced {rows} rows in {length} bytes")
     elif rows or (group and not has_group):
         raise ProtocolError(f"the other side sent a {Kind(kind).name} frame with a rows or group field")
@@ -197,6 +227,34 @@ def parse_pads(payload: bytes) -> PadsWanted:
     if not 1 <= wanted.rows <= MAX_ROWS or wanted.first + wanted.rows > 1 << 32:
         raise ProtocolError(f"the other side asked for {wanted.rows} pads from row {wanted.first} on")
     return wanted
+
+
+def pack_blocks(asked: Blocks) -> bytes:
+    """The 16 bytes before the rows of BLOCKS."""
+    return _BLOCKS.pack(*asked)
+
+
+def parse_blocks(payload: bytes, width: int, rows: int) -> Blocks:
+    """The same from the `payload` of BLOCKS with so many `rows` of `width` numbers. Raises ProtocolError."""
+    request, start, kind, keep = _BLOCKS.unpack_from(payload)
+    if kind not in STATE_BYTES or keep > 1 or any(payload[14:16]):
+        raise ProtocolError("the other side sent a malformed BLOCKS")
+    if len(payload) != _BLOCKS.size + rows * width * STATE_BYTES[kind]:
+        raise ProtocolError(f"open blocks take rows of {width} numbers")
+    if start + rows > 1 << 32:
+        raise ProtocolError(f"the other side sent {rows} hidden states from position {start} on")
+    return Blocks(request, start, kind, bool(keep))
+
+
+def pack_drop(request: int) -> bytes:
+    """The 8-byte payload of DROP."""
+    return _DROP.pack(request)
+
+
+def parse_drop(payload: bytes) -> int:
+    """The request that DROP names."""
+    found: int = _DROP.unpack(payload)[0]
+    return found
 
 
 def clean(text: str, limit: int = MAX_ERROR_BYTES) -> str:

@@ -11,10 +11,11 @@ from time import perf_counter_ns
 
 import numpy as np
 
-from sliplm.errors import LinkError, ProtocolError
-from sliplm.exchange.link import Field, Link, Own, Shape
+from sliplm.errors import Code, LinkError, ProtocolError, SlipError
+from sliplm.exchange.link import Field, Link, Own, Shape, States
+from sliplm.protocol import frames
 from sliplm.protocol.channel import SLOWEST, Arrival, Channel
-from sliplm.protocol.frames import MAX_ROWS, Header, Kind
+from sliplm.protocol.frames import MAX_ROWS, OPEN_VERSION, Header, Kind
 
 MANY_ROWS = 8
 """For the answer to so many the trusted side sleeps until it comes: a batch waits a little, and costs less."""
@@ -22,7 +23,7 @@ MANY_ROWS = 8
 AHEAD = 3
 """Questions under way at once: one is being answered, one waits at the edge, one is on its way there or back."""
 
-_RESULT, _PONG = int(Kind.RESULT), int(Kind.PONG)  # enums are slow to look up and to compare
+_RESULT, _PONG, _STATES = int(Kind.RESULT), int(Kind.PONG), int(Kind.STATES)  # enums are slow to look up and to compare
 
 
 class RemoteLink(Link):
@@ -122,6 +123,50 @@ class RemoteLink(Link):
         if raised:
             raise raised[0]
 
+    def compute(self, run: int, request: int, start: int, x: States, keep: bool) -> States:
+        """See Link."""
+        asked = frames.Blocks(request, start, 1 if x.dtype == np.float32 else 2, keep)
+        payload = frames.pack_blocks(asked) + x.tobytes()
+        y = np.empty_like(x)
+        refused: SlipError | None = None
+        self._take_turn()
+        try:
+            channel = self._channel
+            if channel.version < OPEN_VERSION:
+                raise LinkError(f"the edge speaks protocol version {channel.version}, without open blocks: update it")
+            self._sequence = (self._sequence + 1) & 0xFFFFFFFF
+            channel.send(Kind.BLOCKS, payload, group=run, rows=len(x), sequence=self._sequence)
+            channel.await_input(math.inf)
+            if channel.comes((_STATES, channel.version, run, len(x), self._sequence, y.nbytes)):
+                channel.read_array(y)
+            else:
+                header = channel.receive()
+                if (header.kind, header.group) != (Kind.ERROR, Code.BUSY):
+                    raise self._refuse(header)
+                refused = channel.read_error(header)  # of this request: others may go on
+            self.last_used = time.monotonic()
+        except BaseException:
+            self._give_up()
+            raise
+        finally:
+            self._lock.release()
+        if refused is not None:
+            raise refused
+        return y
+
+    def forget(self, request: int) -> None:
+        """See Link."""
+        try:
+            self._take_turn()
+        except LinkError:
+            return
+        try:
+            self._channel.send(Kind.DROP, frames.pack_drop(request))
+        except LinkError:
+            self._give_up()
+        finally:
+            self._lock.release()
+
     def ping(self) -> None:
         """Make sure that the edge is still there. Raises LinkError if not. Needless during an exchange."""
         if self._lock.locked():
@@ -195,7 +240,7 @@ class RemoteLink(Link):
     def _refuse(self, header: Header) -> LinkError:
         if header.kind == Kind.ERROR:
             return ProtocolError(f"the edge answered: {self._channel.read_error(header)}")
-        if header.kind in (Kind.RESULT, Kind.PONG):
+        if header.kind in (Kind.RESULT, Kind.PONG, Kind.STATES):
             return ProtocolError("the edge's answer does not belong to the question")
         return ProtocolError(f"the edge sent {Kind(header.kind).name} out of turn")
 

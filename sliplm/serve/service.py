@@ -46,6 +46,11 @@ class Engine(Protocol):
     def capacity(self) -> int: ...
 
     @property
+    def shows(self) -> bool:
+        """Whether an edge keeps and sees something of a request, which then is for the device's own edge alone."""
+        ...
+
+    @property
     def syntax(self) -> Syntax:
         """How the model writes calls of tools. Raises RequestError if it knows none. Asked for requests with tools."""
         ...
@@ -137,7 +142,7 @@ class Service:
             self.metrics.wait.labels("slot").observe(time.monotonic() - started)
             granted = time.monotonic()
             self._limiter.admit(device)  # others of this device have used tokens while this one waited
-            chunks = self._engine.generate(request, edges)
+            chunks = self._engine.generate(request, edges.pick(device.name) if self._engine.shows else edges)
             try:
                 for chunk in chunks:
                     self.meter.check()

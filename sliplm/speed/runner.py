@@ -125,6 +125,7 @@ class _NoText:
     """The server's engine: edges connect, and no one asks for text."""
 
     capacity = 1
+    shows = False
     syntax: Any = None
 
     def generate(self, request: Any, link: Any) -> Any:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from sliplm import bundle
 from sliplm.errors import BundleError
-from sliplm.split.plan import GroupPlan, read_plan
+from sliplm.split.plan import GroupPlan, masked, read_plan
 from sliplm.split.planes import dequantise
 
 WEIGHTS_FILE = "weights.json"
@@ -28,8 +28,8 @@ class FirstSplit:
     """The trusted side of an earlier split, of this or the last format.
 
     Args:
-        trusted: DIR/trusted. plan, camouflage, based (on a public model): of the new split; but for planes, they must
-            be those of the first.
+        trusted: DIR/trusted. plan (of the masked groups), camouflage, based (on a public model): of the new split; but
+            for planes, they must be those of the first.
 
     Raises:
         BundleError: it is no trusted bundle, a damaged one, or one of another model or rank.
@@ -41,13 +41,13 @@ class FirstSplit:
         bundle.open_trusted(trusted, bundle.LAST_FORMAT)
         try:
             config = json.loads((trusted / "config.json").read_text())["quantization_config"]
-            self._plan = read_plan(config)
+            self._plan = masked(read_plan(config))
             self._file = safe_open(trusted / "model.safetensors", "pt")
             planted = bool(config["camouflage"])
         except (OSError, ValueError, KeyError, TypeError, SafetensorError, BundleError):
             raise BundleError(f"{trusted} is not the trusted bundle of an earlier split.") from None
         if [group.members for group in self._plan] != [group.members for group in plan]:
-            raise BundleError(f"{trusted} protects other layers: it is not a split of this model.")
+            raise BundleError(f"{trusted} protects other layers: it is not a split of this model with this plan.")
         if planted != camouflage or [group.rank for group in self._plan] != [group.rank for group in plan]:
             ranks = sorted({group.rank for group in self._plan})
             shown = f"--rank {', '.join(map(str, ranks))} and {'--camouflage' if planted else '--no-camouflage'}"

@@ -29,13 +29,13 @@ class TensorSource(Protocol):
     def read(self, name: str, part: int = 0, parts: int = 1) -> torch.Tensor: ...
 
 
-def guard(groups: list[Group]) -> str:
-    """The name under which a bundle holds an empty tensor, where the original has a protected weight.
+def guard(groups: list[Group], plan: list[GroupPlan]) -> str:
+    """The name under which a bundle holds an empty tensor, where the original has a weight that is not whole there.
 
     Without sliplm, Transformers would skip the unknown quantization with a warning, and run on random numbers. A tensor
     of the wrong shape makes it fail.
     """
-    return groups[0][0].weight
+    return next(group[0].weight for group, of in zip(groups, plan, strict=True) if of.place != "trusted")
 
 
 def make_plan(groups: list[Group], options: Options) -> list[GroupPlan]:

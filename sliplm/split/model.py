@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import torch
 import transformers
 
@@ -25,8 +26,10 @@ from sliplm.split.files import only_adapter
 from sliplm.split.groups import Group, find_groups, left_out, size
 from sliplm.split.layers import is_experts
 from sliplm.split.matrices import check_shape, group_layout, guard, make_plan, split_group
+from sliplm.split.open import Placed, count_blocks, masked_groups, place, place_groups, take_open, write_open
 from sliplm.split.origin import advice, said_base
-from sliplm.split.plan import GroupPlan, Options, check_plan, to_settings
+from sliplm.split.places import Place, places
+from sliplm.split.plan import GroupPlan, OpenPlan, Options, check_plan, gives_away, masked, to_settings
 from sliplm.split.source import Source, continues_text, fake_mode, open_source
 from sliplm.split.tensors import Layout, differ, resolve, token_table
 from sliplm.split.tokenizer import check_ids, has_tokenizer, has_vocabulary, read_generation, read_tokenizer, save
@@ -49,8 +52,9 @@ class Texts(NamedTuple):
 @dataclass(frozen=True)
 class Summary:
     """What a split did. Sizes in bytes; `digest` names the split (hex); `layers` counts matrices; `kept` names the
-    layers that hold weights and stay on the trusted side, embedding tables apart; `checked` and `error` say how far the
-    protected model is from the original, see `split.check.Checked`."""
+    layers that hold weights and stay on the trusted side, embedding tables apart; `open` says what the edge has in
+    plain, if it has; `checked` and `error` say how far the protected model is from the original, see
+    `split.check.Checked`."""
 
     digest: str
     groups: int
@@ -59,6 +63,7 @@ class Summary:
     edge_bytes: int
     trusted_bytes: int
     kept: list[str]
+    open: str | None
     checked: str
     error: float | None
 
@@ -73,6 +78,7 @@ def split_model(
     name: str | None = None,
     check: bool = True,
     adjust: Callable[[list[GroupPlan]], list[GroupPlan]] | None = None,
+    decide: Callable[[str, int], list[Place]] = places,
 ) -> Summary:
     """Split `model` (directory, .gguf file or hub id) into out/edge and out/trusted.
 
@@ -85,6 +91,7 @@ def split_model(
         name: what the model is called where it is served; by default as its directory or file.
         check: compare the protected model with the original before it takes its place; off for benchmarks.
         adjust: given the plan that `options` make, returns the one to follow: ranks and planes of groups may differ.
+        decide: given `options.plan` and the number of decoder blocks, returns the place of each.
 
     Raises:
         UnsupportedModelError: the model cannot be read, or layers of it cannot be protected.
@@ -107,7 +114,10 @@ def split_model(
             source.config.get_text_config().vocab_size = tokens
             skeleton = source.skeleton()
         groups = find_groups(skeleton, rank=options.rank)
-        kept = left_out(skeleton, groups)
+        placed = None
+        if options.plan != "all":
+            path, count = count_blocks(skeleton)
+            placed = place(skeleton, decide(options.plan, count), path)
         tied = dict(getattr(skeleton, "all_tied_weights_keys", {}))
         routed = any(is_experts(module) for module in skeleton.modules())
     if tokenizer is not None and (rows := token_table(skeleton)[1]):
@@ -120,14 +130,18 @@ def split_model(
             type(skeleton).__name__,
         )
     plan = make_plan(groups, options)
+    if placed is not None:
+        plan = place_groups(plan, placed)
     if adjust is not None:
-        plan, found = adjust(plan), [(of.members, of.kind) for of in plan]
+        plan, found = adjust(plan), [(of.members, of.kind, of.place) for of in plan]
         check_plan(plan)
-        if [(of.members, of.kind) for of in plan] != found:
+        if [(of.members, of.kind, of.place) for of in plan] != found:
             raise BundleError("the plan has other groups than the model.")
         for m, of in ((m, of) for group, of in zip(groups, plan, strict=True) for m in group):
-            if min(m.rows, m.columns) <= of.rank:
+            if of.place == "masked" and min(m.rows, m.columns) <= of.rank:
                 raise BundleError(f"the plan keeps rank {of.rank} of {m.name}: nothing would be left for the edge.")
+    empty = guard(groups, plan)
+    groups = masked_groups(groups, plan)
     plain, stored = resolve(skeleton, groups, tied, source)
     # That all names are there does not say that each is what Transformers loads under it.
     if source.renamed(skeleton) or set(stored.values()) - source.names():
@@ -139,7 +153,7 @@ def split_model(
     if lora is not None:
         source = adapted = Adapted(source, lora, skeleton, tied)
         if options.base is not None:
-            for sentence in adapted.exceeding(groups, plan, options.camouflage):
+            for sentence in adapted.exceeding(groups, masked(plan), options.camouflage):
                 logger.warning(sentence)
     elif options.base is None and (said := said_base(Path(source.origin[0]))):
         logger.warning("%s", advice(said))
@@ -150,18 +164,23 @@ def split_model(
         source = FineTuned(source, options.base, weights, set(stored.values()) - weights)
     first = None
     if options.again is not None:
-        first = FirstSplit(options.again, plan, options.camouflage, options.base is not None)
+        first = FirstSplit(options.again, masked(plan), options.camouflage, options.base is not None)
     with writer.new_directory(out) as partial:
         (partial / "edge").mkdir()
         (partial / "trusted").mkdir(mode=0o700)
         texts = Texts(name, tokenizer, generation)
-        digest = _write(partial, out, source, groups, plan, plain, stored, options, skeleton, texts, first, progress)
-        planes = min(group.planes for group in plan)
+        digest = _write(
+            partial, out, source, groups, plan, placed, empty, plain, stored, options, skeleton, texts, first, progress
+        )
+        planes = min((group.planes for group in masked(plan)), default=2)
         checked = compare(source, groups, stored, partial, planes) if check else Checked("", None)
         edge, trusted = (sum(f.stat().st_size for f in (partial / side).iterdir()) for side in ("edge", "trusted"))
     members = [m for group in groups for m in group]
     protected = sum(m.rows * m.columns for m in members)
-    return Summary(digest, len(groups), len(members), protected, edge, trusted, kept, checked.what, checked.error)
+    kept = [name for name in left_out(skeleton, groups) if placed is None or placed.of(name) != "open"]
+    runs = placed.open.runs if placed is not None and placed.open is not None else None
+    said = None if runs is None else gives_away(runs)
+    return Summary(digest, len(groups), len(members), protected, edge, trusted, kept, said, checked.what, checked.error)
 
 
 def _name(model: str, name: str | None) -> str:
@@ -178,6 +197,8 @@ def _write(
     source: Source,
     groups: list[Group],
     plan: list[GroupPlan],
+    placed: Placed | None,
+    empty: str,
     plain: Layout,
     stored: dict[str, str],
     options: Options,
@@ -188,13 +209,14 @@ def _write(
 ) -> str:
     edge, trusted = directory / "edge", directory / "trusted"
     sizes = map(size, groups)
-    shapes = [(of.planes * rows, columns) for of, (rows, columns) in zip(plan, sizes, strict=True)]
+    shapes = [(of.planes * rows, columns) for of, (rows, columns) in zip(masked(plan), sizes, strict=True)]
     for key in sorted(m.weight for group in groups for m in group):
         if not source.dtype(stored[key]).is_floating_point:
             raise UnsupportedModelError(f"the weight {key} is stored as {source.dtype(stored[key])}, an integer type.")
+    plain, given = take_open(plain, placed)
     layout: Layout = {key: (source.dtype(stored[key]), shape) for key, (_, shape) in plain.items()}
-    layout[guard(groups)] = GUARD
-    for group, of in zip(groups, plan, strict=True):
+    layout[empty] = GUARD
+    for group, of in zip(groups, masked(plan), strict=True):
         layout |= group_layout(group, of, options, first)
     total = sum(m.rows * m.columns for group in groups for m in group)
     done = 0
@@ -207,9 +229,9 @@ def _write(
         for key, (_, shape) in plain.items():
             check_shape(key, source.shape(stored[key]), shape)
             trusted_file.write(key, source.read(stored[key]))
-        trusted_file.write(guard(groups), torch.empty(GUARD[1], dtype=GUARD[0]))
+        trusted_file.write(empty, torch.empty(GUARD[1], dtype=GUARD[0]))
         weights = []
-        for number, (group, of) in enumerate(zip(groups, plan, strict=True)):
+        for number, (group, of) in enumerate(zip(groups, masked(plan), strict=True)):
             weights.append(fingerprint(source.read(stored[m.weight], m.part, m.parts) for m in group))
             if first:
                 first.check_weights(number, group[0].name, weights[-1])
@@ -223,13 +245,17 @@ def _write(
                 progress(done, total)
         if first is None and (others := siblings(out, weights)):
             logger.warning("%s", second_split(*others[0], len(groups)))
-        digest = writer.write_edge_manifest(edge, shapes, q_file.close())
+        opened = placed.open if placed is not None else None
+        manifest = None
+        if opened is not None:
+            manifest = write_open(edge, source, opened, given, stored, type(skeleton).__name__)
+        digest = writer.write_edge_manifest(edge, shapes, q_file.close(), manifest)
         trusted_file.close()
     finally:
         for file in files:
             file.abort()
     writer.write_json(trusted / WEIGHTS_FILE, weights)
-    _write_checkpoint_files(trusted, source, plan, options, skeleton, texts)
+    _write_checkpoint_files(trusted, source, plan, opened, options, skeleton, texts)
     writer.write_trusted_manifest(trusted, digest)
     for path in trusted.iterdir():
         path.chmod(0o600)  # the directory is private; so is each file, should it be moved
@@ -240,6 +266,7 @@ def _write_checkpoint_files(
     trusted: Path,
     source: Source,
     plan: list[GroupPlan],
+    opened: OpenPlan | None,
     options: Options,
     skeleton: transformers.PreTrainedModel,
     texts: Texts,
@@ -255,6 +282,7 @@ def _write_checkpoint_files(
         "camouflage": options.camouflage,
         "based": options.base is not None,
         "plan": to_settings(plan),
+        **({} if opened is None else {"open": msgspec.to_builtins(opened)}),
     }
     config.save_pretrained(trusted)
     written = json.loads((trusted / "config.json").read_text())  # `save_pretrained` leaves that one key out

@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 import torch
 
-from sliplm.bundle import FORMAT, MANIFEST, EdgeManifest, TrustedManifest, sha256_file
+from sliplm.bundle import FORMAT, MANIFEST, EdgeManifest, OpenManifest, TrustedManifest, sha256_file
 from sliplm.errors import BundleError
 
 _DTYPES = {
@@ -117,9 +117,11 @@ def write_json(path: Path, value: Any) -> None:
     path.write_bytes(msgspec.json.format(msgspec.json.encode(value), indent=1) + b"\n")
 
 
-def write_edge_manifest(directory: Path, shapes: list[tuple[int, int]], q_sha256: str) -> str:
+def write_edge_manifest(
+    directory: Path, shapes: list[tuple[int, int]], q_sha256: str, opened: OpenManifest | None = None
+) -> str:
     """Write the edge's manifest; return the bundle digest (hex)."""
-    write_json(directory / MANIFEST, EdgeManifest(FORMAT, shapes, q_sha256))
+    write_json(directory / MANIFEST, EdgeManifest(FORMAT, shapes, q_sha256, opened))
     return sha256_file(directory / MANIFEST)
 
 

@@ -32,7 +32,7 @@ class Together(Protocol):
 def find_way(model: Any) -> Together | None:
     """The shortest way that has been rehearsed with this protected model: its code may treat positions or masks in ways
     that no class tells. None: its sequences are computed one by one."""
-    if only_appends(model):
+    if not model.slip.runs and only_appends(model):  # of open blocks, the edge has a part of the cache
         for way in (Packed.of(model), Padded(model)):
             if way is not None and rehearse(model, way):
                 return way

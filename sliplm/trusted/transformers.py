@@ -19,16 +19,18 @@ from sliplm.errors import BundleError
 from sliplm.split.groups import Group, Sum, protected_tensors
 from sliplm.split.layers import members
 from sliplm.split.matrices import group_layout, guard
-from sliplm.split.plan import Options, read_plan
+from sliplm.split.open import masked_groups
+from sliplm.split.plan import OpenPlan, Options, masked, read_open, read_plan
 from sliplm.split.tensors import Layout
 from sliplm.trusted.embedding import map_table
 from sliplm.trusted.install import bind, install
+from sliplm.trusted.open import place_runs
 
 
 @register_quantization_config("slip")
 class SlipConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """`quantization_config` of a trusted bundle: the plan of the split (`split.plan`), its hardenings, what the model
-    is called, and whether it was `based` on a public one."""
+    is called, whether it was `based` on a public one, and which blocks are `open`."""
 
     def __init__(
         self,
@@ -37,14 +39,24 @@ class SlipConfig(QuantizationConfigMixin):  # type: ignore[misc]
         camouflage: bool = True,
         name: str = "",
         based: bool = False,
+        open: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
         self.quant_method = "slip"  # type: ignore[assignment] # theirs are an enumeration
         self.plan, self.blinding, self.camouflage, self.name, self.based = plan or [], blinding, camouflage, name, based
+        self.open = open
+
+    def open_plan(self) -> OpenPlan | None:
+        """Raises BundleError if it is damaged."""
+        return read_open({"open": self.open})
 
     def groups(self, model: nn.Module) -> list[Group]:
-        """The groups, their members as they are in `model`. Raises KeyError with the name of one that is not, and
-        BundleError for a damaged plan."""
+        """The masked groups, their members as they are in `model`. Raises KeyError with the name of one that is not,
+        and BundleError for a damaged plan."""
+        return masked_groups(self.all_groups(model), read_plan({"plan": self.plan}))
+
+    def all_groups(self, model: nn.Module) -> list[Group]:
+        """Those of the other places, too."""
         known = {m.name: m for name, module in model.named_modules() for m in members(name, module)}
         groups = []
         for of in read_plan({"plan": self.plan}):
@@ -81,15 +93,19 @@ class SlipQuantizer(HfQuantizer):  # type: ignore[misc]
         self._directory = Path(checkpoint_files[0]).parent
         self._manifest = bundle.open_trusted(self._directory)
         try:
-            self._groups = self.quantization_config.groups(model)
+            groups = self.quantization_config.all_groups(model)
         except KeyError as error:
             raise BundleError(
                 f"{type(model).__name__} has no layer {error}, which the bundle protects; {_load_it_as(model)}."
             ) from None
         settings = self.quantization_config
+        plan = read_plan({"plan": settings.plan})
+        empty = guard(groups, plan)
+        self._groups = masked_groups(groups, plan)
+        self._runs = place_runs(model, settings.open_plan())
         options = Options(camouflage=settings.camouflage, blinding=settings.blinding)
         layout: Layout = {}
-        for group, of in zip(self._groups, read_plan({"plan": settings.plan}), strict=True):
+        for group, of in zip(self._groups, masked(plan), strict=True):
             layout |= group_layout(group, of, options)
         file = self._directory / "model.safetensors"
         _check_layout(file, layout, model)
@@ -105,7 +121,7 @@ class SlipQuantizer(HfQuantizer):  # type: ignore[misc]
             name, table = self._table
             _check_layout(file, {name: (torch.float32, (table.num_embeddings, table.embedding_dim))}, model)
         # What is ours is read by `bind`, from the mapped file: no loader shall convert it, or copy all of it at once.
-        unread = {guard(self._groups), *self._own, *([self._table[0]] if self._table else [])}
+        unread = {empty, *self._own, *([self._table[0]] if self._table else [])}
         ignored = set(model._keys_to_ignore_on_load_unexpected or ())
         model._keys_to_ignore_on_load_unexpected = ignored | {f"^({'|'.join(map(re.escape, sorted(unread)))})$"}
 
@@ -117,7 +133,8 @@ class SlipQuantizer(HfQuantizer):  # type: ignore[misc]
         file = self._directory / "model.safetensors"
         with safe_open(file, "pt") as tensors:
             own = {name: tensors.get_tensor(name) for name in self._own}
-        bind(model, self._groups, own, bytes.fromhex(self._manifest.edge_digest))
+        runtime = bind(model, self._groups, own, bytes.fromhex(self._manifest.edge_digest))
+        runtime.open_runs(self._runs)
         if self._table:
             name, table = self._table
             with safe_open(file, "pt") as tensors:  # a mapping of its own: the other one's memory is let go of

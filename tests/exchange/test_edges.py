@@ -383,12 +383,22 @@ def test_if_helpers_are_too_slow_it_says_so(layer: Layer) -> None:
 def test_one_link_for_what_is_kept_on_an_edge(layer: Layer) -> None:
     links = [Fake(layer), Fake(layer), Fake(layer)]
     edges = pool_of_edges(*links)
-    assert edges.pick("edge1") is links[1] and edges.pick("nobody").alive
+    assert edges.pick("edge1").link is links[1]
+    edges.add(links[2], "edge1")
+    assert edges.pick("edge1").link is links[2]  # the newest
+    links[2].close()
+    assert edges.pick("edge1").link is links[1]
     links[1].close()
-    assert edges.pick("edge1") in (links[0], links[2])
-    links[0].close(), links[2].close()
-    with pytest.raises(NoWorkerError):
-        edges.pick()
+    with pytest.raises(NoWorkerError, match="this device has no edge"):  # another's would see its hidden states
+        edges.pick("edge1")
+
+
+def test_a_lie_of_a_picked_edge_is_known(layer: Layer) -> None:
+    link = Fake(layer, "lie")
+    edges = pool_of_edges(link)
+    with pytest.raises(VerificationError):
+        edges.pick("edge0").run(exchange, layer.op, inputs(1), layer.pads, layer.own)
+    assert link.lies == 1 and not link.alive
 
 
 def test_after_close_nobody_waits(layer: Layer) -> None:

@@ -44,6 +44,12 @@ def test_a_batch_gives_the_rows_of_its_keys_in_any_order(keys: int) -> None:
         assert batch.image(first, count).tolist() == images[first : first + count].tolist()
 
 
+def test_where_nothing_is_masked_there_is_nothing_to_make() -> None:
+    pool = pool_of([])
+    pool.hire(pool.own)
+    assert pool.job(pool.own, 0.01) is None and pool.level == 0
+
+
 def test_a_pad_gives_its_mask_once() -> None:
     pad = pool_of(matrices((7, 5)), depth=0).take(0, 1, None)
     pad.mask()

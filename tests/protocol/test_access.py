@@ -210,7 +210,7 @@ def test_no_common_version(home, identity, monkeypatch):
     with serving(home) as server:
         pack = frames.pack_hello
         monkeypatch.setattr(frames, "pack_hello", lambda hello: pack(Hello(1, 1, hello.role, hello.digest)))
-        refused(server, identity, VersionError, "the edge speaks protocol version 1, the trusted side versions 2 to 3")
+        refused(server, identity, VersionError, "the edge speaks protocol version 1, the trusted side versions 2 to 4")
         with pytest.raises(VersionError, match="update the older one"):
             EdgeWorker(make_engine(), server.address, identity).run()
 

@@ -37,6 +37,12 @@ def array(*numbers: int) -> bytes:
     return np.array(numbers, "<u4").tobytes()
 
 
+REQUEST = 0x0807060504030201
+STATES = np.array([[0.5, -1, 3], [0, 2, -0.25]], "<f4")
+HALVES = bytes.fromhex("003f 80bf 4040")  # the first row, as bfloat16
+BLOCKS = frames.pack_blocks(frames.Blocks(REQUEST, 7, 1, True))
+HALF = frames.pack_blocks(frames.Blocks(REQUEST, 7, 2, False))
+
 MADE = {
     "hello-work": frame(Kind.HELLO, 0, frames.pack_hello(Hello(*frames.VERSIONS, Role.WORK, DIGEST))),
     "hello-help": frame(Kind.HELLO, 0, frames.pack_hello(Hello(*frames.VERSIONS, Role.HELP, DIGEST))),
@@ -48,6 +54,11 @@ MADE = {
     "ping": frame(Kind.PING, VERSION, b"", sequence=8),
     "pong": frame(Kind.PONG, VERSION, b"", sequence=8),
     "pads": frame(Kind.PADS, VERSION, frames.pack_pads(PadsWanted(bytes(range(32)), 16, 3)), group=1, sequence=9),
+    "blocks": frame(Kind.BLOCKS, VERSION, BLOCKS + STATES.tobytes(), group=1, rows=2, sequence=10),
+    "states": frame(Kind.STATES, VERSION, STATES.tobytes(), group=1, rows=2, sequence=10),
+    "blocks-bf16": frame(Kind.BLOCKS, VERSION, HALF + HALVES, group=1, rows=1, sequence=10),
+    "states-bf16": frame(Kind.STATES, VERSION, HALVES, group=1, rows=1, sequence=10),
+    "drop": frame(Kind.DROP, VERSION, frames.pack_drop(REQUEST)),
     "images": frame(Kind.IMAGES, VERSION, array(*range(10, 16)), group=1, rows=3, sequence=9),
 }
 
@@ -79,7 +90,17 @@ def within_limits_or_refused(data: bytes, version: int) -> None:
     assert len(data) == 16 and header == HEADER.unpack(data)
     assert header.length <= 256 << 20 and header.rows <= 1024
     if header.rows:
-        assert header.kind in (Kind.EXCHANGE, Kind.RESULT) and header.length % (4 * header.rows) == 0
+        arrays = {
+            Kind.EXCHANGE: (4, 0),
+            Kind.RESULT: (4, 0),
+            Kind.IMAGES: (4, 0),
+            Kind.BLOCKS: (2, 16),
+            Kind.STATES: (2, 0),
+        }
+        number, before = arrays[header.kind]
+        assert header.length > before and (header.length - before) % (number * header.rows) == 0
+    if header.kind >= Kind.BLOCKS:
+        assert version >= 4
 
 
 @given(st.binary(max_size=40), st.integers(0, 255))
@@ -90,9 +111,36 @@ def test_random_bytes_are_a_sane_header_or_a_protocol_error(data, version):
 U32 = st.integers(0, 2**32 - 1)
 
 
-@given(st.integers(0, 12), st.integers(0, 3), st.integers(0, 2**16 - 1), st.integers(0, 1100), U32, U32)
+@given(st.integers(0, 16), st.integers(0, 4), st.integers(0, 2**16 - 1), st.integers(0, 1100), U32, U32)
 def test_plausible_headers_too(kind, version, group, rows, sequence, length):
     within_limits_or_refused(HEADER.pack(kind, version, group, rows, sequence, length), VERSION)
+    within_limits_or_refused(HEADER.pack(kind, version, group, rows, sequence, length), version)
+
+
+@given(st.sampled_from((13, 14)), st.integers(0, 1100), st.integers(0, 20), st.sampled_from((2, 4)), st.integers(0, 17))
+def test_headers_of_hidden_states_too(kind, rows, width, number, more):
+    within_limits_or_refused(HEADER.pack(kind, VERSION, 0, rows, 1, rows * width * number + more), VERSION)
+
+
+@given(st.integers(0, 2**64 - 1), st.integers(0, 2**32 - 4), st.sampled_from((1, 2)), st.booleans(), st.integers(1, 9))
+def test_what_blocks_says_survives_the_trip(request, start, kind, keep, width):
+    asked = frames.Blocks(request, start, kind, keep)
+    rows = bytes(4 * width * frames.STATE_BYTES[kind])
+    assert frames.parse_blocks(frames.pack_blocks(asked) + rows, width, 4) == asked
+    with pytest.raises(ProtocolError):
+        frames.parse_blocks(frames.pack_blocks(asked) + rows + b"\0", width, 4)
+    assert frames.parse_drop(frames.pack_drop(request)) == request
+
+
+@given(st.binary(min_size=18, max_size=60), st.integers(1, 8), st.integers(1, 4))
+def test_random_bytes_are_sane_blocks_or_a_protocol_error(data, width, rows):
+    try:
+        asked = frames.parse_blocks(data, width, rows)
+    except ProtocolError as error:
+        assert "\n" not in str(error)
+        return
+    assert asked.type in (1, 2) and asked.keep in (False, True) and asked.start + rows <= 1 << 32
+    assert len(data) == 16 + rows * width * frames.STATE_BYTES[asked.type]
 
 
 @given(st.binary(max_size=200))
@@ -126,15 +174,16 @@ def test_hello_is_strict(change):
 def test_versions_are_negotiated():
     assert frames.choose_version(Hello(1, 9, Role.WORK, DIGEST)) == VERSION
     assert frames.choose_version(Hello(1, 2, Role.WORK, DIGEST)) == 2
-    with pytest.raises(VersionError, match="versions 4 to 5, the trusted side versions 2 to 3: update the older one"):
-        frames.choose_version(Hello(4, 5, Role.WORK, DIGEST))
-    with pytest.raises(VersionError, match="version 1, the trusted side versions 2 to 3: update the older one"):
+    assert frames.choose_version(Hello(2, 3, Role.WORK, DIGEST)) == 3
+    with pytest.raises(VersionError, match="versions 5 to 6, the trusted side versions 2 to 4: update the older one"):
+        frames.choose_version(Hello(5, 6, Role.WORK, DIGEST))
+    with pytest.raises(VersionError, match="version 1, the trusted side versions 2 to 4: update the older one"):
         frames.choose_version(Hello(1, 1, Role.WORK, DIGEST))
     with pytest.raises(ProtocolError, match="not offered"):
         frames.parse_welcome(frames.pack_welcome(Welcome(1, DIGEST, "")))
 
 
-WIRE = {2: "41c660d9fab94b06", 3: "cfe2052b3e537243"}
+WIRE = {2: "41c660d9fab94b06", 3: "cfe2052b3e537243", 4: "be07c9326267a0c6"}
 """Of each version, the hash of its messages and codes. Never change one that is released: add a version."""
 
 

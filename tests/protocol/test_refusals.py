@@ -43,7 +43,7 @@ def tell(client: httpx.Client, status: int, says: str) -> None:
         ("signed by another authority", 403, "the edge's certificate was issued by another authority"),
         ("revoked", 403, "the device 'laptop' was revoked"),
         ("of another bundle", 403, "this edge bundle belongs to another split"),
-        ("of an older version", 403, "the edge speaks protocol version 1, the trusted side versions 2 to 3"),
+        ("of an older version", 403, "the edge speaks protocol version 1, the trusted side versions 2 to 4"),
         ("of no trusted side", 503, "cannot be reached: Connection refused"),
     ],
 )

@@ -94,7 +94,20 @@ def payload(frame: dict[str, Any]) -> bytes:
         return frames.pack_welcome(Welcome(frame["chosen"], bytes.fromhex(frame["digest"]), frame["model"]))
     if frame["kind"] == "PADS":
         return frames.pack_pads(PadsWanted(bytes.fromhex(frame["key"]), frame["first"], frame["count"]))
+    if frame["kind"] == "BLOCKS":
+        asked = frames.Blocks(frame["request"], frame["start"], frame["type"], frame["keep"])
+        return frames.pack_blocks(asked) + states(frame)
+    if frame["kind"] == "STATES":
+        return states(frame)
+    if frame["kind"] == "DROP":
+        return frames.pack_drop(frame["request"])
     return frame.get("sentence", "").encode()
+
+
+def states(frame: dict[str, Any]) -> bytes:
+    """Those of the vector, all of which bfloat16 can hold: its 16 bits are the higher ones of float32's."""
+    numbers = np.array(frame["states"], "<f4")
+    return numbers.tobytes() if frame["type"] == 1 else (numbers.view("<u4") >> 16).astype("<u2").tobytes()
 
 
 @pytest.mark.parametrize("frame", named(VECTORS["frames"]))
@@ -107,7 +120,8 @@ def test_frames_are_sent_and_received_byte_by_byte(frame: dict[str, Any], wire: 
         staged[:] = rows
         sender.channel.send_staged(kind, frame["group"], frame["sequence"], staged)
     else:
-        sender.channel.send(kind, payload(frame), group=frame["group"], sequence=frame["sequence"])
+        where = {key: frame[key] for key in ("group", "rows", "sequence")}
+        sender.channel.send(kind, payload(frame), **where)
     assert sender.sent() == frame["hex"]
     header = receiver.gets(frame["hex"])
     assert header == (kind, frame["version"], frame["group"], frame["rows"], frame["sequence"], header.length)
@@ -122,10 +136,10 @@ def test_frames_are_sent_and_received_byte_by_byte(frame: dict[str, Any], wire: 
 def test_greetings_say_what_the_file_says() -> None:
     read = {f["name"]: bytes.fromhex(f["hex"])[HEADER.size :] for f in VECTORS["frames"]}
     digest = bytes(range(32))
-    assert frames.parse_hello(read["hello-work"]) == Hello(2, 3, Role.WORK, digest)
-    assert frames.parse_hello(read["hello-request"]) == Hello(2, 3, Role.REQUEST, digest)
-    assert frames.parse_hello(read["hello-help"]) == Hello(2, 3, Role.HELP, digest)
-    assert frames.parse_welcome(read["welcome"]) == Welcome(3, digest, "demo")
+    assert frames.parse_hello(read["hello-work"]) == Hello(2, 4, Role.WORK, digest)
+    assert frames.parse_hello(read["hello-request"]) == Hello(2, 4, Role.REQUEST, digest)
+    assert frames.parse_hello(read["hello-help"]) == Hello(2, 4, Role.HELP, digest)
+    assert frames.parse_welcome(read["welcome"]) == Welcome(4, digest, "demo")
 
 
 @pytest.mark.parametrize("name", VECTORS["refused_headers"])
@@ -140,6 +154,7 @@ def test_bad_headers_are_refused(name: str, wire: Any) -> None:
         (frames.parse_hello, "refused_hello_payloads"),
         (frames.parse_welcome, "refused_welcome_payloads"),
         (frames.parse_pads, "refused_pads_payloads"),
+        (lambda payload: frames.parse_blocks(payload, 2, 1), "refused_blocks_payloads"),
     ],
 )
 def test_bad_greetings_are_refused(parse: Any, block: str) -> None:

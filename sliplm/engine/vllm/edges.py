@@ -45,6 +45,7 @@ class _Elsewhere:
     """In the place of an engine: an edge's requests are told where to go."""
 
     capacity = 1
+    shows = False
 
     def __init__(self, name: str) -> None:
         self._name = name
