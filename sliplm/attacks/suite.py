@@ -25,6 +25,7 @@ from sliplm.extras import require
 from sliplm.planner.traced import block_list, block_of
 from sliplm.split.groups import blocks
 from sliplm.split.places import Place
+from sliplm.split.plan import read_plan
 from sliplm.split.source import load_whole
 
 logger = logging.getLogger(__name__)
@@ -162,7 +163,7 @@ def _at_borders(stolen: Stolen, original: Any, data: Data, public: Any) -> dict[
     """Lines of the attack `boundary`, none where no block is open."""
     place = block_list(original)
     where: list[Place] = ["open"] * len(original.get_submodule(place))
-    for plan in stolen.plan:
+    for plan in read_plan(stolen.settings):
         if (number := block_of(plan.members[0], place)) is not None:
             where[number] = plan.place
     return boundary.attack(original, where, data, stolen.plan[0].rank, public)

@@ -11,7 +11,9 @@ import typer
 
 from sliplm.cli.common import Json, Model, Planes, Rank, emit, err, progress_bar, set_up_logging
 from sliplm.cli.quiet import quiet_transformers
-from sliplm.split.places import KINDS
+from sliplm.errors import SlipError
+from sliplm.planner import units
+from sliplm.split.places import KINDS, places
 
 
 def split(
@@ -26,7 +28,10 @@ def split(
         Path | None,
         typer.Option(help="OLD/trusted, an earlier split of the same weights: use its camouflage again."),
     ] = None,
-    plan: Annotated[str, typer.Option(help=f"Where blocks are computed: {KINDS}.")] = "all",
+    plan: Annotated[
+        str, typer.Option(help=f"Where blocks are computed: {KINDS}; or auto:9rt, auto:200ms, auto:5% for a budget.")
+    ] = "all",
+    rtt: Annotated[str, typer.Option(help="Round-trip time between the sides, for --plan auto:200ms.")] = "0ms",
     adapter: Annotated[Path | None, typer.Option(help="A LoRA adapter (PEFT's directory) to merge into MODEL.")] = None,
     name: Annotated[str | None, typer.Option(help="What the model is called; by default as its directory.")] = None,
     as_json: Json = False,
@@ -44,8 +49,19 @@ def split(
     options = Options(rank, planes, camouflage, blinding, base, again, plan)
     for sentence in weaknesses(options):
         err().print(f"slip: warning: {sentence}", style="yellow", markup=False)
+    decide = places
+    if plan.startswith("auto:"):
+        if adapter is not None:
+            raise SlipError("--plan auto measures MODEL as it is: merge the adapter first, or name a plan.")
+        from sliplm.planner.budget import auto
+        from sliplm.planner.costs import Network, Split
+
+        with progress_bar("measuring what blocks are worth (blocks)") as progress:
+            network = Network(units.duration(rtt))
+            chosen = auto(model, plan, Split(rank, planes), network, progress=progress)
+        decide = lambda *_: chosen  # noqa: E731
     with progress_bar("splitting (weights)") as progress:
-        s = run(model, output, options, progress, adapter=adapter, name=name)
+        s = run(model, output, options, progress, adapter=adapter, name=name, decide=decide)
     emit(
         as_json,
         {"edge": str(output / "edge"), "trusted": str(output / "trusted"), **vars(s)},

@@ -53,6 +53,18 @@ def test_sensitivity(tiny: Path, tmp_path: Path) -> None:
     assert done.returncode == 0 and "most sensitive layer" in done.stdout
 
 
+def test_a_split_within_a_budget(tiny: Path, tmp_path: Path) -> None:
+    done = slip("split", tiny, "-o", tmp_path / "out", "--plan", "auto:5rt", "--rank", 4, timeout=300)
+    assert done.returncode == 0, done.stderr
+    shown = slip("inspect", tmp_path / "out" / "trusted", "--json")
+    places = [group["place"] for group in json.loads(shown.stdout)["groups"]]
+    assert set(places) == {"masked", "open", "trusted"} and "is open" in done.stdout
+    assert "auto:1rt leaves no block masked" in refused("split", tiny, "-o", tmp_path / "no", "--plan", "auto:1rt")
+    adapter = ("--plan", "auto:5rt", "--adapter", tmp_path)
+    assert "merge the adapter first" in refused("split", tiny, "-o", tmp_path / "no", *adapter)
+    assert not (tmp_path / "no").exists()
+
+
 def test_bad_input_gives_one_sentence(tiny: Path, tmp_path: Path) -> None:
     nothing = tmp_path / "nothing"
     assert "is not a model" in refused("plan", nothing)
