@@ -24,10 +24,10 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from sliplm.errors import BusyError, LinkError, locate
-from sliplm.pads.pad import Array, Batch, Images, Maker, Pad, Part
+from sliplm.pads.pad import Array, Batch, Maker, Pad, Part
 from sliplm.pads.parties import may_use
 from sliplm.pads.sources import SelfSource
-from sliplm.pads.spill import Spill
+from sliplm.pads.spill import Spill, pieces
 from sliplm.pads.stock import Job, Stock
 from sliplm.prg import fresh_key
 
@@ -341,22 +341,11 @@ class Pool:
             self._state.notify_all()
 
     def _batches(self, job: Job, images: Array, room: int) -> list[Batch]:
-        """What `job` brought, in one piece; or, if there is somewhere else for it, with `room` rows in memory and the
-        rest in pieces of `depth`: loaded again, one of them takes no more memory than what is there anyway."""
+        """What `job` brought, with `room` rows in memory if there is somewhere else for the rest. Loaded again, a piece
+        of that takes no more memory than what is there anyway."""
+        kept = pieces(images, room, max(self._depth, self._batch), self.spill)
+        width, keys = self._shapes[job.group][1], [half.key for half in job.halves]
         names = {half.maker.name for half in job.halves}
-        kept: list[tuple[int, Array | Images, int]] = [(0, images, len(images))] if len(images) else []
-        if self.spill is not None and room < len(images):
-            size = max(self._depth, self._batch)
-            first = max(0, room)
-            kept = [(0, images[:first].copy(), first)] if first else []
-            try:
-                for begin in range(first, len(images), size):
-                    piece = images[begin : begin + size]
-                    kept.append((begin, self.spill(piece), len(piece)))
-            except OSError:
-                pass  # it has said so, and `reserve` will ask for fewer
-        width = self._shapes[job.group][1]
-        keys = [half.key for half in job.halves]
         return [Batch(job.maker, keys, count, width, images, begin, names) for begin, images, count in kept]
 
     def _forget(self, job: Job) -> None:

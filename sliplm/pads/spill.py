@@ -179,3 +179,20 @@ def _read(file: int, size: int, position: int) -> bytearray:
             raise OSError("what was written is not there any more")
         view, position = view[read:], position + read
     return data
+
+
+def pieces(images: Array, room: int, size: int, spill: Spill | None) -> list[tuple[int, Array | Images, int]]:
+    """`images` as (first row, rows, how many): in one piece, or, with a `spill`, `room` rows as they are and the others
+    as what it gives for `size` of them at a time. It says itself when the disk is full; what it has no room for is not
+    among the pieces."""
+    if spill is None or room >= len(images):
+        return [(0, images, len(images))] if len(images) else []
+    first = max(0, room)
+    kept: list[tuple[int, Array | Images, int]] = [(0, images[:first].copy(), first)] if first else []
+    try:
+        for begin in range(first, len(images), size):
+            piece = images[begin : begin + size]
+            kept.append((begin, spill(piece), len(piece)))
+    except OSError:
+        pass
+    return kept
