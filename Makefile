@@ -29,7 +29,7 @@ test-clients: $(STAMP) $(CLIENTS)/.installed
 
 # The plugin for vLLM, in an environment of its own, too.
 test-vllm: $(VLLM)/.installed
-	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/vllm
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -o addopts="-ra --strict-markers --import-mode=importlib" tests/vllm
 
 bench-vllm: $(VLLM)/.installed
 	$(VLLM)/bin/python -m bench.vllm

@@ -48,6 +48,7 @@ from sliplm.protocol.frames import (
     parse_welcome,
 )
 from sliplm.protocol.messages import decode_chunk, decode_request
+from sliplm.protocol.session import Session
 from sliplm.registry import authority
 
 TOKENS = 2
@@ -95,7 +96,7 @@ def _attack_parsers(size: int, seed: int) -> dict[str, Any]:
         with far:
             near.sendall(data)
             near.close()  # so that whoever wants more than was sent gets an end, and does not wait
-            channel = Channel(far, "the other side", PATIENCE)  # type: ignore[arg-type]
+            channel = Channel(Session(far, plain.Context()), "the other side", PATIENCE)  # type: ignore[arg-type]
             channel.version = version
             try:
                 header = channel.receive()

@@ -83,7 +83,9 @@ class Proxy:
 
 
 class _After:
-    """Lets `count` bytes pass unharmed, then begins."""
+    """Lets `count` bytes pass unharmed, then begins; `struck` says whether it has."""
+
+    struck = False
 
     def __init__(self, count: int) -> None:
         self._left = count
@@ -93,6 +95,8 @@ class _After:
         with self._lock:
             begun = self._left <= 0
             self._left -= len(data)
+        if begun:
+            self.struck = True
         return self._harm(data) if begun else data
 
     def _harm(self, data: bytes) -> bytes | None:

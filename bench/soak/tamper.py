@@ -1,9 +1,10 @@
 """Tampered answers: every one has to be caught, and none may become text.
 
 Edges of the real kind ask for text and answer rightly up to a random exchange, where they tell one lie of a random
-kind. A lie counts as caught if the request fails and all text that came before is the beginning of the true text. Wrong
-numbers must also get the device suspended, for which it has to fail the check; the owner then lets it in again, for the
-next lie. Meanwhile an honest edge asks all the time, and has to get the true text every time.
+kind. A lie counts as caught if the request goes on with another edge, to the true text, or fails, and all text that
+came before is the beginning of the true text. Wrong numbers must also get the device suspended, for which it has to
+fail the check; the owner then lets it in again, for the next lie. Meanwhile an honest edge asks all the time, and has
+to get the true text every time.
 """
 
 from __future__ import annotations
@@ -24,10 +25,17 @@ PROMPT = "Hello there"
 TOKENS = 2
 
 
+def eager() -> None:
+    """Ask every edge in its turn, also one that has just failed: a liar needs opportunities."""
+    from sliplm.exchange import edges
+
+    edges.TRY_SECONDS = edges.TRY_TIMES = edges.AGAIN_SECONDS = 0
+
+
 def run(bundle: Path, size: int = 10_000, liars: int = 4, seed: int = 0, fresh: bool = True) -> dict[str, Any]:
     """Let `liars` edges tell `size` lies in all, and say what came of them."""
     with site(bundle) as here:
-        trusted, address = here.trusted(fresh=fresh)
+        trusted, address = here.trusted(fresh=fresh, before=eager)
         honest = here.edge(address, here.enrol("honest"))
         api = honest.ready()["api"]
         truth = text(api, PROMPT, TOKENS)
@@ -93,9 +101,9 @@ class _Tally:
             self._left -= 1
             return self._left >= 0 and len(self.problems) < 10
 
-    def record(self, kind: str, error: Exception | None, prefix: bool, suspended: bool) -> None:
+    def record(self, kind: str, error: Exception | None, right: bool, suspended: bool) -> None:
         with self._lock:
-            if error is None or not prefix:
+            if not right:
                 self.problems.append(f"a lie ({kind}) was answered: {error or 'no error'}")
             elif suspended != (kind in NUMBERS):
                 self.problems.append(f"a lie ({kind}): the device was {'' if suspended else 'not '}suspended: {error}")
@@ -119,7 +127,7 @@ def _lie(here: Site, name: str, worker: Liar, tally: _Tally, truth: str, groups:
             if worker.told > told:
                 suspended = _suspended(here, name, kind in NUMBERS)
                 # It may be the whole truth: an answer's last tokens can be bytes of no character, and have no text.
-                tally.record(kind, error, truth.startswith(got), suspended)
+                tally.record(kind, error, got == truth or (error is not None and truth.startswith(got)), suspended)
                 if suspended:
                     here.registry.devices.resume(name)
                 break

@@ -19,6 +19,7 @@ void bind_waiting(nanobind::module_& m);
 using namespace nanobind::literals;
 
 NB_MODULE(_native, m) {
+    nanobind::set_leak_warnings(false);  // a server that ends does not take its model apart first
     m.def("isas", &slip::isas);
     m.def("threads", &slip::cores);
     m.def("limit_threads", &slip::limit_threads, "n"_a);

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from weakref import WeakSet
 
 import numpy as np
 
@@ -44,6 +45,7 @@ class EdgeWorker(Lent):
         super().__init__(engine, trusted, identity, idle_timeout=idle_timeout)
         self._blocks = blocks
         self._generate_timeout = generate_timeout
+        self._generations = WeakSet[Generation]()
         self._input = np.empty(0, np.uint32)
 
     def generate(self, request: GenerateRequest) -> Generation:
@@ -52,8 +54,15 @@ class EdgeWorker(Lent):
         Raises LinkError, IdentityError, BundleError or InternalError if the trusted side cannot be reached or refuses.
         """
         payload = encode(request)
-        channel = self._connect(Role.REQUEST, self._generate_timeout)
-        return Generation(channel, payload)
+        generation = Generation(self._connect(Role.REQUEST, self._generate_timeout), payload)
+        self._generations.add(generation)
+        return generation
+
+    def stop(self) -> None:
+        """See Lent. What was asked for here ends, too: there may be no other edge to go on with it."""
+        super().stop()
+        for generation in list(self._generations):
+            generation.abort()
 
     def _answer(self, channel: Channel, header: Header) -> None:
         kind, _, group, rows, sequence, length = header
@@ -155,9 +164,13 @@ class Generation(Iterator[Chunk]):
         self._ended = True
         self._channel.close()
 
+    def abort(self) -> None:
+        """Let the thread that iterates, if any, get a LinkError or the end."""
+        self._channel.abort()
+
     def close(self) -> None:
-        """Cancel. The thread that iterates, if any, gets a LinkError or the end."""
-        self._channel.abort()  # wakes a thread that waits for text
+        """Cancel, from any thread."""
+        self.abort()
         if self._turn.acquire(timeout=1.0):
             self._end()
             self._turn.release()

@@ -12,7 +12,7 @@ from sliplm.engine.logprobs import Scored
 from sliplm.errors import CancelledError, SlipError, VerificationError, locate
 from sliplm.exchange.link import Field, Link, Own, Router, States
 
-BEAT_SECONDS = 0.5
+BEAT_SECONDS = 0.2
 AHEAD = 64
 """Tokens that wait for a slow reader before the generation waits for it, too."""
 
@@ -62,7 +62,7 @@ class Answer:
         self._queue.put(error)
 
     def tokens(self) -> Iterator[Token | None]:
-        """The tokens, with their scores if asked for; None every half second in which there is none. Raises what `fail`
+        """The tokens, with their scores if asked for; None now and then, as long as there is none. Raises what `fail`
         was given."""
         while True:
             try:

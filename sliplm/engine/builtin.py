@@ -123,7 +123,7 @@ class BuiltinEngine:
     def generate(self, request: GenerateRequest, link: Link | Router) -> Iterator[Chunk]:
         """Stream the answer to `request`, with its exchanges over `link`; together with all others that are given the
         same object, where the model allows it. Closing the iterator stops the generation; so that it can be closed, an
-        empty chunk comes every half second without text.
+        empty chunk comes now and then without text.
 
         Raises:
             TooLongError: the prompt does not fit the model.

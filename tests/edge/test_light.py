@@ -30,6 +30,8 @@ OWNERS = {
     "trusted": ["nothing"],
     "evaluate": ["nothing", "--reference", "model"],
     "attack": ["nothing", "--reference", "model"],
+    "plan": ["nothing"],
+    "sensitivity": ["nothing"],
     "bench": [],
     "demo": [],
     "device": ["list", "-b", "nothing"],

@@ -27,7 +27,7 @@ from sliplm.split.blinding import Blinding
 from sliplm.trusted.group import MemberWeights, ProtectedGroup
 from sliplm.trusted.runtime import Runtime
 
-TRUSTED, EDGE = 28, 12
+TRUSTED, EDGE = 28, 13
 EXCHANGES = 10
 
 

@@ -3,15 +3,18 @@ comes back by itself."""
 
 from __future__ import annotations
 
+import contextlib
 import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from bench.soak.processes import Site, eventually, site, text
 from bench.soak.proxy import FAULTS, Fault, Proxy, Slow
+from sliplm.errors import SlipError
 
 pytestmark = pytest.mark.slow
 
@@ -52,27 +55,24 @@ def test_a_broken_connection_gives_no_wrong_text_and_is_made_again(
 ) -> None:
     proxy, api, truth = path
     rng = random.Random(fault)
-    failures = 0
+    made: list[Any] = []
     for _ in range(4):
 
         def make() -> Fault:
             # The handshake of a connection takes about 2 kB, a token some 50 kB.
-            return FAULTS[fault](int(rng.expovariate(1 / 20_000)))
+            made.append(FAULTS[fault](int(rng.expovariate(1 / 20_000))))
+            return made[-1]
 
         proxy.make_fault = make
         proxy.cut()
-        try:
+        with contextlib.suppress(SlipError):  # or the edge comes back in time, and the text goes on
             assert text(api, PROMPT, TOKENS) == truth
-        except AssertionError:
-            raise
-        except Exception:
-            failures += 1
         proxy.make_fault = None
         proxy.cut()
         started = time.monotonic()
         assert eventually(lambda: text(api, PROMPT, TOKENS), 30) == truth
         assert time.monotonic() - started < RECOVERY_SECONDS + 25  # the text itself takes its time on a busy machine
-    assert failures, "the fault never struck"
+    assert any(one.struck for one in made), "the fault never struck"
     assert not any(command.complaints() for command in here.commands)
 
 

@@ -13,7 +13,7 @@ import pytest
 from sliplm import _core
 
 ROOM = Path(_core.__file__).parent
-KINDS = ("Vector", "Matrix", "Cube", "Four")  # arrays of one to four dimensions
+KINDS = ("Vector", "Matrix", "Cube", "Four", "Five")  # arrays of one to five dimensions
 NAMES = {"bool": "bool_"}  # numpy's, where they are others
 ARRAY = re.compile(r"ndarray\[dtype=(\w+), shape=\(([*, ]+)\)(, order='C')?, device='cpu'(?:, writable=False)?\]")
 

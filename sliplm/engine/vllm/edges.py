@@ -23,6 +23,7 @@ from sliplm.serve.server import TrustedServer
 from sliplm.trusted.runtime import Runtime
 
 AGAIN_SECONDS = 0.05
+WAIT_SECONDS = 1.0
 SAY_SECONDS = 30.0
 
 ELSEWHERE = "vLLM serves this model: ask its API, not the edge's"
@@ -81,6 +82,7 @@ class Edges:
             *settings.listen,
             registry=settings.registry,
             pads=work,
+            worker_wait=WAIT_SECONDS,
         )
         runtime.pool.start()
         threading.Thread(target=self._server.serve_forever, name="slip edges", daemon=True).start()
