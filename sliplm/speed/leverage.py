@@ -56,8 +56,8 @@ def measure(
 
 def _row(plain: Ask, trusted: Ask, streams: int, tokens: int, rounds: int) -> dict[str, float]:
     """Medians of CPU milliseconds a token, and their ratio."""
-    for ask in (plain, trusted):
-        ask(do="decode", tokens=4, streams=streams)
+    for ask in (plain, trusted):  # as many tokens as will be counted: memory has been used before, as in a server
+        ask(do="decode", tokens=tokens, streams=streams)
     spent: dict[str, list[float]] = {"trusted_cpu_ms": [], "pads_cpu_ms": [], "unprotected_cpu_ms": []}
     per_step = 1e3 / streams
     for _ in range(rounds):
