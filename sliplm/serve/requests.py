@@ -57,6 +57,8 @@ class Requests:
             self._send(channel, self._service.answer(request, device, self._edges), known)
         except _PeerGone:
             _log.info("device %s cancelled its request", device.name)
+        except _Told:
+            _log.warning("device %s: %s", device.name, known.reason)
         except Exception as failure:
             error = failure if isinstance(failure, VerificationError) else known.reason or failure
             expected = isinstance(error, SlipError)
@@ -75,7 +77,10 @@ class Requests:
                 if self._stopping.is_set():
                     chunks.throw(LinkError(SHUTTING_DOWN))
                 if known.reason is not None:
-                    chunks.throw(LinkError("the device was cut off"))
+                    self._tell(channel, known.reason)  # now: what is computed for it may take seconds to end
+                    with contextlib.suppress(LinkError):
+                        chunks.throw(LinkError("the device was cut off"))
+                    raise _Told
                 try:
                     if channel.peer_left():
                         raise _PeerGone
@@ -86,3 +91,7 @@ class Requests:
 
 class _PeerGone(Exception):
     """The requester closed its connection: nobody is left to tell."""
+
+
+class _Told(Exception):
+    """The requester knows why there is no more."""
