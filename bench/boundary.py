@@ -19,8 +19,8 @@ from sliplm.attacks.stolen import trim
 from sliplm.attacks.suite import read_data
 from sliplm.attacks.training import perplexity
 from sliplm.evaluate import text
+from sliplm.open.blocks import block_list
 from sliplm.planner import units
-from sliplm.planner.traced import block_list
 from sliplm.speed.models import find
 from sliplm.split.places import places
 from sliplm.split.source import load_whole

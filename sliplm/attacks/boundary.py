@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from sliplm.attacks.training import Data, autocast, perplexity
-from sliplm.planner.traced import block_list
+from sliplm.open.blocks import block_list
 from sliplm.split.base import divide
 from sliplm.split.groups import find_layers
 from sliplm.split.places import Place

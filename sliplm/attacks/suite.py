@@ -22,7 +22,7 @@ from sliplm.attacks.verdict import verdict
 from sliplm.errors import BundleError, SlipError
 from sliplm.evaluate import agreement, text
 from sliplm.extras import require
-from sliplm.planner.traced import block_list, block_of
+from sliplm.open.blocks import block_list, block_of
 from sliplm.split.groups import blocks
 from sliplm.split.places import Place
 from sliplm.split.plan import read_plan

@@ -16,26 +16,43 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 from sliplm.errors import UnsupportedModelError
 
 
-def find_blocks(model: Any) -> str:
-    """The name of the list of `model`'s decoder blocks. Raises UnsupportedModelError: it has none that can be computed
-    apart from the rest."""
-    config = model.config.get_text_config(decoder=True)
-    count = getattr(config, "num_hidden_layers", None)
+def block_list(model: Any) -> str:
+    """The name of the list of `model`'s decoder blocks, such as "model.layers". Raises UnsupportedModelError."""
+    if (found := _largest(model)) is None:
+        raise UnsupportedModelError(f"{type(model).__name__} has no list of decoder blocks.")
+    return found
+
+
+def _largest(model: Any) -> str | None:
+    count = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
     found = [
-        (sum(p.numel() for p in module.parameters()), name)
+        (_continues(model, name), sum(p.numel() for p in module.parameters()), name)
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count and _continues(model, name)
+        if isinstance(module, nn.ModuleList) and len(module) == count
     ]
-    if not found or model.config.is_encoder_decoder:
+    return max(found)[2] if found else None
+
+
+def block_of(name: str, place: str) -> int | None:
+    """In which of the blocks of the list `place` a module or tensor is by its `name`; None if in none."""
+    if not name.startswith(f"{place}."):
+        return None
+    return int(name.removeprefix(f"{place}.").partition(".")[0])
+
+
+def find_blocks(model: Any) -> str:
+    """The same, of blocks that can be computed apart from the rest. Raises UnsupportedModelError."""
+    place = _largest(model)
+    if place is None or model.config.is_encoder_decoder or not _continues(model, place):
         raise UnsupportedModelError(
             f"{type(model).__name__} has no list of decoder blocks: only the plan all is for it."
         )
-    kinds = {type(layer) for layer in DynamicCache(config=config).layers}
+    kinds = {type(layer) for layer in DynamicCache(config=model.config.get_text_config(decoder=True)).layers}
     if not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
         raise UnsupportedModelError(
             f"the blocks of {type(model).__name__} remember more than keys and values: only the plan all is for it."
         )
-    return str(max(found)[1])
+    return place
 
 
 def _continues(model: Any, name: str) -> bool:

@@ -15,7 +15,7 @@ from torch import nn
 from sliplm.errors import SlipError, UnsupportedModelError
 from sliplm.evaluate import agreement
 from sliplm.evaluate.text import read_text
-from sliplm.planner.traced import block_list, block_of
+from sliplm.open.blocks import block_list, block_of
 from sliplm.split.factors import Factors, leading
 from sliplm.split.groups import find_layers
 from sliplm.split.layers import Member

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from sliplm.errors import UnsupportedModelError
+from sliplm.open.blocks import block_list, block_of
 from sliplm.planner.shapes import Block, Group, Model
 from sliplm.split import source
 from sliplm.split.groups import Group as Found
@@ -61,23 +61,6 @@ def _configuration(model: str) -> tuple[Any, str]:
             raise UnsupportedModelError(f"cannot fetch {model} from the hub: {why}") from None
     directory, arguments = source.locate(str(path))
     return source.read_config(directory, arguments), path.stem if arguments else directory.resolve().name
-
-
-def block_list(model: nn.Module) -> str:
-    """The path of the list of decoder blocks in `model`, such as "model.layers". Raises UnsupportedModelError."""
-    config: Any = model.config
-    count = config.get_text_config().num_hidden_layers
-    lists: list[str] = [name for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
-    if not lists:
-        raise UnsupportedModelError(f"{type(model).__name__} has no list of {count} decoder blocks.")
-    return min(lists, key=lambda name: name.count("."))
-
-
-def block_of(name: str, place: str) -> int | None:
-    """In which of the blocks of the list `place` the module `name` is."""
-    if not name.startswith(f"{place}."):
-        return None
-    return int(name.removeprefix(f"{place}.").partition(".")[0])
 
 
 def _group(group: Found, settings: Any) -> Group:

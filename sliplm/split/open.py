@@ -14,7 +14,7 @@ import torch
 
 from sliplm.bundle import CONFIG_FILE, OPEN_FILE, OpenManifest, sha256_file
 from sliplm.errors import SlipError, UnsupportedModelError
-from sliplm.open.blocks import find_blocks
+from sliplm.open.blocks import block_of, find_blocks
 from sliplm.split import writer
 from sliplm.split.groups import Group
 from sliplm.split.places import Place
@@ -43,8 +43,8 @@ class Placed:
 
     def of(self, name: str) -> Place:
         """The place of a module or a tensor."""
-        number = name.removeprefix(f"{self.path}.").partition(".")[0]
-        return self.places[int(number)] if name.startswith(f"{self.path}.") else "trusted"
+        number = block_of(name, self.path)
+        return "trusted" if number is None else self.places[number]
 
 
 def place(skeleton: Any, wanted: Sequence[Place], path: str) -> Placed:

@@ -30,6 +30,7 @@ from sliplm.split.source import load_whole
 PLANS = {"first:2": [(2, 3)], "last:1": [(0, 2)], "blocks:1,3": [(0, 0), (2, 2)], "trusted:2": [(2, 3)]}
 ARCHITECTURES = ["Llama", "Gemma 3", "GPT-2 (Conv1D)", "OPT", "GPT-NeoX (parallel blocks)", "Mixtral"]
 BLOCK = "model.layers."
+TIE = 2e-3  # of the spread of logits; two planes are off by up to 4e-4 in these
 
 
 def four(name: str) -> Any:
@@ -46,6 +47,19 @@ def greedy(model: Any, ids: torch.Tensor, count: int = 30, **more: Any) -> torch
     settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": count} | more
     with torch.no_grad():
         return model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
+
+
+def same_text(original: Any, protected: Any, ids: torch.Tensor, count: int = 30) -> bool:
+    """Up to the first tie: two tokens that the original's logits set apart by less than rounding does, in models of
+    random weights."""
+    want, got = greedy(original, ids, count)[0], greedy(protected, ids, count)[0]
+    differ = (want != got).nonzero()
+    if not len(differ):
+        return True
+    first = int(differ[0])
+    with torch.no_grad():
+        logits = original(want[None, :first]).logits[0, -1]
+    return float(logits[want[first]] - logits[got[first]]) < TIE * float(logits.std())
 
 
 def load(directory: Path) -> Any:
@@ -79,7 +93,7 @@ def test_the_text_is_the_original_s(name: str, plan: str, tmp_path: Path) -> Non
     protected = load(tmp_path / "out")
     for length in (1, 7, 20):
         ids = torch.randint(3, 250, (1, length), generator=torch.Generator().manual_seed(length))
-        assert torch.equal(greedy(original, ids), greedy(protected, ids))
+        assert same_text(original, protected, ids)
     assert protected.slip.runs == len(PLANS[plan]) and not protected.slip.default_link._blocks.requests
 
 
@@ -93,7 +107,7 @@ def test_the_real_model_gives_the_original_s_text(smollm2: str, tmp_path: Path) 
         tokenizer, protected = AutoTokenizer.from_pretrained(tmp_path / plan / "trusted"), load(tmp_path / plan)
         for prompt in ("The capital of France is", "def fibonacci(n):", "Water boils at"):
             ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-            assert torch.equal(greedy(original, ids, 24), greedy(protected, ids, 24))
+            assert same_text(original, protected, ids, 24)
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -216,7 +230,7 @@ def test_a_plan_may_come_from_elsewhere(checkpoint: Path, tmp_path: Path) -> Non
     split_model(str(checkpoint), tmp_path / "out", Options(rank=4, plan="auto:9rt"), decide=decide)
     ids = torch.arange(20, 27)[None]
     assert asked == [("auto:9rt", 4)]
-    assert torch.equal(greedy(load_whole(str(checkpoint)), ids), greedy(load(tmp_path / "out"), ids))
+    assert same_text(load_whole(str(checkpoint)), load(tmp_path / "out"), ids)
 
 
 # --- what cannot be done with a cache whose other part is on the edge
@@ -233,7 +247,7 @@ IDS = torch.arange(30, 38)[None]
 def test_several_texts_at_once_are_those_of_each(protected: Any, checkpoint: Path) -> None:
     ids = torch.cat([IDS, IDS.flip(1), IDS + 9])
     original = load_whole(str(checkpoint))
-    assert torch.equal(greedy(original, ids), greedy(protected, ids))
+    assert same_text(original, protected, ids)
     with torch.no_grad():
         want, got = original(ids).logits, protected(ids, use_cache=False).logits
     assert float((want - got).norm() / want.norm()) < 1e-3
@@ -243,7 +257,7 @@ def test_a_long_text_goes_in_parts(protected: Any, checkpoint: Path, monkeypatch
     monkeypatch.setattr("sliplm.trusted.runtime.STATE_ROWS", 5)
     ids = torch.arange(30, 53)[None]
     original = load_whole(str(checkpoint))
-    assert torch.equal(greedy(original, ids), greedy(protected, ids))
+    assert same_text(original, protected, ids)
     with torch.no_grad():
         want, got = original(ids).logits, protected(ids, use_cache=False).logits
     assert float((want - got).norm() / want.norm()) < 1e-3

@@ -102,6 +102,14 @@ def test_other_models_are_left_alone(model: Path, split: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("place", ["open", "trusted"])
+def test_a_plan_with_other_places_than_masked_is_refused(split: Path, place: str) -> None:
+    settings = json.loads((split / "trusted" / "config.json").read_text())["quantization_config"]
+    settings["plan"][-1]["place"] = place
+    with pytest.raises(UnsupportedModelError, match="`slip trusted` runs this one"):
+        SlipConfig.from_config(settings)
+
+
 def test_a_damaged_bundle_is_not_loaded(split: Path, tmp_path: Path) -> None:
     trusted = Path(shutil.copytree(split / "trusted", tmp_path / "trusted"))
     file = trusted / "model.safetensors"

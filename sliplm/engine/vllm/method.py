@@ -45,7 +45,11 @@ class SlipConfig(QuantizationConfig):  # type: ignore[misc]
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> SlipConfig:
-        return cls(read_plan(config), bool(config.get("blinding", True)))
+        """Raises UnsupportedModelError for a plan with open or trusted blocks."""
+        plan = read_plan(config)
+        if any(group.place != "masked" for group in plan):
+            raise UnsupportedModelError("vLLM runs splits of the plan all; `slip trusted` runs this one.")
+        return cls(plan, bool(config.get("blinding", True)))
 
     def maybe_update_config(self, model_name: str, **_: Any) -> None:
         self.directory = Path(model_name)
