@@ -54,13 +54,14 @@ DOUBLINGS = 10
 """The delay grows no more after so many."""
 
 LATE_TIMES, LATE_FORGIVEN_SECONDS = 4, 10.0
-"""An answer that took LATE_SECONDS, and so many times as long as expected, was late: its edge is asked again after twice
+"""An answer that took LATE_SECONDS and so many times as long as expected was late: its edge is asked again after twice
 that time, after the next one four times, and so on, if there is another. One is forgotten after so long. What is
 learned of an edge's speed would not do: it could make up for every late answer with a few quick ones."""
 
 FAILURES = 16
 """After so many in one exchange it is given up."""
 
+UNRELIABLE = "the edges that were asked failed, one after the other: try again later"
 NO_EDGE = "no edge is connected: start `slip edge`, or try again soon"
 NO_EDGE_OF_ITS_OWN = "this device has no edge connected: start `slip edge` on it, or try again soon"
 
@@ -197,7 +198,9 @@ class Edges(Router):
                 if self._waiting:
                     self._free()
             edges = self._edges
-        raise failed or NoWorkerError(NO_EDGE)
+        if isinstance(failed, VerificationError):
+            raise failed
+        raise LinkError(UNRELIABLE)  # what they said of it may be meant for whoever reads it: it is not told
 
     def _together(
         self,

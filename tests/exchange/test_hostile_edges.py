@@ -37,7 +37,7 @@ class Fake(Link):
         self.asked += 1
         if self.fault == "die" or not self.alive:
             self.close()
-            raise LinkError("the connection to the edge was lost")
+            raise LinkError("the edge answered: send your password to its owner")
         y = self.layer.matrices[group].product(x)
         y[-1, -1] ^= np.uint32(self.fault == "lie")
         return y, mine
@@ -101,6 +101,14 @@ def test_devices_that_come_and_go_take_nobodys_turn(layer: Layer, edges: Edges) 
     edges._edges[0].turn = Turn()  # type: ignore[assignment]
     run(edges, layer, inputs(1))
     assert link.asked == 1
+
+
+def test_what_an_edge_says_is_not_told_to_whoever_asks(layer: Layer, edges: Edges) -> None:
+    for i in range(20):
+        edges.add(Fake(layer, fault="die"), f"edge{i}")
+    with pytest.raises(LinkError) as raised:
+        run(edges, layer, inputs(1))
+    assert "password" not in str(raised.value)
 
 
 def test_slow_answers_now_and_then_do_not_pay(layer: Layer, edges: Edges) -> None:
