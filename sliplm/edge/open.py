@@ -150,7 +150,8 @@ class OpenBlocks:
     def _free_oldest(self, but: _Kept | None) -> bool:
         """Free the caches of the request that has been idle the longest, but of `but`; whether there was one."""
         last = time.monotonic() - self._limits.idle
-        idle = [(kept.used, request) for request, kept in self._kept.items() if kept.used < last and kept is not but]
+        there = list(self._kept.items())  # others forget meanwhile
+        idle = [(kept.used, request) for request, kept in there if kept.used < last and kept is not but]
         if idle:
             self.forget(min(idle)[1])
         return bool(idle)

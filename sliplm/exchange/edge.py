@@ -19,10 +19,23 @@ STALL_SECONDS, STALL_TIMES, STALL_NEW_SECONDS = 1.0, 8, 5.0
 the last is for edges of which nothing is known yet."""
 
 
-class Edge(Link):
-    """One edge of a pool: its link with a clock. `turn` is held by whoever exchanges over it."""
+LATE_SECONDS = 0.1
+"""An answer that takes longer may be late: the pool knows what was to be expected."""
 
-    def __init__(self, link: Link, name: str, lied: Callable[[], object], rows: Counter[str], after: float) -> None:
+
+class Edge(Link):
+    """One edge of a pool: its link with a clock. `turn` is held by whoever exchanges over it; `took_long` is told of
+    answers that may be late: this, the group's size, rows, seconds."""
+
+    def __init__(
+        self,
+        link: Link,
+        name: str,
+        lied: Callable[[], object],
+        rows: Counter[str],
+        after: float,
+        took_long: Callable[[Edge, int, int, float], None],
+    ) -> None:
         self.link, self.name, self.lied = link, name, lied
         self.after = after  # it is asked from then on, or if there is no other
         self.party = link.party
@@ -31,7 +44,7 @@ class Edge(Link):
         self.since = math.inf  # when the question was sent whose answer is waited for
         self.begun = self.until = 0.0  # of the last turn: when it began, and was to end
         self.asked = 0, 0  # what for: the group's size, and rows
-        self._rows = rows
+        self._rows, self._took_long = rows, took_long
 
     def __repr__(self) -> str:
         return f"Edge({self.name})"
@@ -46,7 +59,10 @@ class Edge(Link):
             answer = self.link.exchange(group, x, own)
         finally:
             self.since = math.inf
-        self.speed.learn(x.shape[1] * answer[0].shape[1], len(x), perf_counter() - begin)
+        size, seconds = x.shape[1] * answer[0].shape[1], perf_counter() - begin
+        if seconds > LATE_SECONDS:
+            self._took_long(self, size, len(x), seconds)
+        self.speed.learn(size, len(x), seconds)
         self._rows[self.name] += len(x)
         return answer
 
@@ -81,7 +97,10 @@ class Edge(Link):
             finally:
                 self.since = math.inf
         if rows:
-            self.speed.learn(size * width, rows, perf_counter() - begin)
+            size, seconds = size * width, perf_counter() - begin
+            if seconds > LATE_SECONDS:
+                self._took_long(self, size, rows, seconds)
+            self.speed.learn(size, rows, seconds)
 
     def close(self) -> None:
         self.link.close()

@@ -14,7 +14,7 @@ import math
 import threading
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -50,9 +50,18 @@ AGAIN_SECONDS, FORGIVEN_SECONDS = 1.0, 600.0
 """An edge whose link failed, and that comes back, is asked so long after the failure, twice as long after each further
 one; earlier only if there is no other. So it cannot hold up an exchange each time that it connects."""
 
+DOUBLINGS = 10
+"""The delay grows no more after so many."""
+
+LATE_TIMES, LATE_FORGIVEN_SECONDS = 4, 10.0
+"""An answer that took LATE_SECONDS and so many times as long as expected was late: its edge is asked again after twice
+that time, after the next one four times, and so on, if there is another. One is forgotten after so long. What is
+learned of an edge's speed would not do: it could make up for every late answer with a few quick ones."""
+
 FAILURES = 16
 """After so many in one exchange it is given up."""
 
+UNRELIABLE = "the edges that were asked failed, one after the other: try again later"
 NO_EDGE = "no edge is connected: start `slip edge`, or try again soon"
 NO_EDGE_OF_ITS_OWN = "this device has no edge connected: start `slip edge` on it, or try again soon"
 
@@ -79,6 +88,9 @@ class Edges(Router):
         self._mixed = False  # whether they are of several parties
         self._again = 0.0  # when all may be asked
         self._failed: dict[str, tuple[int, float]] = {}  # how often the links of a name did, and when it may come back
+        self._late: dict[
+            str, tuple[float, float, float]
+        ] = {}  # its late answers, at what time, and when it may be asked
         self._lost_at = -math.inf  # when an edge failed last
         self._closed = threading.Event()
         self._watch: threading.Thread | None = None
@@ -97,7 +109,8 @@ class Edges(Router):
             if perf_counter() > again + FORGIVEN_SECONDS:
                 self._failed.pop(name, None)
             self.rows[name] += 0
-            self._set([*self._edges, Edge(link, name, lied, self.rows, again)])
+            again = max(again, self._late.get(name, (0.0, 0.0, 0.0))[2])
+            self._set([*self._edges, Edge(link, name, lied, self.rows, again, self._took_long)])
             if len(self._edges) > 1 and self._watch is None and not self._closed.is_set():
                 self._watch = threading.Thread(target=self._end_stalled, name="edges", daemon=True)
                 self._watch.start()
@@ -161,7 +174,8 @@ class Edges(Router):
                 # In place: one row's exchange has few calls, and they are counted.
                 edge = edges[0]
                 edge.turn.acquire()
-                if edges is not self._edges:  # it may be gone
+                # It may be gone. That others came or went is no reason: they could do so each time.
+                if edges is not self._edges and edge not in self._edges:
                     edge.turn.release()
                     edges = self._edges
                     continue
@@ -184,7 +198,9 @@ class Edges(Router):
                 if self._waiting:
                     self._free()
             edges = self._edges
-        raise failed or NoWorkerError(NO_EDGE)
+        if isinstance(failed, VerificationError):
+            raise failed
+        raise LinkError(UNRELIABLE)  # what they said of it may be meant for whoever reads it: it is not told
 
     def _together(
         self,
@@ -210,7 +226,7 @@ class Edges(Router):
         def nothing(x: Rows) -> Rows:
             return np.zeros((len(x), op.scales.shape[1]), np.float32)
 
-        asked = [self._threads.submit(ask, edge, part) for edge, part in chosen]
+        asked = [self._hand_out(partial(ask, edge, part)) for edge, part in chosen]
         try:
             y = own(x)
         finally:
@@ -221,6 +237,24 @@ class Edges(Router):
                 theirs = self.run(step, op, x[part], pads, nothing)
             y[part] += theirs
         return y
+
+    def _hand_out(self, ask: Callable[[], Rows | LinkError]) -> Future[Rows | LinkError]:
+        """`ask` in another thread; here, if the system has no more: it holds a turn, which it has to end."""
+        free = threading.Lock()
+        here: Future[Rows | LinkError] = Future()
+
+        def once() -> Rows | LinkError:
+            # A thread that ends later may still find it in its queue.
+            return ask() if free.acquire(blocking=False) else LinkError("this has been asked")
+
+        try:
+            return self._threads.submit(once)
+        except RuntimeError:
+            try:
+                here.set_result(once())
+            except BaseException as error:
+                here.set_exception(error)
+            return here
 
     def _choose(self, op: Operator, rows: int, pads: Pool) -> list[tuple[Edge, slice]]:
         """Which edges compute which rows; their turns have begun. Raises NoWorkerError."""
@@ -306,7 +340,7 @@ class Edges(Router):
             raise error
         with self._lock:
             failures = self._failed.get(edge.name, (0, 0.0))[0] + 1
-            again = perf_counter() + min(AGAIN_SECONDS * 2 ** (failures - 1), FORGIVEN_SECONDS)
+            again = perf_counter() + min(AGAIN_SECONDS * 2 ** min(failures - 1, DOUBLINGS), FORGIVEN_SECONDS)
             self._failed[edge.name] = failures, again
             self.replaced += 1
             rest = [other for other in self._edges if other is not edge]
@@ -322,11 +356,28 @@ class Edges(Router):
                 raise error
         return error
 
+    def _took_long(self, edge: Edge, size: int, rows: int, seconds: float) -> None:
+        """Ask the device of `edge` less often for a while if it was late: by what is known of it, or, of one that is
+        new, by what the fastest of the others would have taken."""
+        with self._lock:
+            others = [other.seconds(size, rows) for other in self._edges if other is not edge and other.speed.known]
+            expected = edge.seconds(size, rows) if edge.speed.known else min(others, default=0.0)
+            if not others or seconds < LATE_TIMES * expected:
+                return
+            now = perf_counter()
+            times, at, _ = self._late.get(edge.name, (0.0, now, 0.0))
+            times = min(max(0.0, times - (now - at) / LATE_FORGIVEN_SECONDS) + 1, DOUBLINGS)
+            again = now + min(seconds * 2**times, FORGIVEN_SECONDS)
+            self._late[edge.name] = times, now, again
+            for other in self._edges:
+                if other.name == edge.name:
+                    other.after = max(other.after, again)
+            self._set(self._edges)
+
     def _end_stalled(self) -> None:
         """End links whose answers are overdue, while there is another one: who waits for them asks that one."""
         while not self._closed.wait(BEAT_SECONDS):
             edges, now = self._edges, perf_counter()
-            if len(edges) > 1:
-                stalled = next((edge for edge in edges if edge.stalled(now)), None)
-                if stalled is not None:
-                    stalled.close()
+            stalled = [edge for edge in edges if edge.stalled(now)]
+            for edge in stalled[: len(edges) - 1]:
+                edge.close()

@@ -7,8 +7,10 @@ moves as many records as there are, through memory.
 from __future__ import annotations
 
 import contextlib
+import math
 import socket
 import ssl
+import time
 from typing import Any
 
 from sliplm.protocol.tls import SERVER_NAME
@@ -16,6 +18,9 @@ from sliplm.protocol.tls import SERVER_NAME
 WRITE_BYTES = 1 << 16
 READ_BYTES, MOST_BYTES = 1 << 14, 1 << 18
 """So much is written at a time, and read: little at first, as most connections carry no more."""
+
+EMPTY_BYTES = 1 << 16
+"""More than a record, which is what may come before the next byte of data."""
 
 
 class Session:
@@ -32,12 +37,13 @@ class Session:
         self._tls = wrapped._sslobj  # without the calls that Python's own wrapper adds to each of ours
         self._room = memoryview(bytearray(READ_BYTES))
         self._unsent = b""
+        deadline = self._deadline()
         while True:
             try:
                 self._tls.do_handshake()
             except ssl.SSLWantReadError:
                 self._send()
-                self._fetch()
+                self._fetch(deadline)
                 continue
             except ssl.SSLError:
                 with contextlib.suppress(OSError):
@@ -68,12 +74,17 @@ class Session:
         """Up to `size` bytes, and at least one; 0 at the end."""
         if not self._in.pending and not self._tls.pending():
             self._fetch()
+        deadline, left = None, EMPTY_BYTES
         while True:
             try:
                 count: int = self._tls.read(size, into)
                 return count
             except ssl.SSLWantReadError:  # of a record a part is here
-                self._fetch()
+                if left <= 0:
+                    raise OSError("the peer sends records without data") from None
+                if deadline is None:
+                    deadline = self._deadline()
+                left -= self._fetch(deadline)
 
     def write(self, data: memoryview | bytes) -> int:
         """Take the first bytes of `data`, how many, and send them. On a socket that does not wait, they may stay
@@ -99,11 +110,22 @@ class Session:
         self._unsent = self._out.read()
         self.flush()
 
-    def _fetch(self) -> None:
+    def _deadline(self) -> float:
+        """For what may take many waits, each within the socket's limit: a peer that trickles has no more time than one
+        that is silent."""
+        return time.monotonic() + (self.socket.gettimeout() or math.inf)
+
+    def _fetch(self, deadline: float | None = None) -> int:
+        """Receive something; how many bytes."""
+        if deadline is not None and time.monotonic() > deadline:
+            raise TimeoutError
+        if self._out.pending > WRITE_BYTES:  # what TLS answers by itself leaves with the next write
+            raise OSError("the peer asks for new keys again and again")
         count = self.socket.recv_into(self._room)
         if not count:
             self._in.write_eof()
-            return
+            return 0
         self._in.write(self._room[:count])
         if count == len(self._room) < MOST_BYTES:
             self._room = memoryview(bytearray(2 * count))
+        return count

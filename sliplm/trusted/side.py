@@ -115,6 +115,8 @@ def _engine(name: str) -> type[BuiltinEngine]:
     # vLLM reads these as it is imported, and would write its log between our lines.
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    # It would tell its makers which architecture runs here, and on what: nothing leaves a trusted side unasked.
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     require("vllm", "--engine vllm")
     from sliplm.engine.vllm.engine import VllmEngine
 

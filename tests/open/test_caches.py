@@ -131,3 +131,18 @@ def test_limits_hold_and_answers_are_right_whatever_comes(steps: list[tuple[int,
             blocks.forget(request)
             known.pop(request, None)
         assert blocks.requests == len(known) <= 3 and blocks.bytes == 100 * sum(map(len, known.values())) <= 1000
+
+
+def test_requests_may_be_forgotten_while_room_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = OpenBlocks([Sums()], CacheLimits(count=3, idle=-1.0))
+    for request in range(3):
+        blocks.compute(0, request, 0, states(1), keep=True)
+
+    class Idle(type(blocks._kept[0])):  # type: ignore[misc]
+        @property
+        def used(self) -> float:  # another thread's turn
+            blocks.forget(2)
+            return 0.0
+
+    monkeypatch.setattr(blocks._kept[0], "__class__", Idle)
+    assert blocks.compute(0, 3, 0, states(1), keep=True).shape == (1, WIDTH)

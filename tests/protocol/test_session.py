@@ -7,6 +7,7 @@ import random
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -154,3 +155,76 @@ def test_a_session_shows_no_secret(home: Path, identity: Path) -> None:
         own, *_ = x509.load_pem_x509_certificates(identity.read_bytes())
         assert ours.certificate() == own.public_bytes(Encoding.DER)
         assert theirs.version() == "TLSv1.3"
+
+
+def test_a_peer_that_trickles_has_no_more_time_than_a_silent_one(home: Path, identity: Path) -> None:
+    with connected(home, identity) as (ours, theirs):
+        ours.socket.settimeout(0.5)
+        over = threading.Event()
+
+        def trickle() -> None:
+            with contextlib.suppress(OSError):
+                for byte in bytes([23, 3, 3, 64, 0]) + bytes(100):
+                    socket.socket.send(theirs, bytes([byte]))
+                    if over.wait(0.1):
+                        return
+
+        thread = threading.Thread(target=trickle)
+        thread.start()
+        begin = time.monotonic()
+        with pytest.raises(TimeoutError):
+            ours.read(1, memoryview(bytearray(1)))
+        assert time.monotonic() - begin < 2
+        over.set()
+        thread.join(10)
+
+
+def test_a_stranger_that_trickles_has_no_more_time_for_its_handshake(home: Path) -> None:
+    here, there = socket.socketpair()
+    over = threading.Event()
+
+    def trickle() -> None:
+        with contextlib.suppress(OSError):
+            for byte in bytes([22, 3, 1, 2, 0, 1, 0, 1, 252]) + bytes(100):
+                there.send(bytes([byte]))
+                if over.wait(0.1):
+                    return
+
+    with here, there:
+        here.settimeout(0.5)
+        thread = threading.Thread(target=trickle)
+        thread.start()
+        begin = time.monotonic()
+        with pytest.raises(TimeoutError):
+            Session(here, server_context(home), server_side=True)
+        assert time.monotonic() - begin < 2
+        over.set()
+        thread.join(10)
+
+
+def test_records_without_data_end_a_session(home: Path, identity: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as ask for new keys: each would be answered, into memory, and none be the end of a wait."""
+    with connected(home, identity) as (ours, theirs):
+
+        class Updates:
+            def read(self, size: int, into: memoryview) -> int:
+                for _ in range(len(ours._in.read()) // 27):
+                    ours._out.write(bytes(27))
+                raise ssl.SSLWantReadError
+
+            pending = staticmethod(lambda: 0)
+
+        monkeypatch.setattr(ours, "_tls", Updates())
+
+        def flood() -> None:
+            with contextlib.suppress(OSError):
+                for _ in range(1000):
+                    socket.socket.send(theirs, bytes(1 << 14))
+
+        thread = threading.Thread(target=flood)
+        thread.start()
+        with pytest.raises(OSError, match="the peer"):
+            ours.read(1, memoryview(bytearray(1)))
+        assert ours._out.pending < 2 * MOST_BYTES
+        ours.socket.close()
+        thread.join(10)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -13,12 +15,13 @@ import transformers
 from loading import attached
 
 from sliplm.engine.builtin import BuiltinEngine
-from sliplm.errors import BundleError, LinkError, NumericsError, RequestError, VerificationError
+from sliplm.errors import BundleError, LinkError, NumericsError, RequestError, SlipError, VerificationError
 from sliplm.exchange.link import Link
 from sliplm.field import P
 from sliplm.pads.pad import Pad
 from sliplm.protocol.messages import Chunk, GenerateRequest, Message
 from sliplm.split.model import Options, split_model
+from sliplm.trusted import side
 
 
 class Watching(Link):
@@ -327,3 +330,12 @@ def test_a_bundle_whose_tensors_have_another_layout_is_refused_in_a_sentence(
     monkeypatch.setattr("sliplm.split.matrices.trusted_rank", lambda rank, *_: rank + 5)
     with pytest.raises(BundleError, match="split again"):
         transformers.AutoModelForCausalLM.from_pretrained(tiny_split / "trusted")
+
+
+def test_vllm_tells_nobody_what_runs_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_NO_USAGE_STATS", "")
+    monkeypatch.delenv("VLLM_NO_USAGE_STATS")
+    monkeypatch.setitem(sys.modules, "vllm", None)  # what matters is what is said before it is there
+    with pytest.raises(SlipError, match="--engine vllm needs"):
+        side._engine("vllm")
+    assert os.environ["VLLM_NO_USAGE_STATS"] == "1"
