@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import math
 import socket
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 
 from sliplm.errors import BusyError, IdentityError
 from sliplm.protocol.frames import Role
@@ -20,12 +22,24 @@ CUT_SECONDS = 0.4
 
 
 class Known:
-    """A connection whose device is known; `reason` and `expelled` say why and since when it is being cut off."""
+    """A connection whose device is known; `reason` and `expelled` say why and since when it is being cut off.
+
+    While its thread computes, and so sends nothing, `busy_until` is infinite: it can say why only afterwards.
+    """
 
     def __init__(self, sock: socket.socket, fingerprint: str, role: Role) -> None:
         self.sock, self.fingerprint, self.role = sock, fingerprint, role
         self.reason: IdentityError | None = None
         self.expelled = 0.0
+        self.busy_until = 0.0
+
+    @contextlib.contextmanager
+    def busy(self) -> Iterator[None]:
+        self.busy_until = math.inf
+        try:
+            yield
+        finally:
+            self.busy_until = time.monotonic()
 
 
 class Connections:
@@ -94,14 +108,14 @@ class Connections:
             return any(known.role == Role.REQUEST for known in self._known.values())
 
     def expel(self, fingerprint: str, reason: IdentityError) -> None:
-        """Note why a device has to leave, for its threads to say; those that are there CUT_SECONDS later, because their
-        peer does not read, are cut by the next call."""
+        """Note why a device has to leave, for its threads to say; those that could for CUT_SECONDS and are still there,
+        because their peer does not read, are cut by the next call."""
         with self._lock:
             mine = [known for known in self._known.values() if known.fingerprint == fingerprint]
         for known in mine:
             if known.reason is None:
                 known.reason, known.expelled = reason, time.monotonic()
-            elif time.monotonic() - known.expelled > CUT_SECONDS:
+            elif time.monotonic() - max(known.expelled, known.busy_until) > CUT_SECONDS:
                 cut(known.sock)
 
     def all(self) -> dict[threading.Thread, socket.socket]:

@@ -73,7 +73,11 @@ class Requests:
 
     def _send(self, channel: Channel, chunks: Generator[Chunk, None, None], known: Known) -> None:
         with contextlib.closing(chunks):
-            for chunk in chunks:
+            while True:
+                with known.busy():
+                    chunk = next(chunks, None)
+                if chunk is None:
+                    return
                 if self._stopping.is_set():
                     chunks.throw(LinkError(SHUTTING_DOWN))
                 if known.reason is not None:

@@ -129,6 +129,19 @@ def test_a_device_that_does_not_read_is_cut_all_the_same(home: Path) -> None:
             silent.close()
 
 
+def test_a_device_is_told_why_it_was_cut_off_however_long_the_next_word_takes(home: Path) -> None:
+    engine = FakeEngine(2.5)
+    with serving(home, engine) as server:
+        worker = EdgeWorker(engine._truth, server.address, enrol(home))
+        with running(worker.run, worker.stop):
+            assert worker.connected.wait(10)
+            generation = worker.generate(ask(words=10))
+            next(generation)
+            revoke_device(home, "laptop")
+            error, _ = ended(generation, within=20)
+            assert isinstance(error, IdentityError) and "revoked" in str(error)
+
+
 def test_a_drain_lets_running_requests_finish(home: Path) -> None:
     engine = FakeEngine(0.02)
     engine.capacity = 1
