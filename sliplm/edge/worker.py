@@ -16,7 +16,7 @@ import numpy as np
 from sliplm.edge.connection import IDLE_SECONDS, Lent
 from sliplm.edge.multiplier import Multiplier
 from sliplm.edge.open import OpenBlocks
-from sliplm.errors import BusyError, ProtocolError
+from sliplm.errors import BusyError, LinkError, ProtocolError, SlipError
 from sliplm.protocol import frames
 from sliplm.protocol.channel import Channel
 from sliplm.protocol.connect import Address
@@ -62,7 +62,7 @@ class EdgeWorker(Lent):
         """See Lent. What was asked for here ends, too: there may be no other edge to go on with it."""
         super().stop()
         for generation in list(self._generations):
-            generation.abort()
+            generation.abort(self.failure)
 
     def _answer(self, channel: Channel, header: Header) -> None:
         kind, _, group, rows, sequence, length = header
@@ -131,6 +131,7 @@ class Generation(Iterator[Chunk]):
         self._channel = channel
         self._payload: bytes | None = payload
         self._ended = False
+        self._why: SlipError | None = None
         self._turn = threading.Lock()
 
     def __next__(self) -> Chunk:
@@ -139,6 +140,11 @@ class Generation(Iterator[Chunk]):
                 raise StopIteration
             try:
                 return self._next()
+            except LinkError as error:
+                self._end()
+                if self._why is not None and type(error) is LinkError:
+                    raise self._why from None
+                raise
             except BaseException:
                 self._end()
                 raise
@@ -164,8 +170,9 @@ class Generation(Iterator[Chunk]):
         self._ended = True
         self._channel.close()
 
-    def abort(self) -> None:
-        """Let the thread that iterates, if any, get a LinkError or the end."""
+    def abort(self, why: SlipError | None = None) -> None:
+        """Let the thread that iterates, if any, get `why`, or else a LinkError, or the end."""
+        self._why = why
         self._channel.abort()
 
     def close(self) -> None:

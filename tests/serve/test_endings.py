@@ -142,6 +142,18 @@ def test_a_device_is_told_why_it_was_cut_off_however_long_the_next_word_takes(ho
             assert isinstance(error, IdentityError) and "revoked" in str(error)
 
 
+def test_an_edge_that_is_refused_for_good_says_so_to_those_who_asked_it(home: Path) -> None:
+    """Its own end may overtake what the trusted side says to each of them."""
+    engine = FakeEngine(2.0)
+    with serving(home, engine) as server, working(server, enrol(home)) as worker:
+        generation = worker.generate(ask(words=10))
+        next(generation)
+        worker.failure = IdentityError("the device 'laptop' was revoked")  # as `run` finds it when it reconnects
+        worker.stop()
+        error, _ = ended(generation, within=20)
+        assert isinstance(error, IdentityError) and "revoked" in str(error)
+
+
 def test_a_drain_lets_running_requests_finish(home: Path) -> None:
     engine = FakeEngine(0.02)
     engine.capacity = 1
