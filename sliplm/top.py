@@ -85,6 +85,11 @@ def row(url: str, now: Sample, before: Sample | None = None) -> dict[str, Any]:
         rates = {name: rate(f"edge_rows_total{{{name}}}") for name in sorted(names)}
         return {name: rows for name, rows in rates.items() if rows}
 
+    def tokens_per_pass() -> float | None:
+        """Of requests that decode: what was guessed rightly took no pass of its own."""
+        tokens, accepted = grown("tokens_total{completion}"), grown("drafted_tokens_total{accepted}")
+        return tokens / (tokens - accepted) if tokens and accepted is not None and tokens > accepted else None
+
     requests = value("requests_total")
     if side == "edge" and requests is not None:  # looks like this one are counted there, too
         requests = sum(value(f"requests_total{{{route}}}") or 0.0 for route in TEXT_ROUTES)
@@ -100,6 +105,7 @@ def row(url: str, now: Sample, before: Sample | None = None) -> dict[str, Any]:
         "requests_in_progress": value("requests_in_progress"),
         "completion_tokens": value("tokens_total{completion}"),
         "tokens_per_second": rate("tokens_total{completion}"),
+        "tokens_per_pass": tokens_per_pass(),
         "exchanges": value("exchanges_total"),
         "exchanges_per_second": rate("exchanges_total"),
         "exchange_seconds": seconds / exchanges if seconds is not None and exchanges else None,

@@ -47,6 +47,13 @@ def trusted(
     engine: Annotated[
         Engine, typer.Option(help="What generates: builtin; or vllm, for many requests at a time (docs/serving.md).")
     ] = Engine.BUILTIN,
+    drafts: Annotated[
+        str,
+        typer.Option(
+            help="Who guesses tokens, so that one pass may give several: lookup, the text itself; none; or model:DIR, "
+            "a small model with the same tokens, run here. Answers stay the same."
+        ),
+    ] = "lookup",
     allow_logprobs: Annotated[
         bool,
         typer.Option("--allow-logprobs", help="Let requests ask for log-probabilities: they help to copy a model."),
@@ -106,6 +113,7 @@ def trusted(
         registry=registry,
         limits=Limits(concurrent, tokens_per_minute, daily_tokens),
         rules=compose(rules, system_prompt),
+        drafts=drafts,
         engine=engine.value,
     )
 

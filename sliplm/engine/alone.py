@@ -74,7 +74,7 @@ class _Tokens(BaseStreamer):
     def put(self, value: torch.Tensor) -> None:
         if not self._prompt:
             for token in value.reshape(-1).tolist():
-                self._out((token, self._scores.of(token) if self._scores else None))
+                self._out(Token(token, self._scores.of(token) if self._scores else None))
         self._prompt = False
 
     def end(self) -> None:

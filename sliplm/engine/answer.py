@@ -6,7 +6,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from sliplm.engine.logprobs import Scored
 from sliplm.errors import CancelledError, SlipError, VerificationError, locate
@@ -16,7 +16,14 @@ BEAT_SECONDS = 0.2
 AHEAD = 64
 """Tokens that wait for a slow reader before the generation waits for it, too."""
 
-Token = tuple[int, Scored | None]
+
+class Token(NamedTuple):
+    """One of an answer, with its scores if asked for; and whether it had been guessed, so that it took no pass."""
+
+    id: int
+    scored: Scored | None
+    guessed: bool = False
+
 
 CANCELLED = "the request was cancelled"
 
@@ -30,11 +37,13 @@ class Answer:
         cancelled: set when nobody reads any more.
         wake: set when the reader has taken a token or has gone.
         ended: whether the model has ended the answer itself.
+        rejected: how many tokens were guessed in vain.
     """
 
     def __init__(self) -> None:
         self.cancelled, self.wake = threading.Event(), threading.Event()
         self.ended = False
+        self.rejected = 0
         self._queue: queue.SimpleQueue[Token | SlipError | None] = queue.SimpleQueue()
         self._lie: VerificationError | None = None
 
@@ -62,7 +71,7 @@ class Answer:
         self._queue.put(error)
 
     def tokens(self) -> Iterator[Token | None]:
-        """The tokens, with their scores if asked for; None now and then, as long as there is none. Raises what `fail`
+        """The tokens; None now and then, as long as there is none. Raises what `fail`
         was given."""
         while True:
             try:

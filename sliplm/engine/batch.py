@@ -1,4 +1,5 @@
-"""All answers over one link are generated together: a pass of the model for all, then each picks its next token.
+"""All answers over one link are generated together: a pass of the model for all, then each picks its next token, or, as
+far as it had guessed what follows, several.
 
 They join and leave between passes. Prompts are computed in pieces beside the tokens of those that are further on, who
 therefore never wait long. An answer whose reader is slow is left out until the reader has caught up.
@@ -8,12 +9,15 @@ from __future__ import annotations
 
 import copy
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from sliplm.engine.answer import cancellable
+from sliplm.engine.drafting import Drafting
+from sliplm.engine.drafts import Pace
 from sliplm.engine.sequence import Sequence
 from sliplm.errors import CancelledError, LinkError
 from sliplm.exchange.link import Link, Router
@@ -22,6 +26,9 @@ from sliplm.trusted.together import Together
 
 ROWS = 128
 """Tokens of a pass while others wait for their next one: as many as one exchange carries."""
+
+GUESSES = 10
+"""Tokens of a draft, at most: longer ones are seldom right to their end."""
 
 ROWS_ALONE = 512
 """Tokens of a pass of prompts only: the edge multiplies while the trusted side encodes and decodes."""
@@ -33,12 +40,14 @@ class Batches:
     Attributes:
         model: the protected model.
         way: how it computes several sequences.
+        drafting: who guesses tokens.
+        pace: how long passes take.
         lock: held where sequences join, and where a batch decides that it is over.
         running: the batches, by the `id` of their link.
     """
 
-    def __init__(self, model: Any, way: Together) -> None:
-        self.model, self.way = model, way
+    def __init__(self, model: Any, way: Together, drafting: Drafting) -> None:
+        self.model, self.way, self.drafting, self.pace = model, way, drafting, Pace()
         self.lock = threading.Lock()
         self.running: dict[int, Batch] = {}
 
@@ -124,8 +133,10 @@ class Batch(threading.Thread):
 
     def _step(self, sequences: list[Sequence]) -> None:
         """A pass for `sequences`, or as many as one has room for. An error ends those that it concerns."""
-        parts = {s: part for s, part in _shares(sequences) if part.tokens}
+        parts = {s: part for s, part in self._shares(sequences) if part.tokens}
         self._passing = list(parts)
+        decoding = all(sequence.begun for sequence in parts)
+        begin = time.perf_counter()
         try:
             logits = self._batches.way.forward(list(parts.values()))
         except CancelledError:
@@ -140,26 +151,33 @@ class Batch(threading.Thread):
                 for sequence in parts:  # whom it concerns shows when each has a pass of its own
                     self._step([sequence])
         else:
-            rows = iter(logits)
-            for sequence, part in parts.items():
+            if decoding:
+                rows = sum(len(part.tokens) for part in parts.values())
+                self._batches.pace.learn(rows, time.perf_counter() - begin)
+            said = logits.split([part.wanted for part in parts.values()])
+            for (sequence, part), wanted in zip(parts.items(), said, strict=True):
                 try:
-                    sequence.seen(part, next(rows)[None] if part.last else None)
+                    sequence.seen(part, wanted)
                 except Exception as error:
                     sequence.fail(error)
 
     def _unwanted(self) -> bool:
         return self._ending or all(s.cancelled.is_set() for s in self._passing)
 
-
-def _shares(sequences: list[Sequence]) -> Iterator[tuple[Sequence, Part]]:
-    """What each brings to the next pass: those that have begun all they have, which is a token; prompts share the room
-    that is left evenly, so that a short one need not wait for a long one."""
-    begun = [s for s in sequences if s.begun]
-    room = max(1, ROWS - len(begun)) if begun else ROWS_ALONE
-    for sequence in begun:
-        yield sequence, sequence.part(sequence.pending)
-    prompts = sorted((s for s in sequences if not s.begun), key=lambda s: s.pending)
-    for i, sequence in enumerate(prompts):
-        part = sequence.part(room // (len(prompts) - i))
-        room -= len(part.tokens)
-        yield sequence, part
+    def _shares(self, sequences: list[Sequence]) -> Iterator[tuple[Sequence, Part]]:
+        """What each brings to the next pass: those that have begun all they have, which is a token, and guesses of what
+        follows it while no prompt waits; prompts share the room that is left evenly, so that a short one need not wait
+        for a long one."""
+        begun = [s for s in sequences if s.begun]
+        prompts = sorted((s for s in sequences if not s.begun), key=lambda s: s.pending)
+        guessing = not prompts and (self._batches.way.ragged or len(begun) == 1)
+        pace, most = self._batches.pace, min(1 + GUESSES, ROWS // max(1, len(begun)))
+        price = pace.price(len(begun)) if guessing and most > 1 else 1.0
+        model_price = self._batches.drafting.seconds * len(begun) / pace.seconds if pace.seconds else 0.0
+        for sequence in begun:
+            yield sequence, sequence.part(max(1, most), price, model_price)
+        room = max(1, ROWS - len(begun)) if begun else ROWS_ALONE
+        for i, sequence in enumerate(prompts):
+            part = sequence.part(room // (len(prompts) - i))
+            room -= len(part.tokens)
+            yield sequence, part

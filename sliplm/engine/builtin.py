@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import transformers
 
@@ -18,6 +18,7 @@ from sliplm.engine.batch import Batches
 from sliplm.engine.constraint import Constraint, Grammars
 from sliplm.engine.decoding import Decoding
 from sliplm.engine.detokenise import UNFINISHED, Text, special_tokens
+from sliplm.engine.drafting import LOOKUP, Drafting
 from sliplm.engine.logprobs import Logprobs, Scores
 from sliplm.engine.once import Once
 from sliplm.engine.sequence import Sequence
@@ -54,13 +55,18 @@ class BuiltinEngine:
     """
 
     def __init__(
-        self, directory: Path | str, stock: int = 64, allow_logprobs: bool = False, name: str | None = None
+        self,
+        directory: Path | str,
+        stock: int = 64,
+        allow_logprobs: bool = False,
+        name: str | None = None,
+        drafts: str = LOOKUP,
     ) -> None:
         """Load DIR/trusted, all digests checked. Raises BundleError, also for a bundle without a tokenizer.
 
         Without `allow_logprobs`, requests for them are refused: they say far more about the model than its text.
         `stock` is for how many tokens pads are kept ready, once `model.slip.pool` has a source. `name` is what the
-        model is called, see `naming`."""
+        model is called, see `naming`. `drafts` says who guesses tokens where that saves passes, see `Drafting`."""
         path = Path(directory)
         self._name = model_name(path, name)
         bundle.open_trusted(path)
@@ -82,7 +88,8 @@ class BuiltinEngine:
         adapts = _keeps_positions(self.model.config.to_dict())
         self.capacity = 1 if adapts else GENERATIONS
         way = None if adapts else self._find_way()
-        self._batches = None if way is None else Batches(self.model, way)
+        drafting = self._find_drafting(drafts)
+        self._batches = None if way is None else Batches(self.model, way, drafting)
         self._allow_logprobs = allow_logprobs
         self._syntax = Once(lambda: find_syntax(self.chat.example))
         self._grammars = Once(lambda: Grammars(self.tokenizer, self.decoding.ends))
@@ -154,6 +161,9 @@ class BuiltinEngine:
     def _find_way(self) -> Together | None:
         return find_way(self.model)
 
+    def _find_drafting(self, kind: str) -> Drafting:
+        return Drafting(kind, self.tokenizer, self._vocabulary)
+
     def _begin(
         self,
         request: GenerateRequest,
@@ -168,7 +178,8 @@ class BuiltinEngine:
             processors.insert(0, scores)
         if self._batches is None:
             return Alone(self.model, prompt, self.decoding.plain(limit), processors, scores, link)
-        sequence = Sequence(prompt, limit, self.decoding.ends, processors, scores, self._batches.way.cache())
+        cache, drafts = self._batches.way.cache(), self._batches.drafting.drafts(prompt)
+        sequence = Sequence(prompt, limit, self.decoding.ends, processors, scores, cache, drafts)
         self._batches.join(sequence, link)
         return sequence
 
@@ -214,25 +225,32 @@ class BuiltinEngine:
         text = Text(self.tokenizer, silent, [] if request.prompt is None else prompt)
         stops = StopTexts([*request.stop, *self.decoding.stop], self._markers)
         logprobs = Logprobs(self.tokenizer, prompt[-1], silent)
-        sent = 0
+        sent = guessed = 0
+
+        def chunk(end: int, reason: Literal["stop", "length"] | None = None, logged: int | None = None) -> Chunk:
+            """The text from `sent` to `end`, with the log-probabilities of tokens that begin before `logged`."""
+            before = logprobs.before(end if logged is None else logged)
+            return Chunk(text.shown[sent:end], reason, len(prompt), text.count, before, [], guessed, answer.rejected)
+
         for token in answer.tokens():
             if token is None:
-                yield Chunk("", None, len(prompt), text.count)
+                yield chunk(sent)
                 continue
-            text.push(token[0])
-            logprobs.push(*token, len(text.shown))
+            text.push(token.id)
+            guessed += token.guessed
+            logprobs.push(token.id, token.scored, len(text.shown))
             if (end := stops.find(text)) is not None:
-                return Chunk(text.shown[sent:end], "stop", len(prompt), text.count, logprobs.before(end))
+                return chunk(end, "stop")
             certain = max(sent, stops.certain(text))
-            yield Chunk(text.shown[sent:certain], None, len(prompt), text.count, logprobs.before(certain))
+            yield chunk(certain)
             sent = certain
         text.finish()
         if (end := stops.find(text)) is not None:
-            return Chunk(text.shown[sent:end], "stop", len(prompt), text.count, logprobs.before(end))
-        rest = logprobs.before(len(text.shown) + 1)
+            return chunk(end, "stop")
+        last = len(text.shown)
         if answer.ended:
-            return Chunk(text.shown[sent:], "stop", len(prompt), text.count, rest)
-        return Chunk(text.shown[sent:].rstrip(UNFINISHED), "length", len(prompt), text.count, rest)
+            return chunk(last, "stop", last + 1)
+        return chunk(max(sent, len(text.shown.rstrip(UNFINISHED))), "length", last + 1)
 
 
 def _tokenizer(path: Path) -> Any:

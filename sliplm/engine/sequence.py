@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers as tf
 
-from sliplm.engine.answer import Answer
+from sliplm.engine.answer import Answer, Token
+from sliplm.engine.drafts import Drafts
 from sliplm.engine.logprobs import Scores
 from sliplm.trusted.packed import Part
 
@@ -37,14 +38,15 @@ class Sequence(Answer):
         processors: tf.LogitsProcessorList,
         scores: Scores | None,
         cache: Any,
+        drafts: Drafts | None = None,
     ) -> None:
         """At most `limit` tokens, and none after one of `ends`. `scores` is among the `processors`, if logprobs are
-        wanted; `cache` is an empty one of the model's."""
+        wanted; `cache` is an empty one of the model's; `drafts` guess what comes next."""
         super().__init__()
         self._ids = torch.tensor([prompt])  # with room after them
         self._count, self._known = len(prompt), 0
         self._limit, self._ends = len(prompt) + limit, ends
-        self._processors, self._scores, self._cache = processors, scores, cache
+        self._processors, self._scores, self._cache, self._drafts = processors, scores, cache, drafts
         self.over = self.begun = False
         self.left = threading.Event()
 
@@ -53,25 +55,52 @@ class Sequence(Answer):
         """How many of its tokens the model has not seen."""
         return self._count - self._known
 
-    def part(self, most: int) -> Part:
-        """Its next tokens for a pass, `most` of them at most."""
+    def part(self, most: int, price: float = 1.0, model_price: float = 0.0) -> Part:
+        """Its next tokens for a pass, `most` of them at most; behind the last one guesses, as far as they are worth
+        their price, see `Drafts.propose`."""
         end = min(self._count, self._known + most)
-        return Part(self._cache, self._known, self._ids[0, self._known : end].tolist(), end == self._count)
+        tokens = self._ids[0, self._known : end].tolist()
+        if end < self._count:
+            return Part(self._cache, self._known, tokens, 0)
+        guesses = []
+        if self.begun and self._drafts is not None and price < 1:
+            # Of the tokens that may still come, the last needs no guess: none is picked behind it.
+            guesses = self._drafts.propose(min(most - len(tokens), self._limit - self._count - 1), price, model_price)
+        return Part(self._cache, self._known, tokens + guesses, 1 + len(guesses))
 
-    def seen(self, part: Part, logits: torch.Tensor | None) -> None:
-        """The model has seen `part`, and if that was the last one, says `logits` (1, V) of what follows: pick a token
-        and hand it to the reader. Raises whatever a processor does."""
-        self._known = part.start + len(part.tokens)
-        if logits is None:
-            return
+    def seen(self, part: Part, logits: torch.Tensor) -> None:
+        """The model has seen `part`, and says `logits` (wanted, V) of what follows each of its last tokens: pick the
+        next one, and as long as that has been guessed, another; hand them to the reader. Raises whatever a processor
+        does."""
+        guesses = part.tokens[len(part.tokens) - part.wanted + 1 :] if part.wanted else []
+        self._known = part.start + len(part.tokens) - len(guesses)
+        right = 0
+        for row in logits:
+            token = self._pick(row[None])
+            guessed = right < len(guesses) and token == guesses[right]
+            self._append(token, guessed)
+            if not guessed or self.over:
+                right += guessed
+                break
+            right += 1
+            self._known += 1
+        if self._drafts is not None:
+            self._drafts.learn(len(guesses), right)
+            self.rejected = self._drafts.rejected
+
+    def _pick(self, logits: torch.Tensor) -> int:
         scores = self._processors(self._ids[:, : self._count], logits.float())  # type: ignore[arg-type]
-        token = int(scores.argmax())
+        return int(scores.argmax())
+
+    def _append(self, token: int, guessed: bool) -> None:
         if self._count == self._ids.shape[1]:
             self._ids = torch.nn.functional.pad(self._ids, (0, 64 + self._count // 4))
         self._ids[0, self._count] = token
         self._count += 1
         self.begun = True
-        self.put((token, self._scores.of(token) if self._scores else None))
+        if self._drafts is not None:
+            self._drafts.extend([token])
+        self.put(Token(token, self._scores.of(token) if self._scores else None, guessed))
         self.ended = token in self._ends
         if self.ended or self._count == self._limit:
             self.over = True

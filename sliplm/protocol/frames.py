@@ -38,6 +38,9 @@ _DROP = struct.Struct("<Q")
 OPEN_VERSION = 4
 """From which on open blocks are spoken of."""
 
+DRAFTS_VERSION = 4
+"""From which on a Chunk counts tokens that were guessed."""
+
 STATE_BYTES = {1: 4, 2: 2}
 """Of one number of a hidden state, by the type that BLOCKS names: 1 is float32, 2 is bfloat16."""
 

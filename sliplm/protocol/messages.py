@@ -137,8 +137,10 @@ class CallPiece(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, 
 
 class Chunk(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, frozen=True):
     """A piece of generated text. The last chunk, and only it, has a `finish_reason`; the counts are the
-    totals so far. `logprobs` are those of the tokens that begin in this text, if the request asked for them; in an
-    answer with `calls`, also those of the tokens that the calls are written with."""
+    totals so far. Of tokens that were guessed before the model said them, `accepted_tokens` are in the answer, so that
+    it took as many passes fewer, and `rejected_tokens` were wrong. `logprobs` are those of the tokens that begin in
+    this text, if the request asked for them; in an answer with `calls`, also those of the tokens that the calls are
+    written with."""
 
     text: str
     finish_reason: Literal["stop", "length", "tool_calls"] | None = None
@@ -146,6 +148,8 @@ class Chunk(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True, froz
     completion_tokens: Count = 0
     logprobs: list[TokenLogprob] = msgspec.field(default_factory=list)
     calls: list[CallPiece] = msgspec.field(default_factory=list)
+    accepted_tokens: Count = 0
+    rejected_tokens: Count = 0
 
     def __repr__(self) -> str:
         return f"Chunk({len(self.text)} characters, finish_reason={self.finish_reason!r})"

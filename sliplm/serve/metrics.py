@@ -27,6 +27,9 @@ class Metrics:
         own = self._registry = CollectorRegistry()
         self.requests = Counter("slip_trusted_requests", "Requests that ended", ["outcome"], registry=own)
         self.tokens = Counter("slip_trusted_tokens", "Tokens read and written", ["kind"], registry=own)
+        self.drafted = Counter(
+            "slip_trusted_drafted_tokens", "Tokens guessed before the model said them", ["outcome"], registry=own
+        )
         self.in_progress = Gauge("slip_trusted_requests_in_progress", "Requests waiting or running", registry=own)
         self.seconds = Histogram(
             "slip_trusted_request_seconds", "From request to last token", buckets=SECONDS, registry=own
@@ -45,6 +48,8 @@ class Metrics:
             self.requests.labels(outcome)
         for kind in ("prompt", "completion"):
             self.tokens.labels(kind)
+        for outcome in ("accepted", "rejected"):
+            self.drafted.labels(outcome)
         self._sampled: list[tuple[str, str, str, Callable[[], Levels]]] = []
         own.register(self)  # type: ignore[arg-type]
 
@@ -52,6 +57,11 @@ class Metrics:
         """Count tokens as they come."""
         self.tokens.labels("prompt").inc(prompt_tokens)
         self.tokens.labels("completion").inc(completion_tokens)
+
+    def count_drafts(self, accepted: int, rejected: int) -> None:
+        """Count guesses as they turn out."""
+        self.drafted.labels("accepted").inc(accepted)
+        self.drafted.labels("rejected").inc(rejected)
 
     def request(self, outcome: str, seconds: float) -> None:
         """Count a request that ended."""

@@ -7,6 +7,8 @@ import logging
 import threading
 from collections.abc import Callable, Generator
 
+import msgspec
+
 from sliplm.errors import BusyError, Code, LinkError, ProtocolError, SlipError, VerificationError, locate
 from sliplm.exchange.edges import Edges
 from sliplm.protocol import frames
@@ -88,6 +90,8 @@ class Requests:
                 try:
                     if channel.peer_left():
                         raise _PeerGone
+                    if channel.version < frames.DRAFTS_VERSION:
+                        chunk = msgspec.structs.replace(chunk, accepted_tokens=0, rejected_tokens=0)
                     channel.send(Kind.TEXT if chunk.finish_reason is None else Kind.DONE, encode(chunk))
                 except LinkError:
                     raise _PeerGone from None

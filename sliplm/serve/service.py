@@ -141,6 +141,7 @@ class Service:
                 yield Chunk("")
             self.metrics.wait.labels("slot").observe(time.monotonic() - started)
             granted = time.monotonic()
+            accepted = rejected = 0
             self._limiter.admit(device)  # others of this device have used tokens while this one waited
             chunks = self._engine.generate(request, edges.pick(device.name) if self._engine.shows else edges)
             try:
@@ -153,6 +154,8 @@ class Service:
                     prompt = chunk.prompt_tokens - record.prompt_tokens
                     completion = chunk.completion_tokens - record.completion_tokens
                     self.metrics.count(prompt, completion)
+                    self.metrics.count_drafts(chunk.accepted_tokens - accepted, chunk.rejected_tokens - rejected)
+                    accepted, rejected = chunk.accepted_tokens, chunk.rejected_tokens
                     fresh = prompt + completion
                     if chunk.completion_tokens and not record.completion_tokens:
                         self.metrics.wait.labels("first_token").observe(time.monotonic() - started)

@@ -199,13 +199,13 @@ class Protected(Plain):
         if self._way is None:
             return super()._generate(ids, mask, tokens, clock)
         texts = [row[seen.bool()].tolist() for row, seen in zip(ids, mask, strict=True)]
-        parts = [Part(self._way.cache(), 0, text, True) for text in texts]
+        parts = [Part(self._way.cache(), 0, text, 1) for text in texts]
         clock.put(ids)
         for _ in range(tokens):
             picked = self._way.forward(parts).argmax(1)
             clock.put(picked)
             parts = [
-                Part(part.cache, part.start + len(part.tokens), [token], True)
+                Part(part.cache, part.start + len(part.tokens), [token], 1)
                 for part, token in zip(parts, picked.tolist(), strict=True)
             ]
         clock.end()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 
 class GrowingLayer(DynamicLayer):  # type: ignore[misc]
@@ -27,6 +27,13 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         keys, values = self._rooms
         self.keys, self.values = keys.append(self.keys, key_states), values.append(self.values, value_states)
         return self.keys, self.values
+
+    def forget(self, count: int) -> None:
+        """Remove the last `count` tokens. Unlike `crop`, this uses their room again, so nobody may hold on to what
+        `keys` and `values` were before."""
+        if count > 0 and self.keys is not None and self.values is not None:
+            keys, values = self._rooms
+            self.keys, self.values = keys.cut(self.keys, count), values.cut(self.values, count)
 
 
 class _Room:
@@ -55,9 +62,30 @@ class _Room:
         self._shown = self._all.narrow(2, 0, end)
         return self._shown
 
+    def cut(self, shown: torch.Tensor, count: int) -> torch.Tensor:
+        """`shown` (B, G, S, D) without the last `count` columns."""
+        cut = shown[:, :, :-count]
+        if shown is self._shown:
+            self._shown = cut
+        return cut
+
 
 def grow(cache: Any, index: int) -> None:
     """Let the layer `index` of `cache` grow in a room of its own, if it is one of Transformers' that only appends."""
     layers: Any = getattr(cache, "layers", ())
     if index < len(layers) and type(layers[index]) is DynamicLayer:
         layers[index] = GrowingLayer(layers[index])
+
+
+def growing(config: Any) -> DynamicCache:
+    """An empty cache, all layers of which grow, for a model that only appends."""
+    cache = DynamicCache(config=config)
+    for index in range(len(cache.layers)):
+        grow(cache, index)
+    return cache
+
+
+def cut(cache: Any, length: int) -> None:
+    """Forget all tokens of a cache, all layers of which grow, from `length` on."""
+    for layer in cache.layers:
+        layer.forget(layer.get_seq_length() - length)

@@ -35,6 +35,8 @@ class OpenRun(Elsewhere):
         runtime = self._runtime
         if runtime is None:
             raise RuntimeError("these open blocks are not bound to an edge")
+        if runtime.is_rehearsing:
+            return super().forward(hidden_states, *args, **kwargs)
         cache = find_cache(args, kwargs)
         if cache is None:
             requests, start = [runtime.new_request() for _ in hidden_states], 0

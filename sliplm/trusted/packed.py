@@ -25,13 +25,13 @@ _NO_MASK = torch.zeros(1, 1, 1, 1)
 class Part(NamedTuple):
     """What a sequence brings to a pass: `tokens` that follow `start` others, which are in its `cache`.
 
-    `last`: whether the logits of the last of them are wanted.
+    `wanted`: of how many, the last ones, the logits are wanted.
     """
 
     cache: Any
     start: int
     tokens: list[int]
-    last: bool
+    wanted: int
 
 
 class Memory:
@@ -52,6 +52,8 @@ class Memory:
 class Packed:
     """Passes of one model."""
 
+    ragged = True
+
     def __init__(self, model: Any, layers: int, groups: int, size: int) -> None:
         self._model, self._shape = model, (layers, groups, size)
 
@@ -70,7 +72,7 @@ class Packed:
         return Memory(*self._shape)
 
     def forward(self, parts: Sequence[Part]) -> torch.Tensor:
-        """The logits (n, V) of those parts that want them. What it appends to caches counts for nothing until the
+        """The logits (n, V) that the parts want. What it appends to caches counts for nothing until the
         caller says so with the next `start`: a pass that fails may be done again, as a whole or part by part."""
         assert native is not None
         lengths = [len(part.tokens) for part in parts]
@@ -79,6 +81,7 @@ class Packed:
             part.cache.reserve(part.start + length)
         owners = np.repeat(np.arange(len(parts)), lengths)
         ends = np.cumsum(lengths)
+        wanted = [np.arange(end - part.wanted, end) for part, end in zip(parts, ends, strict=True)]
         positions = np.arange(ends[-1]) + np.repeat(starts - ends + lengths, lengths)
         rows = native.Ragged([part.cache.array for part in parts], owners, positions)
         out = self._model(
@@ -87,7 +90,7 @@ class Packed:
             attention_mask=_NO_MASK,
             past_key_values=rows,
             use_cache=True,
-            logits_to_keep=torch.from_numpy(ends[[part.last for part in parts]] - 1),
+            logits_to_keep=torch.from_numpy(np.concatenate(wanted)),
         )
         logits: torch.Tensor = out.logits[0]
         return logits

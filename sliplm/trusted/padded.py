@@ -9,48 +9,48 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from sliplm.trusted.cache import grow
+from sliplm.trusted.cache import cut, growing
 from sliplm.trusted.packed import Part
 
 
 class Padded:
-    """Passes of one model."""
+    """Passes of one model; if they are to be `apart`, each sequence has its own."""
 
-    def __init__(self, model: Any) -> None:
-        self._model = model
+    def __init__(self, model: Any, apart: bool = False) -> None:
+        self._model, self._apart = model, apart
+        self.ragged = apart
 
     def cache(self) -> DynamicCache:
         """For a new sequence."""
-        return DynamicCache(config=self._model.config)
+        return growing(self._model.config)
 
     def forward(self, parts: Sequence[Part]) -> torch.Tensor:
         """See `Packed.forward`. Parts of one token share a pass, others take one each."""
-        alone = [[i] for i, part in enumerate(parts) if len(part.tokens) > 1]
-        together = [i for i, part in enumerate(parts) if len(part.tokens) == 1]
+        alone = [[i] for i, part in enumerate(parts) if self._apart or len(part.tokens) > 1]
+        together = [i for i, part in enumerate(parts) if not self._apart and len(part.tokens) == 1]
         rows: dict[int, torch.Tensor] = {}
         for some in [together, *alone] if together else alone:
             logits = self._pass([parts[i] for i in some])
-            rows |= {i: row for i, row in zip(some, logits, strict=True) if parts[i].last}
-        return torch.stack([rows[i] for i in sorted(rows)]) if rows else torch.empty(0)
+            rows |= {i: row[len(row) - parts[i].wanted :] for i, row in zip(some, logits, strict=True)}
+        return torch.cat([rows[i] for i in sorted(rows)])
 
     def _pass(self, parts: Sequence[Part]) -> torch.Tensor:
-        """The logits (B, V) after the last token of each part; all have as many."""
+        """The logits (B, n, V) after the last tokens of each part, as many as any wants; all have as many tokens."""
         for part in parts:
-            for layer in part.cache.layers:  # what a pass that failed has left
-                layer.crop(min(0, part.start - layer.get_seq_length()))
+            cut(part.cache, part.start)  # what a pass that failed, or guesses that were wrong, have left
         count = len(parts[0].tokens)
         starts = torch.tensor([part.start for part in parts])
         longest = int(starts.max())
-        steps = torch.arange(count)
+        wanted = max(1, *(part.wanted for part in parts))
         out = self._model(
             input_ids=torch.tensor([part.tokens for part in parts]),
-            position_ids=starts[:, None] + steps,
+            position_ids=starts[:, None] + torch.arange(count),
             attention_mask=(torch.arange(longest + count) >= longest - starts[:, None]).long(),
-            past_key_values=_Together([part.cache for part in parts], longest),
+            past_key_values=parts[0].cache if len(parts) == 1 else _Together([p.cache for p in parts], longest),
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=wanted,
         )
-        logits: torch.Tensor = out.logits[:, -1]
+        logits: torch.Tensor = out.logits[:, -wanted:]
         return logits
 
 
@@ -73,7 +73,6 @@ class _Together(Cache):  # type: ignore[misc]
         """Append keys and values (B, G, T, D) to each sequence's; all of them, filled up on the left."""
         seen = []
         for b, cache in enumerate(self._caches):
-            grow(cache, layer_idx)
             seen.append(cache.update(key_states[b : b + 1], value_states[b : b + 1], layer_idx))
         keys, values = zip(*seen, strict=True)
         return _filled_up(keys), _filled_up(values)

@@ -148,13 +148,18 @@ class Runtime:
 
     @contextmanager
     def rehearsing(self) -> Iterator[None]:
-        """In this context a product is its trusted part alone: no edge is asked and no pad is used. What the model then
-        says is no answer, but its code computes as it will, so that can be tried before an edge connects."""
+        """In this context a product is its trusted part alone, and open blocks let hidden states through: no edge is
+        asked and no pad is used. What the model then says is no answer, but its code computes as it will, so that can
+        be tried before an edge connects."""
         token = self._link.set(_NOBODY)
         try:
             yield
         finally:
             self._link.reset(token)
+
+    @property
+    def is_rehearsing(self) -> bool:
+        return self._link.get() is _NOBODY
 
     def new_request(self) -> Request:
         """What an edge will know a sequence's cache by; it may forget it with the context, or with what is returned."""

@@ -33,6 +33,8 @@ class Trusted:
         registry: URL of the device registry, if it is not the file beside the authority.
         limits: of devices without their own.
         rules: the owner's (`sliplm.serve.rules`).
+        drafts: who guesses tokens, which saves passes where guesses are right: "lookup", the text itself; "none"; or
+            "model:DIR", a small model with the same tokens besides.
         engine: what generates, "builtin" or "vllm", which has packages of its own (requirements-vllm.txt).
 
     Attributes:
@@ -43,7 +45,7 @@ class Trusted:
     Raises:
         BundleError, LinkError, IdentityError: the bundle, what is said of pads, the address, the authority or the
             registry is no good.
-        SlipError: no chat can begin with the system prompt among the rules.
+        SlipError: no chat can begin with the system prompt among the rules, or there are no such drafts.
     """
 
     def __init__(
@@ -60,11 +62,12 @@ class Trusted:
         registry: str | None = None,
         limits: Limits = DEFAULTS,
         rules: Rules | None = None,
+        drafts: str = "lookup",
         engine: str = "builtin",
     ) -> None:
         host, port = parse_address(listen)
         keeping = Keeping(stock, spill, fill_between)
-        made = self.engine = _engine(engine)(bundle, keeping.depth, allow_logprobs, name)
+        made = self.engine = _engine(engine)(bundle, keeping.depth, allow_logprobs, name, drafts)
         self.model: Any = made.model
         keeping.rule(self.model.slip.pool)
         source = find_source(pads, bundle, made.digest)

@@ -10,12 +10,12 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from answers import WORDS, alone, ask, assert_same, at_once, gather, requests
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loading import attached
@@ -27,10 +27,8 @@ from sliplm.engine.sequence import Sequence
 from sliplm.errors import LinkError, NumericsError, RequestError, SlipError, VerificationError
 from sliplm.exchange.link import Link
 from sliplm.processes import memory
-from sliplm.protocol.messages import Chunk, GenerateRequest
+from sliplm.protocol.messages import GenerateRequest
 from sliplm.trusted.packed import Packed
-
-WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "runs", "away", "from", "it"]
 
 
 @pytest.fixture(scope="module")
@@ -63,82 +61,6 @@ class Through(Link):
         return self.link.exchange(group, x, own)
 
     def close(self) -> None: ...
-
-
-@dataclass
-class Got:
-    """All of an answer, however it was cut into chunks."""
-
-    text: str = ""
-    tokens: int = 0
-    reason: str | None = None
-    logprobs: list[Any] = field(default_factory=list)
-
-
-def gather(chunks: Iterator[Chunk]) -> Got:
-    got = Got()
-    for chunk in chunks:
-        got.text += chunk.text
-        got.tokens, got.reason = chunk.completion_tokens, chunk.finish_reason
-        got.logprobs += [(e.token, e.logprob, *e.top) for e in chunk.logprobs]
-    return got
-
-
-def ask(engine: BuiltinEngine, link: Link | None = None, **what: Any) -> Got:
-    request = GenerateRequest(**{"prompt": "Hello", "max_tokens": 12, **what})
-    return gather(engine.generate(request, link or engine.model.slip.default_link))
-
-
-def alone(engine: BuiltinEngine, monkeypatch: pytest.MonkeyPatch, asked: list[dict[str, Any]]) -> list[Got]:
-    """What they get one after the other, from Transformers' `generate`."""
-    with monkeypatch.context() as patch:
-        patch.setattr(engine, "_batches", None)
-        return [ask(engine, **what) for what in asked]
-
-
-def at_once(engine: BuiltinEngine, asked: list[dict[str, Any]], generator: random.Random) -> list[Got]:
-    """In any order, with pauses, 16 at a time."""
-    order = generator.sample(range(len(asked)), len(asked))
-    pauses = [generator.random() * 0.05 for _ in asked]
-
-    def one(i: int) -> tuple[int, Got]:
-        time.sleep(pauses[i])
-        return i, ask(engine, **asked[i])
-
-    with ThreadPoolExecutor(16) as pool:
-        return [got for _, got in sorted(pool.map(one, order), key=lambda pair: pair[0])]
-
-
-def assert_same(got: list[Got], want: list[Got], close: float) -> None:
-    """But for rounding of the log-probabilities."""
-    for ours, theirs in zip(got, want, strict=True):
-        assert (ours.text, ours.tokens, ours.reason) == (theirs.text, theirs.tokens, theirs.reason)
-        assert [entry[0] for entry in ours.logprobs] == [entry[0] for entry in theirs.logprobs]
-        for mine, other in zip(ours.logprobs, theirs.logprobs, strict=True):
-            assert [mine[1], *(p for _, p in mine[2:])] == pytest.approx(
-                [other[1], *(p for _, p in other[2:])], abs=close
-            )
-
-
-def requests(generator: random.Random, count: int) -> list[dict[str, Any]]:
-    """Of all kinds."""
-    kinds: list[dict[str, Any]] = [
-        {},
-        {"logprobs": 2},
-        {"temperature": 1.5, "seed": 3},
-        {"temperature": 0.8, "seed": 4, "top_p": 0.9},
-        {"temperature": 1.2, "seed": 5, "top_k": 20, "logprobs": 0},
-        {"frequency_penalty": 1.5, "presence_penalty": 0.5},
-        {"stop": ["e", "\n"]},
-    ]
-    return [
-        {
-            "prompt": " ".join(generator.choices(WORDS, k=generator.randint(1, 12))),
-            "max_tokens": generator.randint(1, 30),
-            **kinds[i % len(kinds)],
-        }
-        for i in range(count)
-    ]
 
 
 @pytest.mark.parametrize("rows", [batch.ROWS, 7])
@@ -183,9 +105,10 @@ def test_prompts_share_the_room_that_tokens_leave(engine: BuiltinEngine) -> None
         return one
 
     def shares(*sequences: Sequence) -> list[int]:
-        found = {s: len(part.tokens) for s, part in batch._shares(list(sequences))}
+        found = {s: len(part.tokens) for s, part in Batch(engine._batches, link)._shares(list(sequences))}
         return [found[s] for s in sequences]
 
+    link = engine.model.slip.default_link
     decoding = [make(300, begun=True) for _ in range(8)]
     assert shares(*decoding) == [1] * 8
     assert shares(make(5000), make(10), *decoding) == [batch.ROWS - 8 - 10, 10, *[1] * 8]
@@ -252,7 +175,7 @@ def test_they_join_and_leave_at_any_step(shared: BuiltinEngine, happens: list[tu
         patch.setattr(batch, "ROWS", rows)
         patch.setattr(batch, "ROWS_ALONE", rows)
         patch.setattr(answer, "AHEAD", 5)
-        batches = Batches(shared.model, shared._batches.way)
+        batches = Batches(shared.model, shared._batches.way, shared._batches.drafting)
         running = batches.running[0] = Batch(batches, shared.model.slip.default_link)
         running._key = 0
         here: list[tuple[Sequence, int, list[int]]] = []

@@ -35,11 +35,11 @@ TEXTS = [list(range(5, 5 + n)) for n in (1, 7, 30, 2, 19)]
 
 
 def alone(way: Packed, text: list[int]) -> torch.Tensor:
-    return way.forward([Part(way.cache(), 0, text, True)])[0]
+    return way.forward([Part(way.cache(), 0, text, 1)])[0]
 
 
 def test_a_rows_logits_do_not_depend_on_the_company_bit_for_bit(way: Packed) -> None:
-    got = way.forward([Part(way.cache(), 0, text, True) for text in TEXTS])
+    got = way.forward([Part(way.cache(), 0, text, 1) for text in TEXTS])
     for text, row in zip(TEXTS, got, strict=True):
         assert torch.equal(row, alone(way, text))
 
@@ -47,42 +47,46 @@ def test_a_rows_logits_do_not_depend_on_the_company_bit_for_bit(way: Packed) -> 
 def test_nor_on_the_parts_in_which_they_come(way: Packed) -> None:
     caches = [way.cache() for _ in TEXTS]
     known = [0] * len(TEXTS)
-    found = {}
+    found: set[int] = set()
     generator = np.random.default_rng(1)
     while len(found) < len(TEXTS):
         some = [i for i in range(len(TEXTS)) if known[i] < len(TEXTS[i]) and generator.random() < 0.6]
         ends = {i: int(generator.integers(known[i], len(TEXTS[i]))) + 1 for i in some}
-        parts = [Part(caches[i], known[i], TEXTS[i][known[i] : e], e == len(TEXTS[i])) for i, e in ends.items()]
+        parts = [
+            Part(caches[i], known[i], TEXTS[i][known[i] : e], int(generator.integers(e - known[i] + 1)))
+            for i, e in ends.items()
+        ]
         if not parts:
             continue
-        way.forward(parts)
-        rows = iter(way.forward(parts))  # a pass that is done again changes nothing
+        way.forward([part._replace(tokens=[*part.tokens, 9, 9, 9]) for part in parts])  # guesses, all of them wrong
+        rows = way.forward(parts).split([part.wanted for part in parts])  # a pass that is done again changes nothing
         known = [ends.get(i, k) for i, k in enumerate(known)]
-        found |= {i: next(rows) for i, part in zip(ends, parts, strict=True) if part.last}
-    for i, text in enumerate(TEXTS):
-        assert torch.equal(found[i], alone(way, text))
+        found |= {i for i, end in ends.items() if end == len(TEXTS[i])}
+        for (i, end), some_rows in zip(ends.items(), rows, strict=True):
+            for row, length in zip(some_rows, range(end - len(some_rows) + 1, end + 1), strict=True):
+                assert torch.equal(row, alone(way, TEXTS[i][:length]))
 
 
 def test_they_are_the_models_logits(way: Packed, tiny: Path) -> None:
     original = transformers.AutoModelForCausalLM.from_pretrained(tiny)
-    for text, row in zip(TEXTS, way.forward([Part(way.cache(), 0, t, True) for t in TEXTS]), strict=True):
+    for text, row in zip(TEXTS, way.forward([Part(way.cache(), 0, t, 1) for t in TEXTS]), strict=True):
         want = original(torch.tensor([text])).logits[0, -1]
         assert (row - want).abs().max() < 1e-3 * want.std()
 
 
 def test_memory_follows_each_sequences_own_length(way: Packed) -> None:
     short, long = way.cache(), way.cache()
-    way.forward([Part(short, 0, [5], True), Part(long, 0, [7] * 120, False)])
+    way.forward([Part(short, 0, [5], 1), Part(long, 0, [7] * 120, 0)])
     assert short.array.shape[3] <= 65 and 120 <= long.array.shape[3] <= 184
     before = long.array
-    way.forward([Part(long, 120, [7], True)])
+    way.forward([Part(long, 120, [7], 1)])
     assert long.array is before  # there was room
     long.reserve(1000)
     assert np.array_equal(long.array[:, :, :, :121], before[:, :, :, :121])
 
 
 def test_a_pass_may_want_no_logits(way: Packed) -> None:
-    assert not len(way.forward([Part(way.cache(), 0, [5, 6], False)]))
+    assert not len(way.forward([Part(way.cache(), 0, [5, 6], 0)]))
 
 
 def test_other_models_do_not_go_this_way() -> None:

@@ -43,7 +43,7 @@ def test_greedy_texts_are_those_of_each_alone(name: str, tmp_path: Path) -> None
     with torch.inference_mode():
         for step in range(12):
             here = range(min(step + 1, len(texts)) if step < 9 else 3)  # they join one by one, and some leave
-            parts = [Part(caches[i], known[i], texts[i][known[i] :], True) for i in here]
+            parts = [Part(caches[i], known[i], texts[i][known[i] :], 1) for i in here]
             for i, row in zip(here, way.forward(parts), strict=True):
                 known[i] = len(texts[i])
                 texts[i].append(int(row.argmax()))
@@ -100,8 +100,8 @@ def test_what_a_failed_pass_left_behind_is_done_again(model: Any) -> None:
     way = Padded(model)
     cache = way.cache()
     with torch.inference_mode():
-        first = [way.forward([Part(cache, 0, [5, 6, 7], True)]) for _ in range(2)]
-        then = [way.forward([Part(cache, 3, [8], True)]) for _ in range(2)]
+        first = [way.forward([Part(cache, 0, [5, 6, 7], 1)]) for _ in range(2)]
+        then = [way.forward([Part(cache, 3, [8], 1)]) for _ in range(2)]
     for once, again in (first, then):
         assert torch.allclose(once, again, atol=1e-4 * float(once.std()))
     assert cache.get_seq_length() == 4

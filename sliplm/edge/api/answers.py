@@ -61,11 +61,17 @@ class Answer:
         """The event with the totals, if it was asked for."""
         return {**self._event([]), "usage": self.usage(last)} if self._with_usage else None
 
-    def usage(self, last: Sequence[Chunk]) -> dict[str, int]:
-        """Tokens of all choices; a prompt counts once, however many choices it has."""
+    def usage(self, last: Sequence[Chunk]) -> dict[str, Any]:
+        """Tokens of all choices; a prompt counts once, however many choices it has. Tokens that the trusted side
+        guessed have the names that OpenAI's API has for predicted ones."""
         prompt = sum(chunk.prompt_tokens for chunk in last[:: self._per_prompt])
         completion = sum(chunk.completion_tokens for chunk in last)
-        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+        usage = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+        accepted, rejected = (sum(getattr(c, f"{how}_tokens") for c in last) for how in ("accepted", "rejected"))
+        if accepted or rejected:
+            details = {"accepted_prediction_tokens": accepted, "rejected_prediction_tokens": rejected}
+            return usage | {"completion_tokens_details": details}
+        return usage
 
     def _event(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         kind = "chat.completion.chunk" if self._chat else "text_completion"

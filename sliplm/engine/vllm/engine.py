@@ -25,12 +25,13 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.llm_engine import LLMEngine
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
-from sliplm.engine.answer import Answer
+from sliplm.engine.answer import Answer, Token
 from sliplm.engine.builtin import BuiltinEngine
 from sliplm.engine.constraint import Constraint
+from sliplm.engine.drafting import LOOKUP, NONE
 from sliplm.engine.logprobs import Scores
 from sliplm.engine.vllm.edges import AGAIN_SECONDS, making
-from sliplm.errors import LinkError
+from sliplm.errors import LinkError, SlipError
 from sliplm.exchange.link import Link, Router
 from sliplm.protocol.messages import GenerateRequest
 from sliplm.trusted.runtime import Runtime
@@ -69,9 +70,16 @@ class VllmEngine(BuiltinEngine):
         return SimpleNamespace(slip=steps.runtime, config=config, generation_config=settings)
 
     def __init__(
-        self, directory: Path | str, stock: int = 64, allow_logprobs: bool = False, name: str | None = None
+        self,
+        directory: Path | str,
+        stock: int = 64,
+        allow_logprobs: bool = False,
+        name: str | None = None,
+        drafts: str = NONE,
     ) -> None:
-        super().__init__(directory, stock, allow_logprobs, name)
+        if drafts not in (LOOKUP, NONE):
+            raise SlipError("no model guesses tokens with --engine vllm: leave --drafts out.")
+        super().__init__(directory, stock, allow_logprobs, name, NONE)
         self.capacity = GENERATIONS
 
     def _find_way(self) -> None:
@@ -275,7 +283,7 @@ class Steps:
             return
         (said,) = out.outputs
         for token in said.token_ids:
-            answer.put((token, answer.scores.of(token) if answer.scores else None))
+            answer.put(Token(token, answer.scores.of(token) if answer.scores else None))
             answer.ended = token in answer.ends
         if out.finished:
             answer.finish()
