@@ -1,4 +1,4 @@
-"""Open blocks on the processor and on a GPU, if there is one: the original's hidden states, up to float32's rounding."""
+"""Open blocks on the processor, and on a GPU if there is one: the hidden states that the original has in float64."""
 
 from __future__ import annotations
 
