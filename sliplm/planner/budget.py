@@ -88,13 +88,14 @@ def prices(model: Model, kind: str, split: Split, speeds: Speeds, network: Netwo
         found = cost(part, where, Pass(before=CONTEXT), split, speeds, network)
         return found.round_trips if kind == "round trips" else found.seconds
 
-    base = price([], [])
     block = model.blocks[0]
-    run = 2 * price([block], ["open"]) - price([block] * 2, ["open"] * 2) - base
+    another = price([block] * 2, ["open"] * 2) - price([block], ["open"])
+    run = price([block] * 3, ["open", "masked", "open"]) - price([block] * 2, ["open", "masked"]) - another
+    base = (price([], []), price([block], ["open"]) - another - run)  # of a pass, if all blocks are masked and if not
     around = [price([block], [place], True) - price([block], [place]) for place in ("masked", "open")]  # type: ignore[list-item]
-    kinds = {b: (price([b], ["masked"]) - base, price([b], ["open"]) - base - run) for b in set(model.blocks)}
+    kinds = {b: (price([b], ["masked"]) - base[0], price([b], ["open"]) - base[1] - run) for b in set(model.blocks)}
     masked, opened = zip(*(kinds[b] for b in model.blocks), strict=True)
-    return Prices(masked, opened, run, (base + around[0], base + around[1]))
+    return Prices(masked, opened, run, (base[0] + around[0], base[1] + around[1]))
 
 
 def auto(

@@ -84,7 +84,8 @@ def factors(group: Group, rank: int) -> int:
 
 def cost(model: Model, where: Sequence[Place], work: Pass, split: Split, speeds: Speeds, network: Network) -> Cost:
     """Of one pass: logits are those of each sequence's last token."""
-    total = Cost(seconds=speeds.trusted.step, trusted=speeds.trusted.step)
+    packed = all(place == "masked" for place in where)  # otherwise Transformers makes the pass (`trusted.together`)
+    total = _on_trusted(speeds.trusted.step if packed else speeds.trusted.plain.step)
     before: Place = "trusted"
     for block, place in zip(model.blocks, where, strict=True):
         if place == "masked":
@@ -98,6 +99,7 @@ def cost(model: Model, where: Sequence[Place], work: Pass, split: Split, speeds:
             seconds = _plain(block, work, speeds.edge.plain)
             total += Cost(seconds=seconds, edge=seconds)
             if before != "open":
+                total += Cost(seconds=speeds.edge.plain.step, edge=speeds.edge.plain.step)
                 total += _hidden_states(model.hidden, work, speeds, network)
         before = place
     for group in model.around:
@@ -151,8 +153,9 @@ def _on_trusted(seconds: float) -> Cost:
 
 def _plain(block: Block, work: Pass, machine: Plain) -> float:
     """Seconds of a block that one machine computes."""
-    weights = sum(_weights(group, work.rows * work.streams, machine) for group in block.groups)
-    return machine.block + weights + _attention(block, work, machine)
+    rows = work.rows * work.streams
+    weights = sum(_weights(group, rows, machine) for group in block.groups)
+    return (machine.many if rows > 1 else machine.block) + weights + _attention(block, work, machine)
 
 
 def _weights(group: Group, rows: int, machine: Plain) -> float:

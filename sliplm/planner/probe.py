@@ -77,8 +77,8 @@ def probe(progress: Progress | None = None) -> Speeds:
     encode, decode = step(_masking)
     plain = step(_plain)
 
-    def speeds(around: float, exchange: float, block: float, tls: float) -> Speeds:
-        machine = Plain(block, *plain)  # type: ignore[call-arg]
+    def speeds(around: float, exchange: float, beside: tuple[float, float, float], tls: float) -> Speeds:
+        machine = Plain(*beside, *plain)  # type: ignore[call-arg]
         trusted = Trusted(around, exchange, encode, decode, tls, *factors, machine)  # type: ignore[call-arg]
         return Speeds(trusted, Edge(tls, read, multiply_adds, machine))
 
@@ -143,9 +143,10 @@ def _plain() -> tuple[float, float]:
         return 4 * HEIGHT * WIDTH / one, ROWS * HEIGHT * WIDTH / _seconds(lambda i: product(i, ROWS), 3)
 
 
-def _exchange(speeds: Callable[[float, float, float, float], Speeds]) -> Speeds:
-    """`speeds` of what a pass, an exchange and a plain block take beside their numbers, and a byte through TLS."""
-    protected, plain, tls = {}, {}, 0.0
+def _exchange(speeds: Callable[[float, float, tuple[float, float, float], float], Speeds]) -> Speeds:
+    """`speeds` of what a pass, an exchange and a plain model's pass and blocks take beside their numbers, and a byte
+    through TLS."""
+    protected, plain, many, tls = {}, {}, {}, 0.0
     with tempfile.TemporaryDirectory(prefix="slip-probe-") as scratch:
         for blocks in (FEW, MANY):
             place = Path(scratch) / str(blocks)
@@ -158,16 +159,19 @@ def _exchange(speeds: Callable[[float, float, float, float], Speeds]) -> Speeds:
             whole = PlainRunner(str(place / "model"), torch.float32)
             whole.decode(4)
             plain[blocks] = median(whole.decode(TOKENS)["seconds"])
+            many[blocks] = median(whole.prefill(ROWS)["seconds"] for _ in range(TRIES))
     shape = of_llama_layout({**SMALL, "num_hidden_layers": 1})
     assert shape is not None
     (block,), (head,) = shape.blocks, shape.around
-    bare = speeds(0.0, 0.0, 0.0, tls)
-    each, whole_block = ((taken[MANY] - taken[FEW]) / (MANY - FEW) for taken in (protected, plain))
+    bare = speeds(0.0, 0.0, (0.0, 0.0, 0.0), tls)
+    each, one, rows = ((taken[MANY] - taken[FEW]) / (MANY - FEW) for taken in (protected, plain, many))
     numbers = sum(masked(group, 1, Split(planes=1), bare, Network()).seconds for group in block.groups)
     exchange = max((each - numbers) / len(block.groups), LEAST)
     around = protected[FEW] - FEW * each - exchange - masked(head, 1, Split(planes=1), bare, Network()).seconds
-    weights = FLOAT * block.weights / bare.edge.plain.read
-    return speeds(max(around, LEAST), exchange, max(whole_block - weights, LEAST), tls)
+    machine = bare.edge.plain
+    step = plain[FEW] - FEW * one - FLOAT * head.weights / machine.read
+    beside = (one - FLOAT * block.weights / machine.read, rows - ROWS * block.weights / machine.multiply_adds)
+    return speeds(max(around, LEAST), exchange, (max(step, LEAST), max(beside[0], LEAST), max(beside[1], LEAST)), tls)
 
 
 def _split(place: Path, blocks: int) -> None:

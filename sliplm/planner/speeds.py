@@ -14,11 +14,14 @@ class Plain(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A machine that computes blocks whole, in float32.
 
     Attributes:
-        block: seconds of a block with next to no weights.
+        step: seconds of a pass around its blocks, as Transformers makes it: masks, positions, sampling.
+        block, many: seconds of a block beside its weights, for one row and for many, for which threads wake each other.
         read: bytes of weights a second, for one row. multiply_adds: a second, for many rows.
     """
 
+    step: float
     block: float
+    many: float
     read: float
     multiply_adds: float
 
@@ -27,7 +30,7 @@ class Trusted(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The trusted side's machine.
 
     Attributes:
-        step: seconds of a pass around its blocks: looking up, sampling.
+        step: seconds of a pass around its blocks, where all are masked: looking up, sampling.
         exchange: seconds of an exchange with next to no numbers in it, and of what lies around it in a block; on
             loopback, so the edge's half is in it.
         encode, decode: seconds a number sent and received: a pad's key is expanded in the former, the check is in both.
@@ -66,7 +69,7 @@ class Speeds(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     edge: Edge
 
 
-_PLAIN = Plain(block=330e-6, read=16e9, multiply_adds=70e9)
+_PLAIN = Plain(step=1e-3, block=600e-6, many=1e-3, read=16e9, multiply_adds=70e9)
 USUAL = Speeds(
     Trusted(
         step=2e-3,

@@ -227,6 +227,8 @@ class Protected(Plain):
 
     def _fill(self, tokens: int) -> None:
         pool = self._slip.pool
+        if not self._slip.operators:  # nothing is masked, so there are no pads to wait for
+            return
         pool.resize(tokens)
         pool.start()
         pool.wait(tokens)

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 import transformers
@@ -31,8 +32,8 @@ from sliplm.split.places import places
 QKV, DOWN, HEAD = Group(((8, 6), (4, 6))), Group(((6, 12),)), Group(((20, 6),))
 SMALL = Model("small", (Block((QKV, DOWN), 8, 8),) * 3, (HEAD,), 6, 120, False, 2)
 ONES = Speeds(
-    Trusted(step=1, exchange=1, encode=1, decode=1, tls=1, read=1, multiply_adds=1, plain=Plain(1, 1, 1)),
-    Edge(tls=1, read=1, multiply_adds=1, plain=Plain(1, 1, 1)),
+    Trusted(step=1, exchange=1, encode=1, decode=1, tls=1, read=1, multiply_adds=1, plain=Plain(1, 1, 1, 1, 1)),
+    Edge(tls=1, read=1, multiply_adds=1, plain=Plain(1, 1, 1, 1, 1)),
 )
 
 
@@ -96,6 +97,21 @@ def test_a_narrow_wire_and_more_streams() -> None:
     )
     assert one("all", work=Work(streams=4, prompt=1)).decode > wide.decode
     assert one("first:1", work=Work(streams=4, prompt=1)).decode >= one("first:1").decode
+
+
+def test_whole_blocks_by_hand() -> None:
+    """Transformers makes the pass, on both sides; a block takes other time beside its weights for many rows."""
+    plain = Plain(step=1e3, block=1e5, many=1e6, read=1, multiply_adds=1)
+    speeds = Speeds(msgspec.structs.replace(ONES.trusted, plain=plain), msgspec.structs.replace(ONES.edge, plain=plain))
+    block, head, row = 12 * 6 + 6 * 12, 120, 4 * 6
+    for rows, beside in ((1, 1e5), (2, 1e6)):
+        found = cost(SMALL, places("trusted:1", 3), Pass(rows=rows), Split(1, 2), speeds, Network())
+        weights = max(4, rows) * (3 * block) + 4 * head
+        attention = 3 * max(4 * 8 * rows, 2 * 8 * rows / 2 * rows)
+        wire = 2 * 2 * row * rows + 1  # TLS on both sides, and the exchange
+        assert found.seconds == 2 * 1e3 + 3 * beside + weights + attention + wire
+    masked_all = [cost(SMALL, places("all", 3), Pass(), Split(1, 2), known, Network()) for known in (speeds, ONES)]
+    assert masked_all[0] == masked_all[1]  # where nothing is whole, that plays no part
 
 
 def test_a_plan_that_names_blocks_that_are_not_there() -> None:
