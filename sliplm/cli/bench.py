@@ -23,7 +23,7 @@ def bench(
     ] = None,
     planes: Annotated[
         list[int] | None,
-        typer.Option(min=1, max=2, help="May be given twice; both if absent, one with --streams."),
+        typer.Option(min=1, max=2, help="May be given twice; both if absent, one with --streams or --drafts."),
     ] = None,
     rank: Annotated[int, typer.Option(min=1)] = 16,
     tokens: Annotated[int, typer.Option(min=8, help="Decoded tokens per round.")] = 48,
@@ -38,6 +38,10 @@ def bench(
         ),
     ] = None,
     peers: Annotated[bool, typer.Option("--peers", help="Also llama.cpp, in Q8_0 on the same shape.")] = False,
+    drafts: Annotated[
+        bool, typer.Option("--drafts", help="Measure what guessing tokens is worth instead, with one plane.")
+    ] = False,
+    rtt: Annotated[str, typer.Option(help="With --drafts: round-trip time to put between the sides.")] = "0ms",
     keep: Annotated[Path | None, typer.Option(help="Keep the bundles here, and take them from here.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a picture (.svg, .png) here.")] = None,
     as_json: Json = False,
@@ -46,17 +50,25 @@ def bench(
     counts = _counts(streams) if streams is not None else []
     if counts and (peers or plot or long):
         raise SlipError("--streams measures leverage alone: leave out --peers, --plot and --long.")
+    if drafts and (counts or peers or plot or long):
+        raise SlipError("--drafts measures guesses alone: leave out --streams, --peers, --plot and --long.")
+    if rtt != "0ms" and not drafts:
+        raise SlipError("--rtt goes with --drafts.")
     set_up_logging(False)
     quiet_transformers()
+    from sliplm.planner import units
+    from sliplm.planner.costs import Network
     from sliplm.speed import show
     from sliplm.speed.bench import bench as run
 
     if plot:
         show.require_plots()
     usual = ["smollm2", "llama-1.1b", *(["llama-7b-block", "llama-70b-block"] if counts else [])]
+    network = Network(units.duration(rtt)) if drafts else None
+    usual = usual[:1] if drafts else usual  # the others have no words
     result = run(
-        models or usual, planes or ([1] if counts else [1, 2]), rank, tokens, prefill, rounds, long, keep,
-        lambda line: err().print(line, markup=False), streams=counts, with_peers=peers,
+        models or usual, planes or ([1] if counts or drafts else [1, 2]), rank, tokens, prefill, rounds, long, keep,
+        lambda line: err().print(line, markup=False), streams=counts, with_peers=peers, drafts=network,
     )  # fmt: skip
     if plot:
         show.plot(result, plot)

@@ -22,7 +22,9 @@ def show(rows: list[dict[str, Any]]) -> None:
 def view(rows: list[dict[str, Any]], width: int) -> Group:
     """The table, and below it who computes rows and makes pads, and what is wrong with those without numbers."""
     errors = [Text(row["error"], style="red") for row in rows if row["error"]]
-    more = [Text(line) for row in rows if not row["error"] for line in (_edges(row), _makers(row)) if line]
+    more = [
+        Text(line) for row in rows if not row["error"] for line in (_edges(row), _makers(row), _drafts(row)) if line
+    ]
     return Group(_table(rows, width), *more, *errors)
 
 
@@ -75,6 +77,12 @@ def _edges(row: dict[str, Any]) -> str:
     if row["exchanges_replaced"]:
         said += [f"{_number(row['exchanges_replaced'])} times another edge was asked"]
     return f"{_where(row)}: {', '.join(said)}" if said else ""
+
+
+def _drafts(row: dict[str, Any]) -> str:
+    """What guessing tokens has saved lately."""
+    each = row["tokens_per_pass"]
+    return f"{_where(row)}: {each:.2f} tokens a pass" if each is not None and each > 1 else ""
 
 
 def _makers(row: dict[str, Any]) -> str:

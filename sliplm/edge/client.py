@@ -38,7 +38,8 @@ def stream(
     body = {"stream": True, "stream_options": {"include_usage": True}, **what, **options}
     base = _base(api)
     path = "/v1/completions" if raw else "/v1/chat/completions"
-    text, finish, usage = "", None, {"prompt_tokens": 0, "completion_tokens": 0}
+    usage: dict[str, Any] = {"prompt_tokens": 0, "completion_tokens": 0}
+    text, finish = "", None
     with (
         _explained(api),
         _client(key, timeout) as client,
@@ -61,7 +62,9 @@ def stream(
                     yield Chunk(text)
     if finish is None:
         raise LinkError("the API broke off in the middle of the answer.")
-    yield Chunk("", finish, usage["prompt_tokens"], usage["completion_tokens"])
+    details = usage.get("completion_tokens_details") or {}
+    guessed = (details.get(f"{how}_prediction_tokens", 0) for how in ("accepted", "rejected"))
+    yield Chunk("", finish, usage["prompt_tokens"], usage["completion_tokens"], [], [], *guessed)
 
 
 def model(api: str, key: str | None = None) -> str:

@@ -134,8 +134,11 @@ class Pace:
     """What a pass takes, learned from those before: seconds = a + b rows."""
 
     KEPT = 0.98
-    SLOPE = 0.1
-    """Of the mean time, what a row is supposed to take; counts as one pass that was a row larger than the mean."""
+    SLOPE, PRIOR = 0.1, 16.0
+    """Of the mean time, what a row is supposed to take; it counts as much as a pass four rows larger than the mean."""
+    STEEPEST = 0.25
+    """Of a pass with one row, what a further row is taken to cost at most: a few passes that something else slowed down
+    must not end all guesses, for then nothing better would be learned."""
     OUTLIER = 3.0
 
     def __init__(self) -> None:
@@ -170,8 +173,10 @@ class Pace:
 
     @property
     def _slope(self) -> float:
-        slope = (self._both + self.SLOPE * self._seconds) / (self._spread + 1)
-        return min(max(slope, 0.0), self._seconds / max(self._rows, 1.0))
+        slope = (self._both + self.PRIOR * self.SLOPE * self._seconds) / (self._spread + self.PRIOR)
+        # That of a line through the mean pass, of which one row takes 1 / STEEPEST as long as a further one.
+        steepest = self._seconds / (1 / self.STEEPEST + max(0.0, self._rows - 1))
+        return min(max(slope, 0.0), steepest)
 
     def _line(self, rows: int) -> float:
         return max(0.0, self._seconds + (rows - self._rows) * self._slope)

@@ -19,7 +19,9 @@ import torch
 from sliplm import kernels
 from sliplm.bundle import EdgeBundle
 from sliplm.exchange.check import CHECKS
+from sliplm.planner.costs import Network
 from sliplm.protocol.frames import HEADER
+from sliplm.speed import drafts as guessing
 from sliplm.speed import leverage, peers
 from sliplm.speed.contender import Ask, contender
 from sliplm.speed.models import BLOCKS, find, protect
@@ -41,11 +43,13 @@ def bench(
     *,
     streams: Sequence[int] = (),
     with_peers: bool = False,
+    drafts: Network | None = None,
 ) -> dict[str, Any]:
     """Measure every one of `models` with every number of `planes`; `rounds` times `tokens` decoded tokens each, and
     prompts of `prefill` tokens (0 for none), and the same tokens by llama.cpp if `with_peers`; then decode `long` more
-    tokens over TLS and see what memory that left occupied. With `streams`, measure leverage (`speed.leverage`) instead.
-    Bundles stay in `keep`, and are taken from there.
+    tokens over TLS and see what memory that left occupied. With `streams`, measure leverage (`speed.leverage`) instead;
+    with `drafts`, what guessing is worth over such a network (`speed.drafts`). Bundles stay in
+    `keep`, and are taken from there.
 
     Raises SlipError: a model cannot be had or split, a process fails, or llama.cpp is not installed.
     """
@@ -61,7 +65,9 @@ def bench(
                 say(f"{Path(name).name}, planes {count}: splitting, if that is not done yet")
                 directory = protect(name, source, count, rank, place, None)
                 say(f"{Path(name).name}, planes {count}: measuring")
-                if streams:
+                if drafts is not None:
+                    measured = {"drafts": guessing.measure(directory, tokens, rounds, drafts, say)}
+                elif streams:
                     measured = leverage.measure(source, directory, streams, tokens, rounds, say)
                 else:
                     others = _peers(llama, source, place / f"{Path(name).name}-q8_0.gguf", threads) if llama else {}

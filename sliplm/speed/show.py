@@ -21,6 +21,9 @@ def tables(result: dict[str, Any], console: Console) -> None:
         if "streams" in r:
             _leverage(r, console)
             continue
+        if "drafts" in r:
+            _drafts(r, console)
+            continue
         table = Table("decoding", "tokens/s", "ms a token", "p10 - p90", "x bf16", box=None)
         for name, d in r["decode"].items():
             spread = f"{d['ms_p10']:.1f} - {d['ms_p90']:.1f}"
@@ -59,6 +62,18 @@ def tables(result: dict[str, Any], console: Console) -> None:
 
 def _title(r: dict[str, Any]) -> str:
     return f"{r['model']}{' (one decoder block)' if r['block'] else ''}, planes {r['planes']}"
+
+
+def _drafts(r: dict[str, Any], console: Console) -> None:
+    table = Table(
+        "answer", "tokens a pass", "wrong guesses a token", "ms a token without", "with", "x", "text", box=None
+    )
+    for row in r["drafts"]:
+        times = f"{row['ms_without'] / row['ms_with']:.2f}"
+        guessed = f"{row['tokens_per_pass']:.2f}", f"{row['rejected_per_token']:.2f}"
+        spent = f"{row['ms_without']:.1f}", f"{row['ms_with']:.1f}"
+        table.add_row(row["text"], *guessed, *spent, times, "the same" if row["same"] else "differs")
+    console.print(table)
 
 
 def _leverage(r: dict[str, Any], console: Console) -> None:

@@ -143,6 +143,25 @@ def test_a_line_says_which_edges_compute_how_much(monkeypatch: pytest.MonkeyPatc
     assert console.file.getvalue().splitlines()[3:] == [said]  # of one that computes alone there is nothing to say
 
 
+GUESSED = """\
+# TYPE slip_trusted_drafted_tokens counter
+slip_trusted_drafted_tokens_total{outcome="accepted"} %d
+slip_trusted_drafted_tokens_total{outcome="rejected"} 9
+"""
+
+
+def test_a_line_says_how_many_tokens_a_pass_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second, third = (
+        sample(monkeypatch, TRUSTED % (tokens, 1, 1.0) + GUESSED % accepted, when)
+        for tokens, accepted, when in ((100, 10, 10.0), (160, 50, 12.0), (170, 50, 14.0))
+    )
+    guessing, not_guessing = (top.row("http://h:1/metrics", *pair) for pair in ((second, first), (third, second)))
+    assert guessing["tokens_per_pass"] == 3 and not_guessing["tokens_per_pass"] == 1
+    console = Console(width=160, file=io.StringIO())
+    console.print(view([guessing, not_guessing], 160))
+    assert console.file.getvalue().splitlines()[3:] == ["h:1: 3.00 tokens a pass"]
+
+
 def test_helpers_are_as_fast_as_since_the_last_look(monkeypatch: pytest.MonkeyPatch) -> None:
     before, now = (
         sample(monkeypatch, TRUSTED % (1, 1, 1.0) + HELPED % made, when) for made, when in ((100, 10.0), (700, 12.0))

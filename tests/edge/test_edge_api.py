@@ -71,6 +71,13 @@ def test_completion_stream_with_usage(client):
     assert usage["choices"] == [] and usage["usage"]["total_tokens"] == 5
 
 
+def test_usage_counts_guessed_tokens(backend, monkeypatch):
+    last = Chunk("", "stop", 3, 9, accepted_tokens=5, rejected_tokens=2)
+    answer = local(create_app(lambda _: iter([Chunk("x"), last]))).post(CHAT, json=HELLO | {"n": 2}).json()
+    details = {"accepted_prediction_tokens": 10, "rejected_prediction_tokens": 4}
+    assert answer["usage"]["completion_tokens"] == 18 and answer["usage"]["completion_tokens_details"] == details
+
+
 def test_what_usual_clients_send(client, backend):
     defaults = {
         "n": 1,

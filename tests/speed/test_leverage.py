@@ -19,7 +19,8 @@ from processes import slip
 from rich.console import Console
 
 from sliplm.errors import SlipError
-from sliplm.speed import cores, models, runner, show
+from sliplm.planner.costs import Network
+from sliplm.speed import cores, drafts, models, runner, show
 
 pytestmark = pytest.mark.slow
 
@@ -128,3 +129,25 @@ def test_blocks_are_blocks_and_say_so() -> None:
     console = Console(record=True, file=StringIO(), width=120)
     show.tables({"kernels": "some", "threads": 1, "results": [result]}, console)
     assert "llama-7b-block (one decoder block), planes 1, rank 16" in console.export_text()
+
+
+@pytest.mark.parametrize("options", [["--drafts", "--streams", "1"], ["--drafts", "--peers"], ["--rtt", "5ms"]])
+def test_guesses_are_measured_alone(options: list[str]) -> None:
+    done = slip("bench", "smollm2", *options)
+    assert done.returncode == 1 and done.stderr.startswith("slip: --") and "--drafts" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_what_guesses_are_worth_is_measured(tiny_split: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drafts, "ASKED", {"again": "a b a b a b", "else": "Hello"})
+    rows = drafts.measure(tiny_split, 12, 1, Network(), lambda _: None)
+    assert [row["text"] for row in rows] == ["again", "else"]
+    for row in rows:
+        assert row["same"] and row["tokens_per_pass"] >= 1 and min(row["ms_with"], row["ms_without"]) > 0
+    out = StringIO()
+    show.tables(
+        {"kernels": "", "threads": 1, "results": [
+            {"model": "tiny", "block": False, "planes": 1, "rank": 4, "drafts": rows}]},
+        Console(file=out, width=160),
+    )  # fmt: skip
+    assert out.getvalue().count("the same") == 2
