@@ -1,12 +1,13 @@
 """Whether `slip plan` is right: measure plans over an emulated network, and compare with what it predicts.
 
-    python bench/plan.py [--rtt 0ms,5ms,20ms] [--plans all] [--model smollm2] [--planes 1] [--tokens 12] [--json]
+    python bench/plan.py [--rtt 0ms,5ms,20ms] [--plans all,first:2,trusted:2] [--model smollm2] [--planes 1] [--json]
 
-The trusted side is `speed.runner`'s, the edge a real `slip edge`, on this machine; a TCP proxy between them delays
-every byte by half the round trip in either direction, and holds the bandwidth. Its own delay is found with an echo
-through it, as `ping` would find a network's, and is part of the round trip that the prediction gets; at 0ms there is no
-proxy. The machine's speeds are probed before (`slip plan --probe`), so nothing else should run. netem would emulate
-below TCP; the proxy runs everywhere, and it has what a plan depends on, delay and bandwidth.
+Measured are passes of the model, one token each. The trusted side is `speed.runner`'s, the edge a real `slip edge`, on
+this machine; a TCP proxy between them delays every byte by half the round trip in either direction, and holds the
+bandwidth. Its own delay is found with an echo through it, as `ping` would find a network's, and is part of the round
+trip that the prediction gets; at 0ms there is no proxy. The machine's speeds are probed before (`slip plan --probe`),
+so nothing else should run. netem would emulate below TCP; the proxy runs everywhere, and it has what a plan depends on,
+delay and bandwidth.
 """
 
 from __future__ import annotations

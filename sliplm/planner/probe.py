@@ -50,7 +50,7 @@ SMALL: dict[str, Any] = {
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
 }
-TOKENS = 24
+TOKENS, PROMPT = 24, 64
 TRIES = 9
 LEAST = 1e-6
 """Seconds that anything takes, whatever noise in two measurements makes of their difference."""
@@ -146,7 +146,7 @@ def _plain() -> tuple[float, float]:
 def _exchange(speeds: Callable[[float, float, tuple[float, float, float], float], Speeds]) -> Speeds:
     """`speeds` of what a pass, an exchange and a plain model's pass and blocks take beside their numbers, and a byte
     through TLS."""
-    protected, plain, many, tls = {}, {}, {}, 0.0
+    protected, tls = {}, 0.0
     with tempfile.TemporaryDirectory(prefix="slip-probe-") as scratch:
         for blocks in (FEW, MANY):
             place = Path(scratch) / str(blocks)
@@ -156,10 +156,9 @@ def _exchange(speeds: Callable[[float, float, tuple[float, float, float], float]
                 runner.decode(4)
                 protected[blocks] = median(runner.decode(TOKENS)["seconds"])
                 tls = _tls(runner)
-            whole = PlainRunner(str(place / "model"), torch.float32)
-            whole.decode(4)
-            plain[blocks] = median(whole.decode(TOKENS)["seconds"])
-            many[blocks] = median(whole.prefill(ROWS)["seconds"] for _ in range(TRIES))
+        whole = {n: PlainRunner(str(Path(scratch) / str(n) / "model"), torch.float32) for n in (FEW, MANY)}
+        plain = _by_turns(lambda blocks: whole[blocks].decode(TOKENS)["seconds"], 2)
+        many = _by_turns(lambda blocks: [whole[blocks].prefill(PROMPT)["seconds"]], TRIES)
     shape = of_llama_layout({**SMALL, "num_hidden_layers": 1})
     assert shape is not None
     (block,), (head,) = shape.blocks, shape.around
@@ -170,7 +169,7 @@ def _exchange(speeds: Callable[[float, float, tuple[float, float, float], float]
     around = protected[FEW] - FEW * each - exchange - masked(head, 1, Split(planes=1), bare, Network()).seconds
     machine = bare.edge.plain
     step = plain[FEW] - FEW * one - FLOAT * head.weights / machine.read
-    beside = (one - FLOAT * block.weights / machine.read, rows - ROWS * block.weights / machine.multiply_adds)
+    beside = (one - FLOAT * block.weights / machine.read, rows - PROMPT * block.weights / machine.multiply_adds)
     return speeds(max(around, LEAST), exchange, (max(step, LEAST), max(beside[0], LEAST), max(beside[1], LEAST)), tls)
 
 
@@ -195,6 +194,15 @@ def _tls(runner: Protected) -> float:
         taken.append(_seconds(lambda _, x=x: link.exchange(group, x, lambda: None), 20))  # type: ignore[misc]
     numbers = (ROWS - 1) * (height + width)
     return max(taken[1] - taken[0], 1e-9) / (FLOAT * numbers) / 2  # both sides move each byte
+
+
+def _by_turns(run: Callable[[int], list[float]], rounds: int) -> dict[int, float]:
+    """The median seconds that it gives for few blocks and for many, after a first time that does not count."""
+    found: dict[int, list[float]] = {FEW: [], MANY: []}
+    for turn in range(rounds + 1):
+        for blocks, taken in found.items():
+            taken += run(blocks) if turn else run(blocks)[:0]
+    return {blocks: median(taken) for blocks, taken in found.items()}
 
 
 def _seconds(run: Callable[[int], object], calls: int) -> float:
