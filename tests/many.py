@@ -6,19 +6,25 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import psutil
+from loading import attached
 from processes import WAIT, Process, start_edge
 
 from sliplm.edge.side import Edge
+from sliplm.engine.builtin import BuiltinEngine
 from sliplm.protocol.messages import GenerateRequest
 from sliplm.registry import authority
 
-PROMPTS = [f"Request {number:02}" for number in range(32)]
-TOKENS = 100
+REQUESTS, TOKENS = 32, 60
+
+RIVAL = 0.01
+"""Of two tokens whose log-probabilities are closer than this, either may come first where sums are done in another
+order."""
 
 
 class Machines:
@@ -53,6 +59,21 @@ class Machines:
         return lose
 
 
+def right_texts(split: Path) -> dict[str, str]:
+    """Prompts, and what the built-in engine answers to each alone, greedy; no token of theirs has a rival."""
+    engine = attached(BuiltinEngine(split / "trusted", allow_logprobs=True))
+    texts: dict[str, str] = {}
+    for number in count():
+        request = GenerateRequest(prompt=f"Request {number}", max_tokens=TOKENS, temperature=0, logprobs=2)
+        chunks = list(engine.generate(request, engine.model.slip.default_link))
+        tops = [said.top for chunk in chunks for said in chunk.logprobs]
+        if all(first[1] - second[1] > RIVAL for first, second in tops):
+            texts[request.prompt] = "".join(chunk.text for chunk in chunks)
+        if len(texts) == REQUESTS:
+            return texts
+    raise AssertionError
+
+
 def _worked(machine: Process) -> float:
     times = psutil.Process(machine.process.pid).cpu_times()
     return times.user + times.system
@@ -67,11 +88,13 @@ def asked_by(edge: Edge) -> Callable[[str], Iterable[str]]:
     return ask
 
 
-def ask_all(ask: Callable[[str], Iterable[str]], losses: Sequence[Callable[[], None]]) -> dict[str, str]:
-    """The texts of all PROMPTS at once, which `ask` yields in pieces. After every tenth of what is to be expected, one
-    of `losses` happens; some requests are not whole then."""
+def ask_all(
+    ask: Callable[[str], Iterable[str]], prompts: Collection[str], losses: Sequence[Callable[[], None]]
+) -> dict[str, str]:
+    """The texts of all `prompts` at once, which `ask` yields in pieces. After each tenth of all tokens one of `losses`
+    happens; some requests are not whole then."""
     texts: dict[str, str] = {}
-    pieces = dict.fromkeys(PROMPTS, 0)
+    pieces = dict.fromkeys(prompts, 0)
     problems: list[str] = []
 
     def one(prompt: str) -> None:
@@ -84,16 +107,16 @@ def ask_all(ask: Callable[[str], Iterable[str]], losses: Sequence[Callable[[], N
             problems.append(f"{prompt}, after {len(text)} characters: {error}")
         texts[prompt] = text
 
-    threads = [threading.Thread(target=one, args=(prompt,), daemon=True) for prompt in PROMPTS]
+    threads = [threading.Thread(target=one, args=(prompt,), daemon=True) for prompt in prompts]
     for thread in threads:
         thread.start()
     deadline = time.monotonic() + WAIT
     for number, lose in enumerate(losses, 1):
-        while sum(pieces.values()) < number * len(PROMPTS) * TOKENS // 10 and not problems:
+        while sum(pieces.values()) < number * len(prompts) * TOKENS // 10 and not problems:
             assert time.monotonic() < deadline, "nothing comes any more"
             time.sleep(0.005)
         lose()
-        assert len(texts) < len(PROMPTS)
+        assert len(texts) < len(prompts)
     for thread in threads:
         thread.join(max(0.0, deadline - time.monotonic()))
     assert problems == []

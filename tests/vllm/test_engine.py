@@ -8,13 +8,13 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-from many import PROMPTS, TOKENS, Machines, ask_all, asked_by
+from many import Machines, ask_all, asked_by, right_texts
 from processes import ask, eventually, start_edge
 
 from sliplm.edge.side import Edge
@@ -182,7 +182,7 @@ def test_devices_and_processes(run: Any, bundle_of: Any) -> None:
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_an_edge_and_then_a_helper_are_lost_and_no_request_is(
-    run: Any, bundle_of: Any, truth: Callable[..., str], how: signal.Signals
+    run: Any, bundle_of: Any, split: Path, how: signal.Signals
 ) -> None:
     directory, (identity, _) = bundle_of
     trusted = run(
@@ -191,9 +191,9 @@ def test_an_edge_and_then_a_helper_are_lost_and_no_request_is(
     )  # fmt: skip
     address = trusted.ready()["listening"]
     machines = Machines(run, directory, address, how)
-    expected = {prompt: truth(prompt, TOKENS) for prompt in PROMPTS}
+    expected = right_texts(split)
     losses = [machines.lose_one(machines.edges), machines.lose_one(machines.helpers)]
-    assert ask_all(asked_by(Edge(directory / "edge", address, identity)), losses) == expected
+    assert ask_all(asked_by(Edge(directory / "edge", address, identity)), expected, losses) == expected
     assert trusted.stop() == 0
     assert "Traceback" not in trusted.log
 

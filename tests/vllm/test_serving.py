@@ -19,7 +19,7 @@ import httpx
 import openai
 import pytest
 from link_fakes import list_devices, running, wait_until
-from many import TOKENS, Machines, ask_all
+from many import TOKENS, Machines, ask_all, right_texts
 from processes import WAIT, ask, start_edge
 
 from sliplm.bundle import EdgeBundle
@@ -97,8 +97,9 @@ def test_so_they_are_by_pieces_of_prompts_and_guessed_tokens(pieces: Any, run: A
 
 
 def test_an_edge_and_then_a_helper_are_lost_and_no_request_is(
-    started: Callable[..., Any], run: Any, truth: Callable[..., str]
+    started: Callable[..., Any], run: Any, split: Path
 ) -> None:
+    expected = right_texts(split)
     helped = started(SLIP_PADS="helpers", SLIP_STOCK="32").ready()
     machines = Machines(run, helped.directory, helped.address, signal.SIGKILL)
 
@@ -108,8 +109,8 @@ def test_an_edge_and_then_a_helper_are_lost_and_no_request_is(
             yield chunk.choices[0].text
 
     losses = [machines.lose_one(machines.edges), machines.lose_one(machines.helpers)]
-    texts = ask_all(ask, losses)
-    assert [(p, t) for p, t in texts.items() if not same(t, truth(p, TOKENS))] == []
+    texts = ask_all(ask, expected, losses)
+    assert [(p, t) for p, t in texts.items() if not same(t, expected[p])] == []
     helped.stop()
 
 
