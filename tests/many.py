@@ -63,15 +63,14 @@ def right_texts(split: Path) -> dict[str, str]:
     """Prompts, and what the built-in engine answers to each alone, greedy; no token of theirs has a rival."""
     engine = attached(BuiltinEngine(split / "trusted", allow_logprobs=True))
     texts: dict[str, str] = {}
-    for number in count():
-        request = GenerateRequest(prompt=f"Request {number}", max_tokens=TOKENS, temperature=0, logprobs=2)
+    numbers = count()
+    while len(texts) < REQUESTS:
+        request = GenerateRequest(prompt=f"Request {next(numbers)}", max_tokens=TOKENS, temperature=0, logprobs=2)
         chunks = list(engine.generate(request, engine.model.slip.default_link))
         tops = [said.top for chunk in chunks for said in chunk.logprobs]
         if all(first[1] - second[1] > RIVAL for first, second in tops):
             texts[request.prompt] = "".join(chunk.text for chunk in chunks)
-        if len(texts) == REQUESTS:
-            return texts
-    raise AssertionError
+    return texts
 
 
 def _worked(machine: Process) -> float:
@@ -119,5 +118,5 @@ def ask_all(
         assert len(texts) < len(prompts)
     for thread in threads:
         thread.join(max(0.0, deadline - time.monotonic()))
-    assert problems == []
+    assert not problems, problems
     return texts
