@@ -113,6 +113,11 @@ class Command:
                 "descriptors": process.num_fds(),
             }
 
+    def cpu_seconds(self) -> float:
+        """Processor time that it has used, of all its threads."""
+        times = psutil.Process(self.pid).cpu_times()
+        return times.user + times.system
+
     def complaints(self) -> str:
         """Tracebacks and internal errors in its log: there should be none."""
         lines = self.log.read_text(errors="replace").splitlines()

@@ -76,18 +76,20 @@ def run(
         running = [here.edge(address, here.enrol(f"edge{i}"), fresh=fresh) for i in range(edges)]
         apis = [edge.ready()["api"] for edge in running]
         truths = {prompt: text(apis[0], prompt, TOKENS) for prompt in dict.fromkeys(prompts)}
-        started = time.monotonic()
+        commands = {"trusted": trusted, **{f"edge{i}": edge for i, edge in enumerate(running)}}
+        started, before = time.monotonic(), _cpu_seconds(commands)
         threads = [
             Stream(apis[i % edges], prompt, truths[prompt], TOKENS, started + seconds)
             for i, prompt in enumerate(prompts)
         ]
         for thread in threads:
             thread.start()
-        commands = {"trusted": trusted, **{f"edge{i}": edge for i, edge in enumerate(running)}}
         samples = _sample(commands, started, seconds)
         for thread in threads:
             thread.join(180)
         took = time.monotonic() - started
+        tokens = sum(thread.done for thread in threads)
+        spent = {name: after - before[name] for name, after in _cpu_seconds(commands).items()}
         problems = [f"stream {i}: {p}" for i, thread in enumerate(threads) for p in thread.problems[:3]]
         problems += [f"stream {i} hangs" for i, thread in enumerate(threads) if thread.is_alive()]
         for name, command in commands.items():
@@ -107,22 +109,30 @@ def run(
             "streams": streams,
             "edges": edges,
             "seconds": round(took, 1),
-            "tokens": sum(thread.done for thread in threads),
-            "tokens per second": round(sum(thread.done for thread in threads) / took, 2),
+            "tokens": tokens,
+            "tokens per second": round(tokens / took, 2),
+            "CPU ms a token": {name: round(1e3 * cpu / max(1, tokens), 2) for name, cpu in spent.items()},
             "slowest and fastest stream, tokens/s": [round(min(speeds), 3), round(max(speeds), 3)],
             "held": held,
             "problems": problems,
         }
 
 
+def _cpu_seconds(commands: dict[str, Command]) -> dict[str, float]:
+    """Of each process that lives, and of this one, which reads the texts."""
+    spent = {name: command.cpu_seconds() for name, command in commands.items() if command.alive}
+    return {**spent, "clients": time.process_time()}
+
+
 def _sample(commands: dict[str, Command], started: float, seconds: float) -> dict[str, list[dict[str, float]]]:
-    """What each process holds of the machine, about a hundred times."""
+    """What each process holds of the machine, some fifty times: to look at its memory map takes milliseconds, in which
+    the process may wait."""
     samples: dict[str, list[dict[str, float]]] = {name: [] for name in commands}
     while (now := time.monotonic() - started) < seconds:
         for name, command in commands.items():
             if command.alive:
                 samples[name].append({"at": now / seconds, **command.usage()})
-        time.sleep(max(0.2, seconds / 100))
+        time.sleep(max(0.2, seconds / 50))
     return samples
 
 

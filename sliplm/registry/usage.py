@@ -15,11 +15,13 @@ from datetime import datetime, timedelta
 from typing import NamedTuple
 
 import sqlalchemy as sa
+from sqlalchemy.engine import Connection
 
 from sliplm.errors import LinkError
 from sliplm.registry import database
 from sliplm.registry.database import Database
 from sliplm.registry.devices import Device, _device, now
+from sliplm.registry.together import Together
 
 INTERRUPTED = LinkError.outcome
 
@@ -59,6 +61,7 @@ class Usage:
 
     def __init__(self, db: Database) -> None:
         self._db = db
+        self._writes = Together(db)
 
     def begin(self, request: str, device: Device) -> Used:
         """Open the record of `request`, an id that no other request has. Returns what the device's other requests have
@@ -68,7 +71,8 @@ class Usage:
         written: the request must not run then.
         """
         start = now()
-        with self._db.write() as c:
+
+        def write(c: Connection) -> Used:
             row = c.execute(sa.select(database.devices).where(database.devices.c.id == device.id)).one()
             found = _device(row)
             found.require_active()
@@ -77,48 +81,49 @@ class Usage:
             today = (_table.c.device == device.id, _table.c.started >= day)
             used: int | None = c.execute(sa.select(sa.func.sum(_tokens)).where(*today)).scalar()
             c.execute(sa.insert(_table).values(request=request, device=device.id, started=start, updated=start))
-        return Used(day, int(used or 0))
+            return Used(day, int(used or 0))
+
+        return self._writes.do(write)
 
     def update(self, running: Sequence[Tokens]) -> None:
         """Note the tokens of requests that are running, all in one transaction."""
         if not running:
             return
-        with self._db.write() as c:
-            c.execute(
-                sa.update(_table)
-                .where(_table.c.request == sa.bindparam("key"), _table.c.finished.is_(None))
-                .values(prompt_tokens=sa.bindparam("p"), completion_tokens=sa.bindparam("c"), updated=now()),
-                [{"key": r.request, "p": r.prompt_tokens, "c": r.completion_tokens} for r in running],
-            )
+        change = (
+            sa.update(_table)
+            .where(_table.c.request == sa.bindparam("key"), _table.c.finished.is_(None))
+            .values(prompt_tokens=sa.bindparam("p"), completion_tokens=sa.bindparam("c"), updated=now())
+        )
+        rows = [{"key": r.request, "p": r.prompt_tokens, "c": r.completion_tokens} for r in running]
+        self._writes.do(lambda c: c.execute(change, rows))
 
     def finish(self, tokens: Tokens, outcome: str) -> None:
         """Close a record. A second time changes nothing, so that it can be repeated when it may have failed; but the
         request's own server knows better than whoever took it for interrupted."""
-        with self._db.write() as c:
-            c.execute(
-                sa.update(_table)
-                .where(
-                    _table.c.request == tokens.request,
-                    sa.or_(_table.c.finished.is_(None), _table.c.outcome == INTERRUPTED),
-                )
-                .values(
-                    prompt_tokens=tokens.prompt_tokens,
-                    completion_tokens=tokens.completion_tokens,
-                    finished=now(),
-                    updated=now(),
-                    outcome=outcome,
-                )
+        change = (
+            sa.update(_table)
+            .where(
+                _table.c.request == tokens.request,
+                sa.or_(_table.c.finished.is_(None), _table.c.outcome == INTERRUPTED),
             )
+            .values(
+                prompt_tokens=tokens.prompt_tokens,
+                completion_tokens=tokens.completion_tokens,
+                finished=now(),
+                updated=now(),
+                outcome=outcome,
+            )
+        )
+        self._writes.do(lambda c: c.execute(change))
 
     def sweep(self, stale: float = STALE_SECONDS) -> int:
         """Close the records that a killed server left open; how many there were."""
-        with self._db.write() as c:
-            done = c.execute(
-                sa.update(_table)
-                .where(_table.c.finished.is_(None), _table.c.updated < now() - timedelta(seconds=stale))
-                .values(finished=_table.c.updated, outcome=INTERRUPTED)
-            )
-            return int(done.rowcount)
+        change = (
+            sa.update(_table)
+            .where(_table.c.finished.is_(None), _table.c.updated < now() - timedelta(seconds=stale))
+            .values(finished=_table.c.updated, outcome=INTERRUPTED)
+        )
+        return self._writes.do(lambda c: int(c.execute(change).rowcount))
 
     def totals(self, device: Device, since: datetime | None = None) -> Totals:
         """What the device has used, since then or ever."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -13,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from many import Machines, ask_all, asked_by, right_texts
 from processes import ask, eventually, start_edge
 
+from sliplm.edge.side import Edge
 from sliplm.engine.builtin import BuiltinEngine
 from sliplm.engine.vllm.engine import VllmEngine
 from sliplm.errors import LinkError, RequestError, TooLongError, VerificationError
@@ -173,6 +176,24 @@ def test_devices_and_processes(run: Any, bundle_of: Any) -> None:
         edges[0].process.kill()
         assert other.result(120).startswith(expected)
     assert eventually(lambda: ask(apis[1], "Hello", max_tokens=30)) == expected
+    assert trusted.stop() == 0
+    assert "Traceback" not in trusted.log
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_an_edge_and_then_a_helper_are_lost_and_no_request_is(
+    run: Any, bundle_of: Any, split: Path, how: signal.Signals
+) -> None:
+    directory, (identity, _) = bundle_of
+    trusted = run(
+        "trusted", directory / "trusted", "--pads", "helpers", "--stock", "32", "--concurrent", "0", "--listen",
+        "127.0.0.1:0", "--engine", "vllm", VLLM_CPU_KVCACHE_SPACE="1",
+    )  # fmt: skip
+    address = trusted.ready()["listening"]
+    machines = Machines(run, directory, address, how)
+    expected = right_texts(split)
+    losses = [machines.lose_one(machines.edges), machines.lose_one(machines.helpers)]
+    assert ask_all(asked_by(Edge(directory / "edge", address, identity)), expected, losses) == expected
     assert trusted.stop() == 0
     assert "Traceback" not in trusted.log
 

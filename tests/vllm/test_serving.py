@@ -6,10 +6,11 @@ from __future__ import annotations
 import json
 import random
 import re
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import httpx
 import openai
 import pytest
 from link_fakes import list_devices, running, wait_until
+from many import TOKENS, Machines, ask_all, right_texts
 from processes import WAIT, ask, start_edge
 
 from sliplm.bundle import EdgeBundle
@@ -92,6 +94,24 @@ def test_so_they_are_by_pieces_of_prompts_and_guessed_tokens(pieces: Any, run: A
     pieces.edge(run, "one")
     check_texts(pieces, truth)
     pieces.stop()
+
+
+def test_an_edge_and_then_a_helper_are_lost_and_no_request_is(
+    started: Callable[..., Any], run: Any, split: Path
+) -> None:
+    expected = right_texts(split)
+    helped = started(SLIP_PADS="helpers", SLIP_STOCK="32").ready()
+    machines = Machines(run, helped.directory, helped.address, signal.SIGKILL)
+
+    def ask(prompt: str) -> Iterator[str]:
+        settings = {"max_tokens": TOKENS, "temperature": 0, "stream": True}
+        for chunk in helped.client().completions.create(model="tiny", prompt=prompt, **settings):
+            yield chunk.choices[0].text
+
+    losses = [machines.lose_one(machines.edges), machines.lose_one(machines.helpers)]
+    texts = ask_all(ask, expected, losses)
+    assert [(p, t) for p, t in texts.items() if not same(t, expected[p])] == []
+    helped.stop()
 
 
 def test_the_official_client_chats_and_streams(serve: Any, run: Any, truth: Callable[..., str]) -> None:
