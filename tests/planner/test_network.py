@@ -89,7 +89,7 @@ def test_each_way_waits_for_half_the_round_trip(listener: socket.socket, monkeyp
             assert peer.recv(1) == b"x"
             peer.sendall(b"y")
             assert sock.recv(1) == b"y"
-    assert len(asked) == 2 and all(4e5 < seconds <= 5e5 for seconds in asked)
+    assert len(asked) >= 2 and all(4e5 < seconds <= 5e5 for seconds in asked)  # the ends of both ways may come, too
 
 
 def test_a_narrow_wire_is_busy_with_what_went_before(listener: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,7 +107,7 @@ def test_a_narrow_wire_is_busy_with_what_went_before(listener: socket.socket, mo
             for i in range(3):
                 sock.sendall(bytes(100))
                 assert len(peer.recv(100)) == 100, i
-    assert asked == pytest.approx([1e5, 2e5, 3e5], rel=0.1)
+    assert asked[:3] == pytest.approx([1e5, 2e5, 3e5], rel=0.1)  # the end of the connection may come, too
 
 
 def test_when_one_end_goes_so_does_the_other(listener: socket.socket) -> None:
