@@ -31,7 +31,7 @@ struct Checks {
     size_t count;
 };
 constexpr size_t kMaxChecks = 4, kMaxPlanes = 4;
-constexpr size_t kTogether = 16;  // rows that the arithmetic of an exchange takes side by side
+constexpr size_t kTogether = 8;  // rows that the arithmetic of an exchange takes side by side
 
 // One instruction set. Every function is exact, whatever the set. They are references, so that none can be left out.
 struct Isa {

@@ -135,20 +135,6 @@ inline void backward_round(Across<B>* __restrict from, const int32_t* perm, cons
     if (n % 2) to[perm[n - 1]] = from[n - 1];
 }
 
-// Ask for what is going to be read: secrets are cold, after all other layers' and the edge's work, and their streams too
-// short for the machine to guess. It does guess long ones, which would not stay in the cache either.
-inline void prefetch(const void* memory, size_t bytes) {
-    constexpr size_t most = 1 << 17;
-    for (size_t i = 0; i < bytes && i < most; i += 64) __builtin_prefetch(static_cast<const char*>(memory) + i, 0, 2);
-}
-
-inline void prefetch(const Blinding& by, size_t n) {
-    if (!by.perm) return;
-    prefetch(by.perm, Blinding::kRounds * n * sizeof *by.perm);
-    prefetch(by.turns, Blinding::kRounds * (n / 2 * 2) * sizeof *by.turns);
-    prefetch(by.diagonal, n * sizeof *by.diagonal);
-}
-
 // All rounds, of B rows side by side: from v through w back to v.
 template <size_t B>
 inline void blind(const Blinding& by, size_t n, Across<B>* v, Across<B>* w) {

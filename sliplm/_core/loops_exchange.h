@@ -137,8 +137,6 @@ bool encode_rows(const float* x, const uint32_t* r, size_t n, double length, con
     Across<B>*const v = reinterpret_cast<Across<B>*>(scratch), *const w = v + n;
     alignas(64) float tile[B * kColumns];
     double size[B], c[B];
-    prefetch(blinding, n);
-    prefetch(checks.vectors, checks.count * n * sizeof *checks.vectors);
     for (size_t t = 0; t < B; t++)
         if (!(size[t] = size_of(x + t * n, n))) return false;
     for (size_t i = 0; i < n; i += kColumns) {
@@ -204,9 +202,6 @@ bool decode_rows(const uint32_t* answer, const uint32_t* image, const float* sca
     Dot sums[B][kMaxChecks];
     const size_t rows = planes * n;
     uint32_t wrong = 0;
-    prefetch(checks.vectors, checks.count * rows * sizeof *checks.vectors);
-    prefetch(scales, planes * n * sizeof *scales);
-    prefetch(blinding, n);
     for (size_t i = 0; i < n; i += kColumns) {
         const size_t count = n - i < kColumns ? n - i : kColumns;
         alignas(64) double factors[kMaxPlanes * kColumns];
@@ -216,10 +211,6 @@ bool decode_rows(const uint32_t* answer, const uint32_t* image, const float* sca
             alignas(64) uint32_t z[kMaxPlanes * kColumns];
             for (size_t j = 0; j < planes; j++) {
                 const size_t at = j * n + i;
-                if (t + 1 < B) {
-                    prefetch(answer + (t + 1) * rows + at, count * sizeof *answer);
-                    prefetch(image + (t + 1) * rows + at, count * sizeof *image);
-                }
                 uint32_t* const plane = z + j * kColumns;
                 wrong |= unmask(answer + t * rows + at, image + t * rows + at, count, plane);
                 for (size_t k = 0; k < checks.count; k++) add(sums[t][k], checks.vectors + k * rows + at, plane, count);
@@ -254,8 +245,6 @@ struct Count {
 template <class F>
 inline void by_rows(size_t tokens, F f) {
     size_t t = 0;
-    if constexpr (kLanes == 16)
-        for (; t + 16 <= tokens; t += 16) f(t, Count<16>());
     if constexpr (kLanes > 4)
         for (; t + 8 <= tokens; t += 8) f(t, Count<8>());
     for (; t + 4 <= tokens; t += 4) f(t, Count<4>());
