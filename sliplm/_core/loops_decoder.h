@@ -12,6 +12,8 @@ namespace {
 typedef float Sixteen __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint32_t SixteenWords __attribute__((vector_size(64)));
 typedef uint16_t SixteenHalves __attribute__((vector_size(32), aligned(2), may_alias));
+typedef uint32_t LaneWords __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t LaneHalves __attribute__((vector_size(2 * kLanes), aligned(2), may_alias));
 
 inline float widen(float w) { return w; }
 inline float widen(uint16_t w) { return __builtin_bit_cast(float, uint32_t(w) << 16); }
@@ -20,23 +22,29 @@ inline Sixteen widen16(const uint16_t* w) {
     return (Sixteen)(__builtin_convertvector(*reinterpret_cast<const SixteenHalves*>(w), SixteenWords) << 16);
 }
 
-constexpr size_t kSums = kLanes == 16 ? 16 : 8;  // vectors of 16 sums that registers have room for
+// As many weights as a register has room for: GCC takes vectors that are wider than one apart, value by value.
+inline Lanes lanes(const float* w) { return *reinterpret_cast<const Lanes*>(w); }
+inline Lanes lanes(const uint16_t* w) {
+    return (Lanes)(__builtin_convertvector(*reinterpret_cast<const LaneHalves*>(w), LaneWords) << 16);
+}
 
-// T rows of x, V vectors of 16 columns of bt: the sums stay in registers while the rows of bt pass by.
+constexpr size_t kSums = kLanes == 16 ? 16 : 8;  // registers that are left for sums
+
+// T rows of x, V registers of columns of bt: the sums stay in registers while the rows of bt pass by.
 template <size_t T, size_t V, class W>
 inline void shrink_tile(const float* x, size_t n, const W* bt, size_t width, float* low) {
-    Sixteen sum[T][V] = {};
+    Lanes sum[T][V] = {};
     for (size_t k = 0; k < n; k++) {
-        Sixteen b[V];
+        Lanes b[V];
 #pragma GCC unroll 8
-        for (size_t v = 0; v < V; v++) b[v] = widen16(bt + k * width + 16 * v);
+        for (size_t v = 0; v < V; v++) b[v] = lanes(bt + k * width + kLanes * v);
 #pragma GCC unroll 8
         for (size_t t = 0; t < T; t++)
 #pragma GCC unroll 8
             for (size_t v = 0; v < V; v++) sum[t][v] += x[t * n + k] * b[v];
     }
     for (size_t t = 0; t < T; t++)
-        for (size_t v = 0; v < V; v++) reinterpret_cast<Sixteen*>(low + t * width)[v] = sum[t][v];
+        for (size_t v = 0; v < V; v++) reinterpret_cast<Lanes*>(low + t * width)[v] = sum[t][v];
 }
 
 template <size_t T, class W>
@@ -44,12 +52,12 @@ inline void shrink_rows(const float* x, size_t n, const W* bt, size_t width, flo
     constexpr size_t V = kSums / T < 4 ? kSums / T : 4;
     size_t w = 0;
     if constexpr (V > 1)
-        for (; w + 16 * V <= width; w += 16 * V) shrink_tile<T, V>(x, n, bt + w, width, low + w);
+        for (; w + kLanes * V <= width; w += kLanes * V) shrink_tile<T, V>(x, n, bt + w, width, low + w);
     if constexpr (V > 2) {
-        for (; w + 48 <= width; w += 48) shrink_tile<T, 3>(x, n, bt + w, width, low + w);
-        for (; w + 32 <= width; w += 32) shrink_tile<T, 2>(x, n, bt + w, width, low + w);
+        for (; w + 3 * kLanes <= width; w += 3 * kLanes) shrink_tile<T, 3>(x, n, bt + w, width, low + w);
+        for (; w + 2 * kLanes <= width; w += 2 * kLanes) shrink_tile<T, 2>(x, n, bt + w, width, low + w);
     }
-    for (; w < width; w += 16) shrink_tile<T, 1>(x, n, bt + w, width, low + w);
+    for (; w < width; w += kLanes) shrink_tile<T, 1>(x, n, bt + w, width, low + w);
 }
 
 template <class W>
