@@ -131,9 +131,9 @@ class Batch(threading.Thread):
             sequence.left.set()
         return not self._over
 
-    def _step(self, sequences: list[Sequence]) -> None:
+    def _step(self, sequences: list[Sequence], guess: bool = True) -> None:
         """A pass for `sequences`, or as many as one has room for. An error ends those that it concerns."""
-        parts = {s: part for s, part in self._shares(sequences) if part.tokens}
+        parts = {s: part for s, part in self._shares(sequences, guess) if part.tokens}
         self._passing = list(parts)
         decoding = all(sequence.begun for sequence in parts)
         begin = time.perf_counter()
@@ -145,11 +145,11 @@ class Batch(threading.Thread):
             for sequence in parts:
                 sequence.fail(copy.copy(error))
         except Exception as error:
-            if len(parts) == 1:
+            if len(parts) == 1 and not guess:
                 self._passing[0].fail(error)
             else:
-                for sequence in parts:  # whom it concerns shows when each has a pass of its own
-                    self._step([sequence])
+                for sequence in parts:  # whom it concerns shows when each has a pass of its own, without guesses
+                    self._step([sequence], guess=False)
         else:
             if decoding:
                 rows = sum(len(part.tokens) for part in parts.values())
@@ -164,13 +164,13 @@ class Batch(threading.Thread):
     def _unwanted(self) -> bool:
         return self._ending or all(s.cancelled.is_set() for s in self._passing)
 
-    def _shares(self, sequences: list[Sequence]) -> Iterator[tuple[Sequence, Part]]:
+    def _shares(self, sequences: list[Sequence], guess: bool) -> Iterator[tuple[Sequence, Part]]:
         """What each brings to the next pass: those that have begun all they have, which is a token, and guesses of what
         follows it while no prompt waits; prompts share the room that is left evenly, so that a short one need not wait
         for a long one."""
         begun = [s for s in sequences if s.begun]
         prompts = sorted((s for s in sequences if not s.begun), key=lambda s: s.pending)
-        guessing = not prompts and (self._batches.way.ragged or len(begun) == 1)
+        guessing = guess and not prompts and (self._batches.way.ragged or len(begun) == 1)
         pace, most = self._batches.pace, min(1 + GUESSES, ROWS // max(1, len(begun)))
         price = pace.price(len(begun)) if guessing and most > 1 else 1.0
         model_price = self._batches.drafting.seconds * len(begun) / pace.seconds if pace.seconds else 0.0

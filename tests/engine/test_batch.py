@@ -105,7 +105,7 @@ def test_prompts_share_the_room_that_tokens_leave(engine: BuiltinEngine) -> None
         return one
 
     def shares(*sequences: Sequence) -> list[int]:
-        found = {s: len(part.tokens) for s, part in Batch(engine._batches, link)._shares(list(sequences))}
+        found = {s: len(part.tokens) for s, part in Batch(engine._batches, link)._shares(list(sequences), True)}
         return [found[s] for s in sequences]
 
     link = engine.model.slip.default_link

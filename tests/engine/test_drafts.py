@@ -23,7 +23,7 @@ from sliplm.engine.builtin import BuiltinEngine
 from sliplm.engine.drafting import Drafting, DraftModel
 from sliplm.engine.drafts import LENGTHS, MODEL, PAD, Drafts, Lookup, Pace
 from sliplm.engine.sequence import Sequence
-from sliplm.errors import SlipError
+from sliplm.errors import NumericsError, SlipError
 from sliplm.protocol.messages import GenerateRequest
 from sliplm.split.model import Options, split_model
 
@@ -197,6 +197,23 @@ def test_an_answer_says_what_was_guessed(eager: BuiltinEngine) -> None:
 
 def text_of(engine: BuiltinEngine, request: GenerateRequest) -> str:
     return "".join(chunk.text for chunk in engine.generate(request, engine.model.slip.default_link))
+
+
+def test_a_guess_that_the_model_cannot_compute_costs_no_answer(
+    eager: BuiltinEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As some rows may not be finite: the answer's own are asked for again without it."""
+    asked = {"prompt": "the dog " * 8, "max_tokens": 20, "temperature": 0}
+    want, way, failed = ask(eager, **asked), eager._batches.way, []
+
+    def faulty(parts: Any) -> torch.Tensor:
+        if any(part.wanted > 1 for part in parts):
+            failed.append(parts)
+            raise NumericsError("not finite")
+        return type(way).forward(way, parts)
+
+    monkeypatch.setattr(way, "forward", faulty)
+    assert ask(eager, **asked) == want and failed
 
 
 def test_nobody_guesses_if_the_owner_says_so(tiny_split: Path, monkeypatch: pytest.MonkeyPatch) -> None:
