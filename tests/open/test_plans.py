@@ -50,15 +50,22 @@ def greedy(model: Any, ids: torch.Tensor, count: int = 30, **more: Any) -> torch
 
 
 def same_text(original: Any, protected: Any, ids: torch.Tensor, count: int = 30) -> bool:
-    """Up to the first tie: two tokens that the original's logits set apart by less than rounding does, in models of
-    random weights."""
+    """Up to the first tie, in models of random weights: two tokens that the original's logits set apart by less than
+    rounding does, or two experts between which its router hesitates, after which all is different."""
     want, got = greedy(original, ids, count)[0], greedy(protected, ids, count)[0]
     differ = (want != got).nonzero()
     if not len(differ):
         return True
     first = int(differ[0])
     with torch.no_grad():
-        logits = original(want[None, :first]).logits[0, -1]
+        routed = {"output_router_logits": True} if hasattr(original.config, "num_experts_per_tok") else {}
+        out = original(want[None, :first], **routed)
+    for router in out.router_logits if routed else ():
+        best = router.sort(descending=True).values
+        chosen = original.config.num_experts_per_tok
+        if bool((best[:, chosen - 1] - best[:, chosen] < TIE * router.std()).any()):
+            return True
+    logits = out.logits[0, -1]
     return float(logits[want[first]] - logits[got[first]]) < TIE * float(logits.std())
 
 

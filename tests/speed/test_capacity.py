@@ -17,8 +17,8 @@ from sliplm.planner.speeds import Edge, Plain, Speeds, Trusted
 from sliplm.protocol.frames import HEADER
 
 SPEEDS = Speeds(
-    Trusted(step=1, exchange=1, encode=1, decode=1, tls=1, read=1, multiply_adds=1, plain=Plain(1, 1, 1)),
-    Edge(tls=2**-20, read=2**30, multiply_adds=2**36, plain=Plain(1, 1, 1)),
+    Trusted(step=1, exchange=1, encode=1, decode=1, tls=1, read=1, multiply_adds=1, plain=Plain(1, 1, 1, 1, 1)),
+    Edge(tls=2**-20, read=2**30, multiply_adds=2**36, plain=Plain(1, 1, 1, 1, 1)),
 )
 
 

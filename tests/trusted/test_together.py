@@ -13,6 +13,7 @@ import zoo
 from loading import attached
 
 from sliplm import _core
+from sliplm.trusted.cache import growing
 from sliplm.trusted.packed import Packed, Part
 from sliplm.trusted.padded import Padded, only_appends
 from sliplm.trusted.together import find_way, rehearse
@@ -66,7 +67,7 @@ class Wrong:
             return model(**{k: changes[k](v) if k in changes else v for k, v in given.items()})
 
         self._way, self._part = Padded(call), part
-        self._way.cache = lambda: transformers.DynamicCache(config=model.config)  # type: ignore[method-assign]
+        self._way.cache = lambda: growing(model.config)  # type: ignore[method-assign]
         self.cache = self._way.cache
 
     def forward(self, parts: list[Part]) -> torch.Tensor:
