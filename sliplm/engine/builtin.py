@@ -18,7 +18,7 @@ from sliplm.engine.batch import Batches
 from sliplm.engine.constraint import Constraint, Grammars
 from sliplm.engine.decoding import Decoding
 from sliplm.engine.detokenise import UNFINISHED, Text, special_tokens
-from sliplm.engine.drafting import LOOKUP, Drafting
+from sliplm.engine.drafting import LOOKUP, NONE, Drafting
 from sliplm.engine.logprobs import Logprobs, Scores
 from sliplm.engine.once import Once
 from sliplm.engine.sequence import Sequence
@@ -88,8 +88,10 @@ class BuiltinEngine:
         adapts = _keeps_positions(self.model.config.to_dict())
         self.capacity = 1 if adapts else GENERATIONS
         way = None if adapts else self._find_way()
-        drafting = self._find_drafting(drafts)
+        drafting = Drafting(drafts, self.tokenizer, self._vocabulary)
         self._batches = None if way is None else Batches(self.model, way, drafting)
+        if way is None and drafts not in (LOOKUP, NONE):
+            _log.warning("the draft model is of no use: this model's requests are computed one by one")
         self._allow_logprobs = allow_logprobs
         self._syntax = Once(lambda: find_syntax(self.chat.example))
         self._grammars = Once(lambda: Grammars(self.tokenizer, self.decoding.ends))
@@ -160,9 +162,6 @@ class BuiltinEngine:
 
     def _find_way(self) -> Together | None:
         return find_way(self.model)
-
-    def _find_drafting(self, kind: str) -> Drafting:
-        return Drafting(kind, self.tokenizer, self._vocabulary)
 
     def _begin(
         self,

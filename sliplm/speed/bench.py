@@ -48,8 +48,8 @@ def bench(
     """Measure every one of `models` with every number of `planes`; `rounds` times `tokens` decoded tokens each, and
     prompts of `prefill` tokens (0 for none), and the same tokens by llama.cpp if `with_peers`; then decode `long` more
     tokens over TLS and see what memory that left occupied. With `streams`, measure leverage (`speed.leverage`) instead;
-    with `drafts`, what guessing is worth over such a network (`speed.drafts`). Bundles stay in
-    `keep`, and are taken from there.
+    with `drafts`, what guessing is worth over such a network (`speed.drafts`). Bundles stay in `keep`, and are taken
+    from there.
 
     Raises SlipError: a model cannot be had or split, a process fails, or llama.cpp is not installed.
     """

@@ -67,7 +67,8 @@ class Trusted:
     ) -> None:
         host, port = parse_address(listen)
         keeping = Keeping(stock, spill, fill_between)
-        made = self.engine = _engine(engine)(bundle, keeping.depth, allow_logprobs, name, drafts)
+        kind = _engine(engine)
+        made = self.engine = kind(bundle, stock=keeping.depth, allow_logprobs=allow_logprobs, name=name, drafts=drafts)
         self.model: Any = made.model
         keeping.rule(self.model.slip.pool)
         source = find_source(pads, bundle, made.digest)

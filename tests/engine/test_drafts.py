@@ -258,6 +258,27 @@ def test_a_draft_model_goes_on_with_the_text_as_it_is(tiny: Path, steps: list[tu
                 whole.append(token)
 
 
+def test_a_draft_model_of_no_use_is_said(
+    tiny: Path, tiny_split: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("sliplm.engine.builtin.find_way", lambda model: None)
+    BuiltinEngine(tiny_split / "trusted", stock=0)
+    assert "of no use" not in caplog.text
+    BuiltinEngine(tiny_split / "trusted", stock=0, drafts=f"model:{tiny}")
+    assert "of no use" in caplog.text
+
+
+def test_a_draft_model_that_fails_costs_no_answer(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    drafter, _ = drafters(tiny)
+    source = drafter.text()
+    source.extend([5, 6])
+    monkeypatch.setattr(drafter, "model", lambda **_: torch.zeros(1)[9])
+    assert source.guess(3) == [] == source.guess(3)
+    assert caplog.text.count("guesses no more") == 1 and "IndexError" in caplog.text
+
+
 _LOADED: dict[Path, tuple[DraftModel, Any]] = {}
 
 

@@ -72,16 +72,21 @@ def test_bytes_come_through_whole_and_in_order_both_ways(listener: socket.socket
     assert got == [there]
 
 
-def test_each_way_waits_for_half_the_round_trip(listener: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By what the proxy asks for, which no busy machine changes."""
-    asked: list[float] = []
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds that the proxy wants to wait, which no busy machine changes; it goes on at once."""
+    found: list[float] = []
     sleep = asyncio.sleep
 
     async def at_once(seconds: float) -> None:
-        asked.append(seconds)
+        found.append(seconds)
         await sleep(0)
 
     monkeypatch.setattr(asyncio, "sleep", at_once)
+    return found
+
+
+def test_each_way_waits_for_half_the_round_trip(listener: socket.socket, asked: list[float]) -> None:
     with emulated(address(listener), Network(1e6)) as where, connect(where) as sock:
         peer, _ = listener.accept()
         with peer:
@@ -92,15 +97,7 @@ def test_each_way_waits_for_half_the_round_trip(listener: socket.socket, monkeyp
     assert len(asked) >= 2 and all(4e5 < seconds <= 5e5 for seconds in asked)  # the ends of both ways may come, too
 
 
-def test_a_narrow_wire_is_busy_with_what_went_before(listener: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[float] = []
-    sleep = asyncio.sleep
-
-    async def at_once(seconds: float) -> None:
-        asked.append(seconds)
-        await sleep(0)
-
-    monkeypatch.setattr(asyncio, "sleep", at_once)
+def test_a_narrow_wire_is_busy_with_what_went_before(listener: socket.socket, asked: list[float]) -> None:
     with emulated(address(listener), Network(bandwidth=1e-3)) as where, connect(where) as sock:
         peer, _ = listener.accept()
         with peer:

@@ -69,17 +69,11 @@ class VllmEngine(BuiltinEngine):
         settings = transformers.GenerationConfig.from_pretrained(path)
         return SimpleNamespace(slip=steps.runtime, config=config, generation_config=settings)
 
-    def __init__(
-        self,
-        directory: Path | str,
-        stock: int = 64,
-        allow_logprobs: bool = False,
-        name: str | None = None,
-        drafts: str = NONE,
-    ) -> None:
+    def __init__(self, directory: Path | str, *, drafts: str = NONE, **options: Any) -> None:
+        """As BuiltinEngine. Raises SlipError also for a draft model; nobody guesses here."""
         if drafts not in (LOOKUP, NONE):
             raise SlipError("no model guesses tokens with --engine vllm: leave --drafts out.")
-        super().__init__(directory, stock, allow_logprobs, name, NONE)
+        super().__init__(directory, drafts=NONE, **options)
         self.capacity = GENERATIONS
 
     def _find_way(self) -> None:
