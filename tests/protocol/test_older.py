@@ -16,7 +16,8 @@ from sliplm.protocol.messages import Chunk, GenerateRequest
 class Guessing(FakeEngine):
     def generate(self, request: GenerateRequest, link: object) -> Iterator[Chunk]:
         yield Chunk("a", None, 3, 1, accepted_tokens=0, rejected_tokens=1)
-        yield Chunk("b", "stop", 3, 2, accepted_tokens=1, rejected_tokens=1)
+        yield Chunk("b", None, 3, 2, accepted_tokens=1, rejected_tokens=1)
+        yield Chunk("c", "stop", 3, 3, accepted_tokens=1, rejected_tokens=1)
 
 
 @pytest.mark.parametrize("version", [3, 4])
@@ -32,7 +33,7 @@ def test_guesses_are_counted_for_those_who_know_of_them(
             assert worker.connected.wait(10)
             *_, last = worker.generate(ask())
         counted = (1, 1) if version == 4 else (0, 0)
-        assert last.text == "b" and (last.accepted_tokens, last.rejected_tokens) == counted
+        assert last.text == "c" and (last.accepted_tokens, last.rejected_tokens) == counted
         wait_until(lambda: not server._connections)
         drafted = server.service.metrics.drafted
         assert [drafted.labels(how)._value.get() for how in ("accepted", "rejected")] == [1, 1]
