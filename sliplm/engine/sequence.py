@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
@@ -12,10 +13,13 @@ import transformers as tf
 from sliplm.engine.answer import Answer, Token
 from sliplm.engine.drafts import Drafts
 from sliplm.engine.logprobs import Scores
+from sliplm.errors import locate
 from sliplm.trusted.packed import Part
 
 if TYPE_CHECKING:
     from sliplm.engine.batch import Batch
+
+_log = logging.getLogger(__name__)
 
 
 class Sequence(Answer):
@@ -65,7 +69,12 @@ class Sequence(Answer):
         guesses = []
         if self.begun and self._drafts is not None and price < 1:
             # Of the tokens that may still come, the last needs no guess: none is picked behind it.
-            guesses = self._drafts.propose(min(most - len(tokens), self._limit - self._count - 1), price, model_price)
+            most = min(most - len(tokens), self._limit - self._count - 1)
+            try:
+                guesses = self._drafts.propose(most, price, model_price)
+            except Exception as error:  # a draft model's code; no answer needs it
+                _log.warning("an answer goes on without guesses: %s", locate(error))
+                self._drafts = None
         return Part(self._cache, self._known, tokens + guesses, 1 + len(guesses))
 
     def seen(self, part: Part, logits: torch.Tensor) -> None:
@@ -87,6 +96,8 @@ class Sequence(Answer):
         if self._drafts is not None:
             self._drafts.learn(len(guesses), right)
             self.rejected = self._drafts.rejected
+        if self.over:  # whoever is told of the end may read all else
+            self.finish()
 
     def _pick(self, logits: torch.Tensor) -> int:
         scores = self._processors(self._ids[:, : self._count], logits.float())  # type: ignore[arg-type]
@@ -104,7 +115,6 @@ class Sequence(Answer):
         self.ended = token in self._ends
         if self.ended or self._count == self._limit:
             self.over = True
-            self.finish()
 
     def fail(self, error: BaseException) -> None:
         self.over = True

@@ -331,3 +331,40 @@ def test_open_blocks_forget_wrong_guesses(opened: BuiltinEngine, monkeypatch: py
     request = GenerateRequest(prompt="the dog " * 12, max_tokens=40, temperature=0)
     *_, last = opened.generate(request, opened.model.slip.default_link)
     assert last.accepted_tokens + last.rejected_tokens > 0
+
+
+# --- where guessing goes wrong ------------------------------------------------------------------------------
+
+
+class Broken(Oracle):
+    """Its code fails, as a draft model's does beyond the last of its positions."""
+
+    def guess(self, most: int) -> list[int]:
+        raise IndexError("index out of range in self")
+
+
+def test_who_cannot_guess_any_more_ends_no_answer(eager: BuiltinEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Drafts, "chance", lambda self, kind: 0.9 if kind == MODEL else 0.0)
+    prompts = [[40 + seed, 41, 42, 43] for seed in range(6)]
+    want, _ = answers(eager, [run(eager, p, seed, None) for seed, p in enumerate(prompts)])
+    some = [run(eager, p, i, Drafts(p, Broken(p, [], set())) if i % 2 else None) for i, p in enumerate(prompts)]
+    got, guessed = answers(eager, some)
+    assert got == want and not any(guessed)
+
+
+def test_at_the_end_of_an_answer_all_that_was_guessed_in_vain_is_counted() -> None:
+    """Whoever reads the end reads the count next, on another thread."""
+    counts = []
+
+    class Watched(Sequence):
+        def finish(self) -> None:
+            counts.append(self.rejected)
+            super().finish()
+
+    drafts = Drafts([40, 41], Oracle([40, 41], [8, 7, 8, 8, 8], set()))
+    one = Watched([40, 41], 9, [7], transformers.LogitsProcessorList(), None, None, drafts)
+    one.seen(one.part(2), torch.eye(10)[[8]])
+    part = one.part(9, -PAD + 1e-9)
+    assert part.tokens == [8, 7, 8, 8, 8]
+    one.seen(part, torch.eye(10)[[7] * part.wanted])  # the first guess is right, and ends the answer
+    assert counts == [3]
