@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import math
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,13 +12,11 @@ import torch
 import transformers
 
 from sliplm.engine.drafts import Drafts
-from sliplm.errors import SlipError, locate
+from sliplm.errors import SlipError
 from sliplm.trusted.cache import cut, growing
 from sliplm.trusted.padded import only_appends
 
 LOOKUP, NONE, MODEL = "lookup", "none", "model:"
-
-_log = logging.getLogger(__name__)
 
 
 class Drafting:
@@ -69,6 +67,7 @@ class DraftModel:
                 f"the draft model in {path} cannot take tokens back: its cache is more than keys and values."
             )
         self.vocabulary = vocabulary
+        self.room: float = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
         self.seconds = 0.0
 
     def text(self) -> _Text:
@@ -83,25 +82,16 @@ class _Text:
         self._drafter = drafter
         self._tokens: list[int] = []
         self._known = 0  # of these, the cache has so many; behind them are guesses
-        self._fails = False
         self._cache = growing(drafter.model.config)
 
     def extend(self, tokens: Iterable[int]) -> None:
         self._tokens.extend(tokens)
 
     def guess(self, most: int) -> list[int]:
-        """The likeliest tokens, one after the other. None any more once that has failed: the answer goes on without."""
-        if self._fails:
-            return []
-        try:
-            return self._likeliest(most)
-        except Exception as error:  # a text longer than this model has positions for, or a lack of memory
-            self._fails = True
-            _log.warning("the draft model failed, and guesses no more of one answer: %s", locate(error))
-            return []
-
-    def _likeliest(self, most: int) -> list[int]:
+        """The likeliest tokens, one after the other; none where the model has no positions for so long a text."""
         drafter, begin = self._drafter, time.perf_counter()
+        if len(self._tokens) + most > drafter.room:
+            return []
         cut(self._cache, self._known)
         new, guesses = self._tokens[self._known :], list[int]()
         for _ in range(most):

@@ -6,7 +6,6 @@ last has it after a second, and the more there are, the sooner one gives up.
 
 from __future__ import annotations
 
-import copy
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -14,12 +13,14 @@ from typing import Any, TypeVar
 
 from sqlalchemy.engine import Connection
 
-from sliplm.errors import SlipError
+from sliplm.errors import RegistryError, SlipError
 from sliplm.registry.database import Database
 
 T = TypeVar("T")
 
 Work = Callable[[Connection], Any]
+
+FAILED = "something that was written together with this failed"
 
 
 class Together:
@@ -34,8 +35,9 @@ class Together:
     def do(self, work: Callable[[Connection], T]) -> T:
         """What `work` returns, once that is committed; whoever comes first of those that wait commits for all of them.
 
-        An error of `work` is raised here alone, so it has to come before `work` writes; one of the database concerns
-        all. Raises RegistryError.
+        A SlipError of `work` is raised here alone, so it has to come before `work` writes. With any other, nothing is
+        written of what would have been written together, and the others get a RegistryError, as for an error of the
+        database. Raises RegistryError.
         """
         mine: Future[T] = Future()
         with self._lock:
@@ -44,22 +46,30 @@ class Together:
             if not mine.done():
                 with self._lock:
                     waiting, self._waiting = self._waiting, []
-                self._commit(waiting)
+                _commit(self._db, waiting, mine)
         return mine.result()
 
-    def _commit(self, waiting: list[tuple[Work, Future[Any]]]) -> None:
-        try:
-            with self._db.write() as connection:
-                results = [_result(work, connection) for work, _ in waiting]
-        except BaseException as error:  # nobody may wait for ever
-            for _, future in waiting:
-                future.set_exception(copy.copy(error))
-            return
-        for (_, future), (result, failure) in zip(waiting, results, strict=True):
-            if failure is None:
-                future.set_result(result)
-            else:
-                future.set_exception(failure)
+
+def _commit(db: Database, waiting: list[tuple[Work, Future[Any]]], mine: Future[Any]) -> None:
+    results, whose = [], mine
+    try:
+        with db.write() as connection:
+            for work, future in waiting:
+                whose = future
+                results.append(_result(work, connection))
+            whose = mine
+    except BaseException as error:  # nobody may wait for ever
+        if not isinstance(error, Exception):  # an interrupt is this thread's
+            whose = mine
+        said = str(error) if isinstance(error, RegistryError) else FAILED
+        for _, future in waiting:
+            future.set_exception(error if future is whose else RegistryError(said))
+        return
+    for (_, future), (result, failure) in zip(waiting, results, strict=True):
+        if failure is None:
+            future.set_result(result)
+        else:
+            future.set_exception(failure)
 
 
 def _result(work: Work, connection: Connection) -> tuple[Any, SlipError | None]:

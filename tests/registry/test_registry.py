@@ -248,6 +248,40 @@ def test_an_error_of_the_database_concerns_all_that_were_written_together_and_no
     assert registry.usage.begin("r1", one).tokens == 0 and registry.usage.totals(one).requests == 2
 
 
+def test_a_fault_of_one_that_writes_is_raised_to_it_and_the_others_may_try_again(registry: Registry) -> None:
+    class Odd(Exception):
+        """One that cannot be copied."""
+
+        def __init__(self, one: int, two: int) -> None:
+            super().__init__(one + two)
+
+    def faulty(_: sa.Connection) -> None:
+        raise Odd(1, 2)
+
+    one, writes, begun, go = (
+        registry.devices.add(device()),
+        registry.usage._writes,
+        threading.Event(),
+        threading.Event(),
+    )
+
+    def first(_: sa.Connection) -> None:
+        begun.set()
+        assert go.wait(60)
+
+    with ThreadPoolExecutor(4) as threads:
+        slow = threads.submit(writes.do, first)
+        assert begun.wait(60)
+        others = [threads.submit(registry.usage.begin, name, one) for name in ("r1", "r2")]
+        wrong = threads.submit(writes.do, faulty)
+        wait_until(lambda: len(writes._waiting) == 3)
+        go.set()
+        slow.result(60)
+        assert isinstance(wrong.exception(60), Odd)
+        assert all(type(other.exception(60)) is RegistryError for other in others)
+    assert registry.usage.begin("r1", one).tokens == 0 and registry.usage.totals(one).requests == 1
+
+
 @pytest.mark.slow
 def test_two_processes_create_it_at_once(url: str | Path) -> None:
     where = f"sqlite:///{url}" if isinstance(url, Path) else url
