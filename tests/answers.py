@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,26 @@ from sliplm.exchange.link import Link
 from sliplm.protocol.messages import Chunk, GenerateRequest
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "runs", "away", "from", "it"]
+
+
+def threads() -> list[threading.Thread]:
+    return [t for t in threading.enumerate() if t.name == "generate"]
+
+
+class Through(Link):
+    """Another link, with something that happens at every exchange."""
+
+    party = None
+
+    def __init__(self, engine: BuiltinEngine, happens: Callable[[int], object] = lambda count: None) -> None:
+        self.link, self.happens, self.count = engine.model.slip.default_link, happens, 0
+
+    def exchange(self, group: int, x: Any, own: Any) -> Any:
+        self.count += 1
+        self.happens(self.count)
+        return self.link.exchange(group, x, own)
+
+    def close(self) -> None: ...
 
 
 @dataclass
