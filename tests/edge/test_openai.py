@@ -50,7 +50,9 @@ def test_streams_hold_the_whole_answer(client: openai.OpenAI, ask: Any) -> None:
     assert 0 < whole.usage.completion_tokens <= 12
     assert whole.usage.total_tokens == whole.usage.prompt_tokens + whole.usage.completion_tokens
     events = list(ask(client, temperature=0, stream=True, stream_options={"include_usage": True}))
-    assert events[-1].choices == [] and events[-1].usage == whole.usage
+    assert events[-1].choices == []
+    for count in ("prompt_tokens", "completion_tokens", "total_tokens"):  # how many were guessed depends on times
+        assert getattr(events[-1].usage, count) == getattr(whole.usage, count)
     said = [e.choices[0].delta.content if ask is chat else e.choices[0].text for e in events[:-1]]
     assert len(said) > 2 and "".join(said) == text
     assert [e.choices[0].finish_reason for e in events[:-2]] == [None] * (len(events) - 2)
