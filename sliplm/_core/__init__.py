@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         LowRank16 = _native.LowRank16
         Ragged = _native.Ragged
         rms_norm = staticmethod(_native.rms_norm)
+        gated = staticmethod(_native.gated)
         rotate = staticmethod(_native.rotate)
         first_seen = staticmethod(_native.first_seen)
         attend = staticmethod(_native.attend)

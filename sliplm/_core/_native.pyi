@@ -88,7 +88,7 @@ def decode(
     """
 
 class LowRank32:
-    """A group's A (B x) + b. Refers to the arrays that it is given.
+    """A group's A (B x) + b. Keeps copies of what it is given.
 
     bt (K, W): the members' B, transposed, side by side, then zeros up to a multiple of 16; at: each member's A,
     transposed; bias: each member's, or None.
@@ -112,6 +112,9 @@ def rms_norm(
     x: Matrix[np.float32], weight: Vector[np.float32], eps: float, out: Matrix[np.float32], isa: str = ""
 ) -> None:
     """out (T, N) = x (T, N) / rms(x) * weight (N,)."""
+
+def gated(both: Matrix[np.float32], out: Matrix[np.float32], isa: str = "") -> None:
+    """out (T, N) = SiLU of the first N columns of both (T, 2 N), times the others."""
 
 def rotate(heads: Cube[np.float32], cos: Matrix[np.float32], sin: Matrix[np.float32], isa: str = "") -> None:
     """Rotary embedding of heads (B, H, D), each (H, D) contiguous, by cos and sin (B or 1, D), in place."""

@@ -31,6 +31,7 @@ struct Checks {
     size_t count;
 };
 constexpr size_t kMaxChecks = 4, kMaxPlanes = 4;
+constexpr size_t kColumns = 64;  // of a trusted factor that lie together: a product reads them front to back
 constexpr size_t kTogether = 8;  // rows that the arithmetic of an exchange takes side by side
 
 // One instruction set. Every function is exact, whatever the set. They are references, so that none can be left out.
@@ -64,19 +65,19 @@ struct Isa {
                    size_t n, const double* inv_c, const Blinding& blinding, const Checks& checks,
                    const uint32_t* expected, float* scratch, float* out);
 
-    // For `tokens` rows: low (tokens, width) = x (tokens, n) bt (n, width); then out += low at, with `rank` columns of
-    // low, at (rank, n), and `step` columns of out from one row to the next. Weights are float32, or bfloat16; `width` is
-    // a multiple of 16. A row's result does not depend on the rows beside it.
-    void (&shrink32)(const float* x, size_t tokens, size_t n, const float* bt, size_t width, float* low);
-    void (&shrink16)(const float* x, size_t tokens, size_t n, const uint16_t* bt, size_t width, float* low);
-    void (&expand32)(const float* low, size_t tokens, size_t width, size_t rank, const float* at, size_t n, float* out,
-                     size_t step);
-    void (&expand16)(const float* low, size_t tokens, size_t width, size_t rank, const uint16_t* at, size_t n,
-                     float* out, size_t step);
+    // y (tokens, columns) += x (tokens, n) w (n, columns), rows of x and y so many values apart. w is float32, or
+    // bfloat16, and lies in blocks of kColumns columns, the last one of what is left, each (n, its columns). A row's
+    // result does not depend on the rows beside it.
+    void (&product32)(const float* x, size_t x_step, size_t tokens, size_t n, const float* w, size_t columns, float* y,
+                      size_t y_step);
+    void (&product16)(const float* x, size_t x_step, size_t tokens, size_t n, const uint16_t* w, size_t columns,
+                      float* y, size_t y_step);
     // out (n) = x / rms(x) * weight.
     void (&rms_norm)(const float* x, const float* weight, size_t n, double eps, float* out);
     // In place: heads x size values turned by cos and sin (size).
     void (&rotate)(float* x, size_t heads, size_t size, const float* cos, const float* sin);
+    // out (n) = silu(gate) * up.
+    void (&gated)(const float* gate, const float* up, size_t n, float* out);
     // `heads` query heads (size each) against the same `count` keys and values, which are so many floats apart: out
     // (heads, size). `scores` is scratch: 4 (count + 16).
     void (&attend)(const float* q, size_t heads, const float* keys, const float* values, size_t count, size_t size,

@@ -19,45 +19,53 @@ namespace slip {
 namespace {
 
 template <class W>
-auto& shrink(const Isa& isa) {
+auto& product(const Isa& isa) {
     if constexpr (sizeof(W) == 4)
-        return isa.shrink32;
+        return isa.product32;
     else
-        return isa.shrink16;
-}
-template <class W>
-auto& expand(const Isa& isa) {
-    if constexpr (sizeof(W) == 4)
-        return isa.expand32;
-    else
-        return isa.expand16;
+        return isa.product16;
 }
 
-// The trusted part of a group, A (B x) + b for T tokens: bt (K, width), its columns the members' B one after the
-// other and then zeros up to a multiple of 16; each member's At (rank, rows), in float32 or as the bits of bfloat16;
-// biases. It refers to the arrays that it is given.
+// A matrix (n, columns) in blocks of kColumns columns, as `Isa::product` takes it.
+template <class W>
+std::vector<W> blocked(const Matrix<const W>& w) {
+    const size_t n = w.shape(0), columns = w.shape(1);
+    std::vector<W> out(n * columns);
+    W* to = out.data();
+    for (size_t i = 0; i < columns; i += kColumns)
+        for (size_t k = 0; k < n; k++)
+            to = std::copy_n(w.data() + k * columns + i, std::min(kColumns, columns - i), to);
+    return out;
+}
+
+// The trusted part of a group, A (B x) + b for T tokens: bt (K, ranks), its columns the members' B one after the other;
+// each member's At (rank, rows), in float32 or as the bits of bfloat16; biases. It keeps copies.
 template <class W>
 class LowRank {
 public:
     LowRank(Matrix<const W> bt, std::vector<Matrix<const W>> at, std::vector<std::optional<Vector<const float>>> bias)
-        : bt_(std::move(bt)), at_(std::move(at)), bias_(std::move(bias)) {
-        require(at_.size() == bias_.size(), "as many biases as members are needed");
+        : columns_(bt.shape(0)), ranks_(bt.shape(1)), bt_(blocked(bt)) {
+        require(at.size() == bias.size(), "as many biases as members are needed");
         size_t ranks = 0;
-        for (size_t i = 0; i < at_.size(); i++) {
-            require(!bias_[i] || bias_[i]->shape(0) == at_[i].shape(1), "a bias has the wrong size");
-            ranks += at_[i].shape(0);
-            rows_ += at_[i].shape(1);
-            products_ += at_[i].shape(0) * at_[i].shape(1);
+        for (size_t i = 0; i < at.size(); i++) {
+            const size_t rank = at[i].shape(0), rows = at[i].shape(1);
+            require(!bias[i] || bias[i]->shape(0) == rows, "a bias has the wrong size");
+            std::vector<float> first(rows);
+            if (bias[i]) std::copy_n(bias[i]->data(), rows, first.begin());
+            members_.push_back({rank, blocked(at[i]), std::move(first)});
+            ranks += rank;
+            rows_ += rows;
+            products_ += rank * rows;
         }
-        require(ranks <= bt_.shape(1) && bt_.shape(1) % 16 == 0, "the ranks do not fit the width");
+        require(ranks <= ranks_, "the ranks do not fit the width");
     }
 
     void apply(Matrix<const float> x, Matrix<float> out, const std::string& isa) const {
-        const size_t tokens = x.shape(0), n = bt_.shape(0), width = bt_.shape(1);
+        const size_t tokens = x.shape(0), n = columns_;
         require(x.shape(1) == n && out.shape(0) == tokens && out.shape(1) == rows_, "shapes do not match");
         const Isa& use = named(isa);
         nb::gil_scoped_release release;
-        const size_t threads = threads_for(tokens * (n * width + products_), 1 << 19);
+        const size_t threads = threads_for(tokens * (n * ranks_ + products_), 1 << 19);
         const size_t step = std::clamp<size_t>((tokens + threads - 1) / threads, 1, kMost);
         parallel((tokens + step - 1) / step, threads, [&](size_t i) {
             const size_t t = i * step;
@@ -76,27 +84,28 @@ public:
 private:
     static constexpr size_t kMost = 32;  // tokens for which the factors are read once; few enough for the cache
 
+    struct Member {
+        size_t rank;
+        std::vector<W> at;
+        std::vector<float> bias;
+    };
+
     void some(const Isa& isa, const float* x, size_t tokens, float* out) const {
-        const size_t n = bt_.shape(0), width = bt_.shape(1);
-        float* low = scratch(tokens * width);
-        shrink<W>(isa)(x, tokens, n, bt_.data(), width, low);
-        for (size_t i = 0; i < at_.size(); i++) {
-            const size_t rank = at_[i].shape(0), rows = at_[i].shape(1);
-            for (size_t t = 0; t < tokens; t++)
-                if (bias_[i])
-                    std::memcpy(out + t * rows_, bias_[i]->data(), rows * sizeof *out);
-                else
-                    std::memset(out + t * rows_, 0, rows * sizeof *out);
-            expand<W>(isa)(low, tokens, width, rank, at_[i].data(), rows, out, rows_);
+        float* low = scratch(tokens * ranks_);
+        std::memset(low, 0, tokens * ranks_ * sizeof *low);
+        product<W>(isa)(x, columns_, tokens, columns_, bt_.data(), ranks_, low, ranks_);
+        for (const Member& m : members_) {
+            const size_t rows = m.bias.size();
+            for (size_t t = 0; t < tokens; t++) std::memcpy(out + t * rows_, m.bias.data(), rows * sizeof *out);
+            product<W>(isa)(low, ranks_, tokens, m.rank, m.at.data(), rows, out, rows_);
             out += rows;
-            low += rank;
+            low += m.rank;
         }
     }
 
-    Matrix<const W> bt_;
-    std::vector<Matrix<const W>> at_;
-    std::vector<std::optional<Vector<const float>>> bias_;
-    size_t rows_ = 0, products_ = 0;
+    size_t columns_, ranks_, rows_ = 0, products_ = 0;
+    std::vector<W> bt_;
+    std::vector<Member> members_;
 };
 
 void rms_norm(Matrix<const float> x, Vector<const float> weight, double eps, Matrix<float> out,
@@ -115,6 +124,15 @@ void rotate(Strided<float, 3> heads, Matrix<const float> cos, Matrix<const float
     for (size_t b = 0; b < rows; b++) {
         const size_t at = cos.shape(0) == 1 ? 0 : b * size;
         named(isa).rotate(&heads(b, 0, 0), heads.shape(1), size, cos.data() + at, sin.data() + at);
+    }
+}
+
+void gated(Matrix<const float> both, Matrix<float> out, const std::string& isa) {
+    const size_t n = out.shape(1);
+    require(both.shape(0) == out.shape(0) && both.shape(1) == 2 * n, "shapes do not match");
+    for (size_t t = 0; t < out.shape(0); t++) {
+        const float* gate = both.data() + t * 2 * n;
+        named(isa).gated(gate, gate + n, n, out.data() + t * n);
     }
 }
 
@@ -224,6 +242,7 @@ void bind_decoder(nb::module_& m) {
         .def("attend", &Ragged::attend, "layer"_a, "heads"_a.noconvert(), "scale"_a, "out"_a.noconvert(), "isa"_a = "");
     m.def("rms_norm", &rms_norm, "x"_a.noconvert(), "weight"_a.noconvert(), "eps"_a, "out"_a.noconvert(), "isa"_a = "");
     m.def("rotate", &rotate, "heads"_a.noconvert(), "cos"_a.noconvert(), "sin"_a.noconvert(), "isa"_a = "");
+    m.def("gated", &gated, "both"_a.noconvert(), "out"_a.noconvert(), "isa"_a = "");
     m.def("first_seen", &first_seen, "mask"_a.noconvert(), "out"_a.noconvert());
     m.def("attend", &attend, "queries"_a.noconvert(), "keys"_a.noconvert(), "values"_a.noconvert(),
           "starts"_a.noconvert().none(), "scale"_a, "out"_a.noconvert(), "isa"_a = "");

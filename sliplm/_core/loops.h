@@ -31,12 +31,11 @@ constexpr Isa make(const char* name, bool (*supported)()) {
         .encode = encode,
         .decode = decode,
 
-        .shrink32 = shrink<float>,
-        .shrink16 = shrink<uint16_t>,
-        .expand32 = expand<float>,
-        .expand16 = expand<uint16_t>,
+        .product32 = product<float>,
+        .product16 = product<uint16_t>,
         .rms_norm = rms_norm,
         .rotate = rotate,
+        .gated = gated,
         .attend = attend,
     };
 }

@@ -1,5 +1,9 @@
 // A decoder layer's own operations for a decoding step: low-rank products, RMS norm, rotary embedding, attention.
 #pragma once
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
 #include <cmath>
 
 #include "core.h"
@@ -9,105 +13,104 @@
 namespace slip {
 namespace {
 
-typedef float Sixteen __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint32_t SixteenWords __attribute__((vector_size(64)));
-typedef uint16_t SixteenHalves __attribute__((vector_size(32), aligned(2), may_alias));
 typedef uint32_t LaneWords __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t LaneHalves __attribute__((vector_size(2 * kLanes), aligned(2), may_alias));
 
 inline float widen(float w) { return w; }
 inline float widen(uint16_t w) { return __builtin_bit_cast(float, uint32_t(w) << 16); }
-inline Sixteen widen16(const float* w) { return *reinterpret_cast<const Sixteen*>(w); }
-inline Sixteen widen16(const uint16_t* w) {
-    return (Sixteen)(__builtin_convertvector(*reinterpret_cast<const SixteenHalves*>(w), SixteenWords) << 16);
-}
 
 // As many weights as a register has room for: GCC takes vectors that are wider than one apart, value by value.
 inline Lanes lanes(const float* w) { return *reinterpret_cast<const Lanes*>(w); }
 inline Lanes lanes(const uint16_t* w) {
+#if defined(__AVX512F__)  // GCC would take this apart as well
+    return (Lanes)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)w)), 16);
+#else
     return (Lanes)(__builtin_convertvector(*reinterpret_cast<const LaneHalves*>(w), LaneWords) << 16);
+#endif
+}
+
+// a b + c, rounded once where there is an instruction for it.
+inline float fused(float a, float b, float c) {
+#if defined(__FMA__) || defined(__aarch64__)
+    return __builtin_fmaf(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+inline Lanes fused(float a, Lanes b, Lanes c) {
+#if defined(__AVX512F__)
+    return (Lanes)_mm512_fmadd_ps(_mm512_set1_ps(a), (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+    return (Lanes)_mm256_fmadd_ps(_mm256_set1_ps(a), (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+    return (Lanes)vfmaq_n_f32((float32x4_t)c, (float32x4_t)b, a);
+#else
+    return a * b + c;
+#endif
 }
 
 constexpr size_t kSums = kLanes == 16 ? 16 : 8;  // registers that are left for sums
 
-// T rows of x, V registers of columns of bt: the sums stay in registers while the rows of bt pass by.
+// T rows of x, V registers of columns: the sums, which begin with what is there, stay in registers while the rows of w
+// pass by.
 template <size_t T, size_t V, class W>
-inline void shrink_tile(const float* x, size_t n, const W* bt, size_t width, float* low) {
-    Lanes sum[T][V] = {};
+inline void product_tile(const float* x, size_t x_step, size_t n, const W* w, size_t w_step, float* y, size_t y_step) {
+    Lanes sum[T][V];
+#pragma GCC unroll 16
+    for (size_t t = 0; t < T; t++)
+#pragma GCC unroll 4
+        for (size_t v = 0; v < V; v++) sum[t][v] = lanes(y + t * y_step + kLanes * v);
     for (size_t k = 0; k < n; k++) {
         Lanes b[V];
-#pragma GCC unroll 8
-        for (size_t v = 0; v < V; v++) b[v] = lanes(bt + k * width + kLanes * v);
-#pragma GCC unroll 8
+#pragma GCC unroll 4
+        for (size_t v = 0; v < V; v++) b[v] = lanes(w + k * w_step + kLanes * v);
+#pragma GCC unroll 16
         for (size_t t = 0; t < T; t++)
-#pragma GCC unroll 8
-            for (size_t v = 0; v < V; v++) sum[t][v] += x[t * n + k] * b[v];
+#pragma GCC unroll 4
+            for (size_t v = 0; v < V; v++) sum[t][v] = fused(x[t * x_step + k], b[v], sum[t][v]);
     }
+#pragma GCC unroll 16
     for (size_t t = 0; t < T; t++)
-        for (size_t v = 0; v < V; v++) reinterpret_cast<Lanes*>(low + t * width)[v] = sum[t][v];
+#pragma GCC unroll 4
+        for (size_t v = 0; v < V; v++) *reinterpret_cast<Lanes*>(y + t * y_step + kLanes * v) = sum[t][v];
 }
 
-template <size_t T, class W>
-inline void shrink_rows(const float* x, size_t n, const W* bt, size_t width, float* low) {
-    constexpr size_t V = kSums / T < 4 ? kSums / T : 4;
-    size_t w = 0;
-    if constexpr (V > 1)
-        for (; w + kLanes * V <= width; w += kLanes * V) shrink_tile<T, V>(x, n, bt + w, width, low + w);
-    if constexpr (V > 2) {
-        for (; w + 3 * kLanes <= width; w += 3 * kLanes) shrink_tile<T, 3>(x, n, bt + w, width, low + w);
-        for (; w + 2 * kLanes <= width; w += 2 * kLanes) shrink_tile<T, 2>(x, n, bt + w, width, low + w);
+// Columns of one block from `i` on, as many as V registers hold at a time; where the rest begins.
+template <size_t V, class W>
+inline size_t product_columns(const float* x, size_t x_step, size_t tokens, size_t n, const W* w, size_t columns,
+                              size_t i, float* y, size_t y_step) {
+    for (; i + V * kLanes <= columns; i += V * kLanes) {
+        size_t t = 0;
+        const auto tiles = [&]<size_t T>() {
+            for (; t + T <= tokens; t += T)
+                product_tile<T, V>(x + t * x_step, x_step, n, w + i, columns, y + t * y_step + i, y_step);
+        };
+        tiles.template operator()<kSums / V>();
+        if constexpr (kSums / V > 4) tiles.template operator()<4>();
+        tiles.template operator()<1>();
     }
-    for (; w < width; w += kLanes) shrink_tile<T, 1>(x, n, bt + w, width, low + w);
+    return i;
 }
 
+// Sums are taken in the order of k, whatever the tile, so that a row's result does not depend on the rows beside it.
 template <class W>
-void shrink(const float* x, size_t tokens, size_t n, const W* bt, size_t width, float* low) {
-    size_t t = 0;
-    for (; t + 8 <= tokens; t += 8) shrink_rows<8>(x + t * n, n, bt, width, low + t * width);
-    for (; t + 4 <= tokens; t += 4) shrink_rows<4>(x + t * n, n, bt, width, low + t * width);
-    for (; t < tokens; t++) shrink_rows<1>(x + t * n, n, bt, width, low + t * width);
-}
-
-// Eight rows of at per pass, or `out` would be the traffic.
-template <class W>
-inline void expand_rows(const float* low, size_t tokens, size_t width, size_t rank, const W* at, size_t n, float* out,
-                        size_t step) {
-    size_t r = 0;
-    for (; r + 8 <= rank; r += 8) {
-        const W* a = at + r * n;
+void product(const float* x, size_t x_step, size_t tokens, size_t n, const W* w, size_t columns, float* y,
+             size_t y_step) {
+    for (; columns; w += kColumns * n, y += kColumns, columns -= kColumns) {
+        const size_t block = columns < kColumns ? columns : kColumns;
         size_t i = 0;
-        for (; i + 16 <= n; i += 16) {
-            Sixteen b[8];
-#pragma GCC unroll 8
-            for (size_t j = 0; j < 8; j++) b[j] = widen16(a + j * n + i);
-            for (size_t t = 0; t < tokens; t++) {
-                const float* l = low + t * width + r;
-                *reinterpret_cast<Sixteen*>(out + t * step + i) +=
-                    ((l[0] * b[0] + l[1] * b[1]) + (l[2] * b[2] + l[3] * b[3])) +
-                    ((l[4] * b[4] + l[5] * b[5]) + (l[6] * b[6] + l[7] * b[7]));
-            }
-        }
-        for (size_t t = 0; t < tokens; t++) {
-            const float* l = low + t * width + r;
-            for (size_t k = i; k < n; k++)
-                out[t * step + k] += ((l[0] * widen(a[k]) + l[1] * widen(a[n + k])) +
-                                      (l[2] * widen(a[2 * n + k]) + l[3] * widen(a[3 * n + k]))) +
-                                     ((l[4] * widen(a[4 * n + k]) + l[5] * widen(a[5 * n + k])) +
-                                      (l[6] * widen(a[6 * n + k]) + l[7] * widen(a[7 * n + k])));
-        }
-    }
-    for (; r < rank; r++)
+        if (tokens < 4)  // one row alone needs more sums, or each addition waits for the one before
+            i = product_columns<4>(x, x_step, tokens, n, w, block, i, y, y_step);
+        i = product_columns<2>(x, x_step, tokens, n, w, block, i, y, y_step);
+        i = product_columns<1>(x, x_step, tokens, n, w, block, i, y, y_step);
         for (size_t t = 0; t < tokens; t++)
-            for (size_t i = 0; i < n; i++) out[t * step + i] += low[t * width + r] * widen(at[r * n + i]);
-}
-
-template <class W>
-void expand(const float* low, size_t tokens, size_t width, size_t rank, const W* at, size_t n, float* out,
-            size_t step) {
-    if (tokens == 1)  // a constant: no loop over tokens within
-        expand_rows(low, 1, width, rank, at, n, out, step);
-    else
-        expand_rows(low, tokens, width, rank, at, n, out, step);
+            for (size_t c = i; c < block; c++) {
+                float sum = y[t * y_step + c];
+                for (size_t k = 0; k < n; k++) sum = fused(x[t * x_step + k], widen(w[k * block + c]), sum);
+                y[t * y_step + c] = sum;
+            }
+        if (columns <= kColumns) return;
+    }
 }
 
 void rms_norm(const float* x, const float* weight, size_t n, double eps, float* out) {
@@ -159,6 +162,24 @@ inline Lanes exponential(Lanes x) {
     y = y * r + 5.0000001201e-1f;
     y = y * r * r + r + 1;
     return y * (Lanes)((__builtin_convertvector(n, LaneIndices) + 127) << 23);
+}
+
+// x / (1 + exp(-x)): SiLU, with an exponential that never overflows. Below -87 it is less than 1e-35.
+inline Lanes silu(Lanes x) {
+    x = x < -87 ? Lanes{} - 87 : x;
+    const Lanes small = exponential(x < 0 ? x : -x);
+    return x * (x < 0 ? small : Lanes{} + 1) / (1 + small);
+}
+
+// out (n) = silu(gate) * up (Shazeer, arXiv 2002.05202).
+void gated(const float* gate, const float* up, size_t n, float* out) {
+    size_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) *reinterpret_cast<Lanes*>(out + i) = silu(lanes(gate + i)) * lanes(up + i);
+    if (i == n) return;
+    Lanes g = {}, u = {};
+    for (size_t k = i; k < n; k++) g[k - i] = gate[k], u[k - i] = up[k];
+    g = silu(g) * u;
+    for (size_t k = i; k < n; k++) out[k] = g[k - i];
 }
 
 // Keys and values of one head, so many floats apart.

@@ -306,14 +306,8 @@ class Channel:
             return
         deadline = time.monotonic() + self.timeout + size / SLOWEST
         try:
-            read = self._session.read
-            while done < size:
-                count = read(size - done, view[done:])
-                if not count:
-                    raise LinkError(f"{self.peer} closed the connection")
-                done += count
-                if done < size and time.monotonic() > deadline:
-                    raise TimeoutError
+            if self._session.fill(view[done:], deadline) < size - done:
+                raise LinkError(f"{self.peer} closed the connection")
         except (OSError, ValueError) as error:
             self._fail(error)
 

@@ -21,6 +21,7 @@ READ_BYTES, MOST_BYTES = 1 << 14, 1 << 18
 
 EMPTY_BYTES = 1 << 16
 """More than a record, which is what may come before the next byte of data."""
+EMPTY = "the peer sends records without data"
 
 
 class Session:
@@ -81,10 +82,30 @@ class Session:
                 return count
             except ssl.SSLWantReadError:  # of a record a part is here
                 if left <= 0:
-                    raise OSError("the peer sends records without data") from None
+                    raise OSError(EMPTY) from None
                 if deadline is None:
                     deadline = self._deadline()
                 left -= self._fetch(deadline)
+
+    def fill(self, into: memoryview, deadline: float) -> int:
+        """Read until `into` is full, or up to the end; how many bytes. Not for a socket that does not wait. As `read`
+        again and again, in one call: of a batch's answer a record takes hardly longer than calls do."""
+        read, done, size = self._tls.read, 0, len(into)
+        left = EMPTY_BYTES
+        while done < size:
+            before = done
+            try:
+                while done < size:
+                    count: int = read(size - done, into[done:])
+                    if not count:
+                        return done
+                    done += count
+            except ssl.SSLWantReadError:
+                left = EMPTY_BYTES if done > before else left
+                if left <= 0:
+                    raise OSError(EMPTY) from None
+                left -= self._fetch(deadline)
+        return done
 
     def write(self, data: memoryview | bytes) -> int:
         """Take the first bytes of `data`, how many, and send them. On a socket that does not wait, they may stay

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from transformers.activations import SiLUActivation
 
 from sliplm._core import native
 from sliplm.trusted.cache import grow
@@ -70,8 +71,11 @@ class Short:
         self._queries = attention.q_proj.out_features // self.size
         self._rotated = self._queries + attention.k_proj.out_features // self.size
         self.groups = self._rotated - self._queries
-        self._norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
-        self._before, self._between, self._act = layer.input_layernorm, layer.post_attention_layernorm, layer.mlp.act_fn
+        norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+        self._norms = [norm and _Norm(norm) for norm in norms]
+        self._before, self._between = _Norm(layer.input_layernorm), _Norm(layer.post_attention_layernorm)
+        self._act = layer.mlp.act_fn
+        self._silu = type(self._act) in (nn.SiLU, SiLUActivation)
 
     @classmethod
     def of(cls, layer: Any) -> Short | None:
@@ -94,10 +98,6 @@ class Short:
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs: Any,
     ) -> Any:
-        if native is not None and isinstance(past_key_values, native.Ragged):
-            assert position_embeddings is not None
-            seen = partial(self._ragged, past_key_values)
-            return self._short(hidden_states, position_embeddings, seen)
         starts: NDArray[np.int64] | None = None
         short = (
             hidden_states.shape[1] == 1
@@ -123,31 +123,45 @@ class Short:
                 **kwargs,
             )
         assert position_embeddings is not None
-        return self._short(hidden_states, position_embeddings, partial(self._cached, past_key_values, starts))
+        cos, sin = [t.numpy().reshape(-1, self.size) for t in position_embeddings]
+        x = hidden_states.reshape(-1, hidden_states.shape[-1]).numpy()
+        y = self.rows(x, cos, sin, partial(self._cached, past_key_values, starts))
+        return torch.from_numpy(y).view(hidden_states.shape)
 
-    def _short(
+    def rows(
         self,
-        hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        x: NDArray[np.float32],
+        cos: NDArray[np.float32],
+        sin: NDArray[np.float32],
         attend: Callable[[NDArray[np.float32], NDArray[np.float32]], None],
-    ) -> torch.Tensor:
-        """The layer for rows that see only what is `attend`'s to say: it is given their queries, keys and values side
-        by side (N, H + 2 G, D), and writes what they see, (N, H, D)."""
+    ) -> NDArray[np.float32]:
+        """The layer for rows x (N, K) that see only what is `attend`'s to say: it is given their queries, keys and
+        values side by side (N, H + 2 G, D), and writes what they see, (N, H, D). cos and sin (N, D), or (1, D), are
+        the rotary embedding's."""
         assert native is not None  # or there would be no short way
-        x, size = hidden_states.reshape(-1, hidden_states.shape[-1]).numpy(), self.size
-        heads = self._qkv.stacked(_norm(x, self._before)).reshape(len(x), -1, size)
-        queries, fresh = heads[:, : self._queries], heads[:, self._queries : self._rotated]
-        for norm, part in zip(self._norms, (queries, fresh), strict=True):
+        size = self.size
+        heads = self._qkv.stacked(self._before(x)).reshape(len(x), -1, size)
+        for norm, part in zip(self._norms, (slice(self._queries), slice(self._queries, self._rotated)), strict=True):
             if norm is not None:
-                part[:] = _norm(part.reshape(-1, size), norm).reshape(part.shape)
-        cos, sin = position_embeddings
-        native.rotate(heads[:, : self._rotated], cos.numpy().reshape(-1, size), sin.numpy().reshape(-1, size))
+                some = heads[:, part]
+                some[:] = norm(some.reshape(-1, size)).reshape(some.shape)
+        native.rotate(heads[:, : self._rotated], cos, sin)
         seen = np.empty((len(x), self._queries, size), np.float32)
         attend(heads, seen)
         x = x + self._o.stacked(seen.reshape(len(x), -1))
-        gate, up = torch.from_numpy(self._gate_up.stacked(_norm(x, self._between))).chunk(2, dim=1)
-        x += self._down.stacked((self._act(gate) * up).numpy())
-        return torch.from_numpy(x).view(hidden_states.shape)
+        x += self._down.stacked(self._gated(self._gate_up.stacked(self._between(x))))
+        return x
+
+    def _gated(self, both: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The activation of the first half of the columns, times the other half."""
+        assert native is not None
+        if not self._silu:
+            gate, up = torch.from_numpy(both).chunk(2, dim=1)
+            other: NDArray[np.float32] = (self._act(gate) * up).numpy()
+            return other
+        out = np.empty((len(both), both.shape[1] // 2), np.float32)
+        native.gated(both, out)
+        return out
 
     def _cached(
         self, cache: Any, starts: NDArray[np.int64] | None, heads: NDArray[np.float32], seen: NDArray[np.float32]
@@ -158,8 +172,27 @@ class Short:
         keys, values = cache.update(new[:, self._queries : self._rotated], new[:, self._rotated :], self._index)
         native.attend(heads[:, : self._queries], keys.numpy(), values.numpy(), starts, self._scale, seen)
 
-    def _ragged(self, rows: Any, heads: NDArray[np.float32], seen: NDArray[np.float32]) -> None:
-        rows.attend(self._index, heads, self._scale, seen)
+    def ragged(self, sequences: Any, heads: NDArray[np.float32], seen: NDArray[np.float32]) -> None:
+        """What `rows` wants to have called, for those of a `native.Ragged`."""
+        sequences.attend(self._index, heads, self._scale, seen)
+
+
+class _Norm:
+    """A module's RMS norm. Calls of torch would take longer than the arithmetic."""
+
+    def __init__(self, module: Any) -> None:
+        self._module, self._epsilon = module, module.variance_epsilon
+        self._address = 0
+        self._weight = np.empty(0, np.float32)
+
+    def __call__(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
+        assert native is not None
+        weight = self._module.weight
+        if weight.data_ptr() != self._address:  # it was moved, or converted
+            self._weight, self._address = weight.detach().numpy(), weight.data_ptr()
+        out = np.empty((len(x), x.shape[1]), np.float32)
+        native.rms_norm(x, self._weight, self._epsilon, out)
+        return out
 
 
 def _starts(mask: torch.Tensor, shape: tuple[int, ...]) -> NDArray[np.int64] | None:
@@ -175,10 +208,3 @@ def _starts(mask: torch.Tensor, shape: tuple[int, ...]) -> NDArray[np.int64] | N
         mask = seen
     starts = np.empty(len(mask), np.int64)
     return starts if native.first_seen(mask.flatten(1).numpy(), starts) else None
-
-
-def _norm(x: NDArray[np.float32], norm: Any) -> NDArray[np.float32]:
-    assert native is not None
-    out = np.empty_like(x)
-    native.rms_norm(x, norm.weight.detach().numpy(), norm.variance_epsilon, out)
-    return out

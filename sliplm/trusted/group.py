@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -45,21 +46,15 @@ class ProtectedGroup:
     def __init__(self, op: Operator, members: list[MemberWeights], runtime: Runtime) -> None:
         self._op = op
         self._runtime = runtime
+        self._rows = [len(m.a) for m in members]
         # Transposed, as both the products of torch and those of the native core want them; B of all members as one.
         b = torch.cat([m.b for m in members])
-        self._bt = functional.pad(b, (0, 0, 0, -len(b) % 16)).T.contiguous()  # the native product wants whole vectors
-        self._at = [m.a.T.contiguous() for m in members]
-        self._bias = [m.bias for m in members]
-        self._low_rank: Any = None  # the native product
-        if native is not None:
-            bias = [None if b is None else b.numpy() for b in self._bias]
-            if all(torch.equal(t.bfloat16().float(), t) for t in (self._bt, *self._at)):
-                # A split rounds the factors, and the edge's part takes up the difference: half the memory to read.
-                self._bt, *self._at = (t.bfloat16() for t in (self._bt, *self._at))
-                bt, *at = (t.view(torch.uint16).numpy() for t in (self._bt, *self._at))
-                self._low_rank = native.LowRank16(bt, at, bias)
-            else:
-                self._low_rank = native.LowRank32(self._bt.numpy(), [a.numpy() for a in self._at], bias)
+        bt = functional.pad(b, (0, 0, 0, -len(b) % 16)).T.contiguous()  # the native product wants whole vectors
+        at, bias = [m.a.T.contiguous() for m in members], [m.bias for m in members]
+        if native is None:
+            self._own = partial(_own, bt, at, bias)
+        else:
+            self._own = partial(_native, _low_rank(bt, at, bias), sum(self._rows))
         self._names = [m.name for m in members]
         self._pending = _Pending()
 
@@ -84,7 +79,7 @@ class ProtectedGroup:
 
     def _run(self, x: torch.Tensor) -> dict[int, torch.Tensor]:
         rows = x.detach().reshape(-1, x.shape[-1]).to("cpu", torch.float32).contiguous().numpy()
-        parts = torch.from_numpy(self.stacked(rows)).split([a.shape[1] for a in self._at], dim=1)
+        parts = torch.from_numpy(self.stacked(rows)).split(self._rows, dim=1)
         return {i: y.reshape(*x.shape[:-1], y.shape[1]).to(x.device, x.dtype) for i, y in enumerate(parts)}
 
     def stacked(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -94,22 +89,40 @@ class ProtectedGroup:
         except NumericsError as error:
             raise NumericsError(f"the input of {self._names[0]} cannot be protected: {error}.") from None
 
-    def _own(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
-        """A (B x) + b of all members side by side, (T, sum N)."""
-        out = np.empty((len(x), self._op.scales.shape[1]), np.float32)
-        if self._low_rank is not None:
-            self._low_rank.apply(x, out)
-            return out
-        low, whole = torch.from_numpy(x) @ self._bt, torch.from_numpy(out)
-        column = row = 0
-        for a, bias in zip(self._at, self._bias, strict=True):
-            rank, rows = a.shape
-            part = whole[:, row : row + rows]
-            torch.mm(low[:, column : column + rank], a, out=part)
-            if bias is not None:
-                part += bias
-            column, row = column + rank, row + rows
-        return out
+
+def _low_rank(bt: torch.Tensor, at: list[torch.Tensor], bias: list[torch.Tensor | None]) -> Any:
+    """The native product, with copies of the factors in its own order."""
+    assert native is not None
+    biases = [None if b is None else b.numpy() for b in bias]
+    if all(torch.equal(t.bfloat16().float(), t) for t in (bt, *at)):
+        # A split rounds the factors, and the edge's part takes up the difference: half the memory to read.
+        small = [t.bfloat16().view(torch.uint16).numpy() for t in (bt, *at)]
+        return native.LowRank16(small[0], small[1:], biases)
+    return native.LowRank32(bt.numpy(), [a.numpy() for a in at], biases)
+
+
+def _native(low_rank: Any, width: int, x: NDArray[np.float32]) -> NDArray[np.float32]:
+    """As `_own`."""
+    out = np.empty((len(x), width), np.float32)
+    low_rank.apply(x, out)
+    return out
+
+
+def _own(
+    bt: torch.Tensor, at: list[torch.Tensor], biases: list[torch.Tensor | None], x: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """A (B x) + b of all members side by side, (T, sum N)."""
+    low, out = torch.from_numpy(x) @ bt, np.empty((len(x), sum(a.shape[1] for a in at)), np.float32)
+    whole = torch.from_numpy(out)
+    column = row = 0
+    for a, bias in zip(at, biases, strict=True):
+        rank, rows = a.shape
+        part = whole[:, row : row + rows]
+        torch.mm(low[:, column : column + rank], a, out=part)
+        if bias is not None:
+            part += bias
+        column, row = column + rank, row + rows
+    return out
 
 
 def _equal(kept: torch.Tensor | None, x: torch.Tensor) -> bool:

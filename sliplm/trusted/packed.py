@@ -7,19 +7,16 @@ Every other step works row by row, so what a row gives does not depend on the co
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
 
 from sliplm._core import native
 from sliplm.trusted.decoder import Short
 
 MODELS = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
-
-_NO_MASK = torch.zeros(1, 1, 1, 1)
-"""Transformers makes none if it is given one of four dimensions; the short way then looks at none."""
 
 
 class Part(NamedTuple):
@@ -50,26 +47,26 @@ class Memory:
 
 
 class Packed:
-    """Passes of one model."""
+    """Passes of one model. Its layers are called one after the other from here, as Transformers would: between two of
+    them torch would take as long as the trusted arithmetic of one."""
 
     ragged = True
 
-    def __init__(self, model: Any, layers: int, groups: int, size: int) -> None:
-        self._model, self._shape = model, (layers, groups, size)
+    def __init__(self, model: Any, layers: Sequence[Short]) -> None:
+        self._model, self._layers = model, layers
 
     @classmethod
-    def of(cls, model: nn.Module) -> Packed | None:
+    def of(cls, model: Any) -> Packed | None:
         """For a model all of whose layers go the short way, and no others."""
-        short = [m.forward for m in model.modules() if isinstance(m.forward, Short)]
-        shapes = {(s.groups, s.size) for s in short}
-        layers = getattr(model.config, "num_hidden_layers", 0)
-        if type(model).__name__ not in MODELS or len(short) != layers or len(shapes) != 1:
+        if type(model).__name__ not in MODELS:
             return None
-        return cls(model, layers, *shapes.pop())
+        layers = [layer.forward for layer in model.model.layers[: model.config.num_hidden_layers]]
+        same = {(s.groups, s.size) if isinstance(s, Short) else None for s in layers}
+        return None if len(same) != 1 or None in same else cls(model, layers)
 
     def cache(self) -> Memory:
         """For a new sequence."""
-        return Memory(*self._shape)
+        return Memory(len(self._layers), self._layers[0].groups, self._layers[0].size)
 
     def forward(self, parts: Sequence[Part]) -> torch.Tensor:
         """The logits (n, V) that the parts want. What it appends to caches counts for nothing until the
@@ -83,14 +80,12 @@ class Packed:
         ends = np.cumsum(lengths)
         wanted = [np.arange(end - part.wanted, end) for part, end in zip(parts, ends, strict=True)]
         positions = np.arange(ends[-1]) + np.repeat(starts - ends + lengths, lengths)
-        rows = native.Ragged([part.cache.array for part in parts], owners, positions)
-        out = self._model(
-            input_ids=torch.tensor([[token for part in parts for token in part.tokens]]),
-            position_ids=torch.from_numpy(positions)[None],
-            attention_mask=_NO_MASK,
-            past_key_values=rows,
-            use_cache=True,
-            logits_to_keep=torch.from_numpy(np.concatenate(wanted)),
-        )
-        logits: torch.Tensor = out.logits[0]
+        sequences = native.Ragged([part.cache.array for part in parts], owners, positions)
+        base = self._model.model
+        embedded = base.embed_tokens(torch.tensor([[token for part in parts for token in part.tokens]]))
+        cos, sin = (t[0].numpy() for t in base.rotary_emb(embedded, torch.from_numpy(positions)[None]))
+        x = embedded[0].numpy()
+        for layer in self._layers:
+            x = layer.rows(x, cos, sin, partial(layer.ragged, sequences))
+        logits: torch.Tensor = self._model.lm_head(base.norm(torch.from_numpy(x[np.concatenate(wanted)])))
         return logits

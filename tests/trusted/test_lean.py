@@ -289,6 +289,18 @@ def test_native_steps_equal_torch(isa: str) -> None:
     native.rms_norm(x, weight, 1e-5, out, isa)
     want = torch.nn.functional.rms_norm(torch.from_numpy(x), (37,), torch.from_numpy(weight), 1e-5)
     assert np.allclose(out, want.numpy(), atol=1e-6)
+    both = 30 * draw(3, 2 * 37)
+    both[0, :6] = 0, -0.0, 87.5, -87.5, 1e30, -1e30
+    native.gated(both, out, isa)
+    gate, up = torch.from_numpy(both).double().chunk(2, dim=1)
+    want = torch.nn.functional.silu(gate) * up
+    assert np.allclose(out, want.numpy(), rtol=1e-6, atol=1e-30)
+    both[1, 3], both[2, 36] = np.nan, np.inf
+    native.gated(both, out, isa)
+    assert np.isnan(out[1, 3]) and np.isinf(out[2, 36]) and np.isfinite(np.delete(out, [37 + 3, 74 + 36])).all()
+    for bad in (both[:2], both[:, :73].copy()):
+        with pytest.raises(ValueError, match="shapes"):
+            native.gated(bad, out, isa)
 
 
 @pytest.mark.skipif(_core.native is None, reason="no native core: install a C++20 compiler")
