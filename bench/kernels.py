@@ -20,7 +20,7 @@ os.environ["OMP_WAIT_POLICY"] = "passive"  # or PyTorch's threads spin through t
 import numpy as np
 import torch
 
-from sliplm import field, kernels
+from sliplm import _core, field, kernels
 from sliplm.edge.multiplier import Multiplier
 from sliplm.exchange import masking
 from sliplm.exchange.operator import Operator
@@ -28,12 +28,14 @@ from sliplm.field import P
 from sliplm.kernels.cuda import TILE
 from sliplm.prg import expand, fresh_key, uniform
 from sliplm.split.blinding import Blinding
+from sliplm.trusted.group import native_low_rank
 
 EXCLUDES = (
-    "excluded: packing (once, at start-up), the link, the pads; encoding with masking, and decoding with the check, "
-    "are timed apart: blinded, two planes, two checks"
+    "excluded: packing (once, at start-up), the link, the pads; encoding with masking, decoding with the check, and "
+    "the low-rank part are timed apart: blinded, two planes, two checks"
 )
 WORKING_SET = 1 << 27  # bytes per contender
+RANK = 37  # of the trusted part that a split makes by default
 
 Contender = Callable[[int], object]
 
@@ -139,8 +141,10 @@ def trusted(rows: int, cols: int, tokens: int, rounds: int) -> list[dict[str, ob
     uq = rng.integers(0, P, (2, cols)).astype(np.uint32)
     scales = rng.random((2, outputs)).astype(np.float32)
     op = Operator(0, (2 * outputs, cols), 5000.0, scales, into, out, u, uq)
+    factors = [[torch.randn(shape).bfloat16().float() for shape in ((cols, 48), (RANK, outputs))] for _ in range(64)]
+    low_rank = [native_low_rank(b, [a], [None]) for b, a in factors] if _core.native else []
     results: list[dict[str, object]] = []
-    for t in (1, tokens):
+    for t in (1, 16, tokens):
         x, r = rng.normal(size=(t, cols)).astype(np.float32), rng.integers(0, P, (t, cols)).astype(np.uint32)
         answer = rng.integers(0, P, (t, 2 * outputs)).astype(np.uint32)
         image, inv_c, y = answer[::-1].copy(), np.ones(t), np.zeros((t, outputs), np.float32)
@@ -149,6 +153,8 @@ def trusted(rows: int, cols: int, tokens: int, rounds: int) -> list[dict[str, ob
             "encode": lambda i, x=x, r=r: masking.encode(op, x, r),
             "decode": lambda i, a=answer, b=image, c=inv_c, e=expected, y=y: masking.decode(op, a, b, c, e, y),
         }
+        if low_rank:
+            contenders["low-rank"] = lambda i, x=x, y=y: low_rank[i % len(low_rank)].apply(x, y)
         for name, seconds in medians(contenders, rounds).items():
             results.append({"what": name, "tokens": t, "us_per_token": seconds / t * 1e6})
     q = rng.integers(-128, 128, (rows, cols), np.int8)

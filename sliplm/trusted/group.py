@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -51,10 +50,8 @@ class ProtectedGroup:
         b = torch.cat([m.b for m in members])
         bt = functional.pad(b, (0, 0, 0, -len(b) % 16)).T.contiguous()  # the native product wants whole vectors
         at, bias = [m.a.T.contiguous() for m in members], [m.bias for m in members]
-        if native is None:
-            self._own = partial(_own, bt, at, bias)
-        else:
-            self._own = partial(_native, _low_rank(bt, at, bias), sum(self._rows))
+        self._factors = None if native else (bt, at, bias)
+        self._low_rank: Any = native_low_rank(bt, at, bias) if native else None
         self._names = [m.name for m in members]
         self._pending = _Pending()
 
@@ -89,9 +86,28 @@ class ProtectedGroup:
         except NumericsError as error:
             raise NumericsError(f"the input of {self._names[0]} cannot be protected: {error}.") from None
 
+    def _own(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
+        """A (B x) + b of all members side by side, (T, sum N)."""
+        out = np.empty((len(x), sum(self._rows)), np.float32)
+        if self._factors is None:
+            self._low_rank.apply(x, out)
+            return out
+        bt, at, biases = self._factors
+        low, whole = torch.from_numpy(x) @ bt, torch.from_numpy(out)
+        column = row = 0
+        for a, bias in zip(at, biases, strict=True):
+            rank, rows = a.shape
+            part = whole[:, row : row + rows]
+            torch.mm(low[:, column : column + rank], a, out=part)
+            if bias is not None:
+                part += bias
+            column, row = column + rank, row + rows
+        return out
 
-def _low_rank(bt: torch.Tensor, at: list[torch.Tensor], bias: list[torch.Tensor | None]) -> Any:
-    """The native product, with copies of the factors in its own order."""
+
+def native_low_rank(bt: torch.Tensor, at: list[torch.Tensor], bias: list[torch.Tensor | None]) -> Any:
+    """The native A (B x) + b of members side by side, with copies of the factors: bt (K, W) is their B, transposed,
+    with zeros up to a multiple of 16 columns; at (k, N) each one's A, transposed."""
     assert native is not None
     biases = [None if b is None else b.numpy() for b in bias]
     if all(torch.equal(t.bfloat16().float(), t) for t in (bt, *at)):
@@ -99,30 +115,6 @@ def _low_rank(bt: torch.Tensor, at: list[torch.Tensor], bias: list[torch.Tensor 
         small = [t.bfloat16().view(torch.uint16).numpy() for t in (bt, *at)]
         return native.LowRank16(small[0], small[1:], biases)
     return native.LowRank32(bt.numpy(), [a.numpy() for a in at], biases)
-
-
-def _native(low_rank: Any, width: int, x: NDArray[np.float32]) -> NDArray[np.float32]:
-    """As `_own`."""
-    out = np.empty((len(x), width), np.float32)
-    low_rank.apply(x, out)
-    return out
-
-
-def _own(
-    bt: torch.Tensor, at: list[torch.Tensor], biases: list[torch.Tensor | None], x: NDArray[np.float32]
-) -> NDArray[np.float32]:
-    """A (B x) + b of all members side by side, (T, sum N)."""
-    low, out = torch.from_numpy(x) @ bt, np.empty((len(x), sum(a.shape[1] for a in at)), np.float32)
-    whole = torch.from_numpy(out)
-    column = row = 0
-    for a, bias in zip(at, biases, strict=True):
-        rank, rows = a.shape
-        part = whole[:, row : row + rows]
-        torch.mm(low[:, column : column + rank], a, out=part)
-        if bias is not None:
-            part += bias
-        column, row = column + rank, row + rows
-    return out
 
 
 def _equal(kept: torch.Tensor | None, x: torch.Tensor) -> bool:
