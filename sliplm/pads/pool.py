@@ -121,9 +121,7 @@ class Pool:
 
     def _totals(self) -> list[int]:
         with self._lock:
-            if len(levels := [stock.levels for stock in self._stocks.values()]) == 1:
-                return levels[0].copy()
-            return [sum(of_group) for of_group in zip(*levels, strict=True)] or [0]
+            return [sum(levels) for levels in zip(*(s.levels for s in self._stocks.values()), strict=True)] or [0]
 
     def _stock(self, maker: Maker) -> Stock:
         stock = self._stocks.get(maker.parties)

@@ -47,8 +47,8 @@ class Memory:
 
 
 class Packed:
-    """Passes of one model. Its layers are called one after the other from here, as Transformers would: between two of
-    them torch would take as long as the trusted arithmetic of one."""
+    """Passes of one model. Its layers are called one after the other from here, as Transformers would, but without
+    its and torch's calls in between."""
 
     ragged = True
 

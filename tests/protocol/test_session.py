@@ -41,6 +41,14 @@ def connected(home: Path, identity: Path) -> Iterator[tuple[Session, ssl.SSLSock
         yield session, made[0]
 
 
+def read(session: Session, seconds: float) -> int:
+    return session.read(1, memoryview(bytearray(1)))
+
+
+def fill(session: Session, seconds: float) -> int:
+    return session.fill(memoryview(bytearray(1)), time.monotonic() + seconds)
+
+
 def exactly(session: Session, size: int) -> bytes:
     data, done = memoryview(bytearray(size)), 0
     while done < size:
@@ -116,6 +124,22 @@ def test_the_end_is_the_end_also_within_a_record(home: Path, identity: Path) -> 
             ours.read(1, memoryview(bytearray(1)))
 
 
+def test_a_payload_of_many_records_is_whole_or_cut(home: Path, identity: Path) -> None:
+    data = bytes(range(256)) * 1000
+    with connected(home, identity) as (ours, theirs):
+        thread = threading.Thread(target=theirs.sendall, args=(data,))
+        thread.start()
+        got = bytearray(len(data))
+        assert ours.fill(memoryview(got), time.monotonic() + 10) == len(data) and got == data
+        thread.join(10)
+        theirs.settimeout(1)
+        theirs.sendall(data[:20_000])
+        with contextlib.suppress(OSError):
+            theirs.unwrap()
+        got = bytearray(len(data))
+        assert ours.fill(memoryview(got), time.monotonic() + 10) == 20_000 and got[:20_000] == data[:20_000]
+
+
 def test_what_was_changed_on_its_way_is_refused(home: Path, identity: Path) -> None:
     with connected(home, identity) as (ours, theirs):
         socket.socket.send(theirs, bytes([23, 3, 3, 0, 50]) + bytes(50))
@@ -157,7 +181,8 @@ def test_a_session_shows_no_secret(home: Path, identity: Path) -> None:
         assert theirs.version() == "TLSv1.3"
 
 
-def test_a_peer_that_trickles_has_no_more_time_than_a_silent_one(home: Path, identity: Path) -> None:
+@pytest.mark.parametrize("how", [read, fill])
+def test_a_peer_that_trickles_has_no_more_time_than_a_silent_one(home: Path, identity: Path, how: Any) -> None:
     with connected(home, identity) as (ours, theirs):
         ours.socket.settimeout(0.5)
         over = threading.Event()
@@ -173,7 +198,7 @@ def test_a_peer_that_trickles_has_no_more_time_than_a_silent_one(home: Path, ide
         thread.start()
         begin = time.monotonic()
         with pytest.raises(TimeoutError):
-            ours.read(1, memoryview(bytearray(1)))
+            how(ours, 0.5)
         assert time.monotonic() - begin < 2
         over.set()
         thread.join(10)
@@ -202,7 +227,10 @@ def test_a_stranger_that_trickles_has_no_more_time_for_its_handshake(home: Path)
         thread.join(10)
 
 
-def test_records_without_data_end_a_session(home: Path, identity: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("how", [read, fill])
+def test_records_without_data_end_a_session(
+    home: Path, identity: Path, monkeypatch: pytest.MonkeyPatch, how: Any
+) -> None:
     """Such as ask for new keys: each would be answered, into memory, and none be the end of a wait."""
     with connected(home, identity) as (ours, theirs):
 
@@ -224,7 +252,7 @@ def test_records_without_data_end_a_session(home: Path, identity: Path, monkeypa
         thread = threading.Thread(target=flood)
         thread.start()
         with pytest.raises(OSError, match="the peer"):
-            ours.read(1, memoryview(bytearray(1)))
+            how(ours, 10.0)
         assert ours._out.pending < 2 * MOST_BYTES
         ours.socket.close()
         thread.join(10)
