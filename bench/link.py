@@ -3,7 +3,7 @@
     python bench/link.py [--cols 2048] [--rows 1 32 512] [--rounds 5000] [--json]
 
 The edge sends its input back, so all that is timed is TLS, the sockets and Python on both sides. Beside it,
-the same bytes over a bare ssl socket: what the link itself adds is the difference. Where the scheduler puts
+the same bytes over a bare ssl socket of Python's: what the link itself adds is the difference. Where the scheduler puts
 the two processes matters as much: `taskset -c 1` in front puts them on one core.
 """
 
@@ -11,6 +11,7 @@ import argparse
 import json
 import multiprocessing
 import socket
+import ssl
 import statistics
 import tempfile
 import threading
@@ -68,10 +69,19 @@ def read(sock: socket.socket, view: memoryview) -> bool:
     return True
 
 
+def bare(side: int, chain: Path, ca_pem: bytes) -> ssl.SSLContext:
+    context = ssl.SSLContext(side)
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.load_cert_chain(chain)
+    context.load_verify_locations(cadata=ca_pem.decode())
+    return context
+
+
 def echo(address: tuple[str, int], identity: Path, sizes: list[int]) -> None:
     raw = socket.create_connection(address)
     raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock = tls.client_context(identity).wrap_socket(raw, server_hostname=tls.SERVER_NAME)
+    ca = identity.read_bytes().rpartition(b"-----BEGIN")
+    sock = bare(ssl.PROTOCOL_TLS_CLIENT, identity, b"".join(ca[1:])).wrap_socket(raw, server_hostname=tls.SERVER_NAME)
     for size in sizes:
         data = memoryview(bytearray(size))
         while read(sock, data):
@@ -125,7 +135,8 @@ def main() -> None:
             mirror.start()
             raw, _ = listener.accept()
             raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            with tls.server_context(*authority.server_files(home)).wrap_socket(raw, server_side=True) as sock:
+            own = bare(ssl.PROTOCOL_TLS_SERVER, *authority.server_files(home))
+            with own.wrap_socket(raw, server_side=True) as sock:
                 for (rows, rounds), size in zip(plan, sizes, strict=True):
                     data = memoryview(bytearray(size))
 

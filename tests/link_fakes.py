@@ -29,6 +29,7 @@ from sliplm.protocol.channel import Channel
 from sliplm.protocol.connect import connect
 from sliplm.protocol.frames import Kind, Role, Welcome
 from sliplm.protocol.messages import Chunk, GenerateRequest
+from sliplm.protocol.openssl import Context
 from sliplm.protocol.remote import RemoteLink
 from sliplm.protocol.session import Session
 from sliplm.registry import Device, authority
@@ -232,9 +233,19 @@ def text(worker: EdgeWorker, request: GenerateRequest | None = None) -> str:
     return "".join(chunk.text for chunk in worker.generate(request or ask()))
 
 
-def server_context(home: Path) -> ssl.SSLContext:
+def server_context(home: Path) -> Context:
     """The trusted side's, with the authority in `home`."""
     return tls.server_context(*authority.server_files(home))
+
+
+def python_context(identity: Path) -> ssl.SSLContext:
+    """An edge's as another program would make it, with Python's own TLS."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.load_cert_chain(identity)
+    _, begin, rest = identity.read_text().rpartition("-----BEGIN CERTIFICATE")
+    context.load_verify_locations(cadata=begin + rest)
+    return context
 
 
 class Pair:
@@ -246,7 +257,7 @@ class Pair:
             b = listener.accept()[0]
         sides: list[Session] = []
         server = server_context(home)
-        thread = threading.Thread(target=lambda: sides.append(Session(b, server, server_side=True)))
+        thread = threading.Thread(target=lambda: sides.append(Session(b, server)))
         thread.start()
         edge = Session(a, tls.client_context(identity))
         thread.join(10)
@@ -290,7 +301,7 @@ def scripted(home: Path, script, role_context=server_context):
                 except TimeoutError:
                     continue
                 try:
-                    c = Channel(Session(sock, context, server_side=True), "the edge", 10)
+                    c = Channel(Session(sock, context), "the edge", 10)
                     c.read(c.receive())
                     c.send(Kind.WELCOME, frames.pack_welcome(Welcome(VERSION, DIGEST, "scripted")))
                     c.version = VERSION

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ssl
 from pathlib import Path
-from typing import Any
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
@@ -18,52 +17,72 @@ class Plain:
     """What `protocol.session.Session` uses of a TLS session: two bytes with a length and this side's certificate, then
     bytes as they are."""
 
-    def __init__(self, incoming: ssl.MemoryBIO, outgoing: ssl.MemoryBIO, certificate: bytes, server: bool) -> None:
-        self._in, self._out = incoming, outgoing
-        self._server, self._hello = server, b""
-        if certificate and not server:
-            outgoing.write(len(certificate).to_bytes(2, "little") + certificate)
+    def __init__(self, certificate: bytes) -> None:
+        self._server, self._hello = not certificate, b""
+        self._in, self._out = bytearray(), bytearray()
+        self._ended = False
+        if certificate:
+            self._out += len(certificate).to_bytes(2, "little") + certificate
 
-    @property
-    def _sslobj(self) -> Plain:
-        return self
+    def receive(self, data: memoryview) -> None:
+        self._in += data
 
-    def do_handshake(self) -> None:
+    def end(self) -> None:
+        self._ended = True
+
+    def handshake(self) -> bool:
         while missing := self._missing():
-            data = self._in.read(missing)
+            data = self._take(missing)
             if not data:
-                raise ssl.SSLEOFError if self._in.eof else ssl.SSLWantReadError
+                if self._ended:
+                    raise ssl.SSLEOFError
+                return False
             self._hello += data
+        return True
 
     def _missing(self) -> int:
         size = 2 + int.from_bytes(self._hello[:2], "little") if len(self._hello) >= 2 else 2
         return size - len(self._hello) if self._server else 0
 
-    def pending(self) -> int:
-        return 0
+    def _take(self, size: int) -> bytes:
+        data = bytes(self._in[:size])
+        del self._in[:size]
+        return data
 
-    def read(self, size: int, into: memoryview) -> int:
-        data = self._in.read(size)
-        if not data and not self._in.eof:
-            raise ssl.SSLWantReadError
+    @property
+    def waiting(self) -> bool:
+        return bool(self._in)
+
+    @property
+    def to_send(self) -> int:
+        return len(self._out)
+
+    def sealed(self) -> memoryview:
+        data = memoryview(bytes(self._out))
+        self._out.clear()
+        return data
+
+    def read(self, into: memoryview) -> int | None:
+        data = self._take(len(into))
         into[: len(data)] = data
-        return len(data)
+        return len(data) if data or self._ended else None
 
-    def write(self, data: memoryview) -> int:
-        return self._out.write(data)
+    def write(self, data: memoryview | bytes) -> None:
+        self._out += data
 
-    def getpeercert(self, _: bool) -> bytes:
+    def certificate(self) -> bytes | None:
         return self._hello[2:]
 
 
 class Context:
-    """What it uses of `ssl.SSLContext`. `certificate` is this side's, in DER form."""
+    """What it uses of `protocol.openssl.Context`. `certificate` is this side's, in DER form, unless it is the trusted
+    one's."""
 
     def __init__(self, certificate: bytes = b"") -> None:
         self._certificate = certificate
 
-    def wrap_bio(self, incoming: ssl.MemoryBIO, outgoing: ssl.MemoryBIO, server_side: bool, **_: Any) -> Plain:
-        return Plain(incoming, outgoing, self._certificate, server_side)
+    def session(self) -> Plain:
+        return Plain(self._certificate)
 
 
 def context(identity: Path | str) -> Context:
@@ -76,7 +95,7 @@ def server() -> None:
     """For `slip trusted`."""
     from sliplm.protocol import tls
 
-    tls.server_context = lambda *_: Context()  # type: ignore[assignment]
+    tls.server_context = lambda *_: Context()  # type: ignore[assignment,return-value]
 
 
 def client() -> None:

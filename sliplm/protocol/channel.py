@@ -191,7 +191,7 @@ class Channel:
             try:
                 if spin and native is not None and not self._session.waiting:
                     native.wait_readable(self._sock.fileno(), 0, SPIN_MICROSECONDS)
-                self._start, self._end = 0, self._session.read(READ_BYTES, self._in)
+                self._start, self._end = 0, self._session.read(self._in)
             except (OSError, ValueError) as error:
                 self._fail(error)
         if self._end - self._start < HEADER.size:
@@ -314,7 +314,7 @@ class Channel:
     def _receive_some(self, view: memoryview) -> int:
         """At least one byte, up to RECORD_BYTES; of a socket that does not wait, maybe none."""
         try:
-            count: int = self._session.read(len(view), view)
+            count: int = self._session.read(view)
         except BlockingIOError:
             return 0
         except (OSError, ValueError) as error:
@@ -327,7 +327,7 @@ class Channel:
         """Whether the peer closed the connection, or spoke although it was not its turn. Does not wait."""
         try:
             self._sock.settimeout(0)
-            self._session.read(1, memoryview(bytearray(1)))
+            self._session.read(memoryview(bytearray(1)))
             return True
         except BlockingIOError:
             return False

@@ -10,6 +10,7 @@ from sliplm.errors import LinkError, MismatchError, ProtocolError
 from sliplm.protocol import frames, tls
 from sliplm.protocol.channel import Channel
 from sliplm.protocol.frames import Hello, Kind, Role, Welcome
+from sliplm.protocol.openssl import Context
 from sliplm.protocol.session import Session
 
 Address = tuple[str, int]
@@ -39,9 +40,7 @@ def parse_address(text: str) -> Address:
     return host, int(port)
 
 
-def connect(
-    address: Address, context: ssl.SSLContext, role: Role, digest: bytes, timeout: float
-) -> tuple[Channel, Welcome]:
+def connect(address: Address, context: Context, role: Role, digest: bytes, timeout: float) -> tuple[Channel, Welcome]:
     """The edge's end of a new connection, after HELLO and WELCOME; `timeout` holds from then on.
 
     Raises IdentityError, MismatchError or ProtocolError where trying again cannot help, HandshakeError where it might,

@@ -1,8 +1,4 @@
-"""TLS 1.3 with certificates on both sides, and its errors as sentences.
-
-`ssl.create_default_context` is not used on purpose: it honours SSLKEYLOGFILE and trusts the system's
-authorities.
-"""
+"""Whose certificates count: the contexts of a trusted side and of an edge, and the errors of TLS as sentences."""
 
 from __future__ import annotations
 
@@ -13,8 +9,10 @@ from pathlib import Path
 
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from sliplm.errors import HandshakeError, IdentityError, LinkError, SlipError
+from sliplm.protocol.openssl import Context
 
 SERVER_NAME = "sliplm-trusted"
 """The name in the trusted side's certificate, wherever it runs: edges check this, not an address."""
@@ -22,35 +20,29 @@ SERVER_NAME = "sliplm-trusted"
 _log = logging.getLogger(__name__)
 
 
-def server_context(chain: Path, ca_pem: bytes) -> ssl.SSLContext:
+def server_context(chain: Path, ca_pem: bytes) -> Context:
     """The trusted side's context, from what `registry.authority.server_files` gives. Raises IdentityError."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.num_tickets = 0  # no resumption: every connection proves its certificate afresh
-    return _finish(context, chain, ca_pem)
+    return context(chain, ca_pem, None)
 
 
-def client_context(identity: Path | str) -> ssl.SSLContext:
+def client_context(identity: Path | str) -> Context:
     """An edge's context, from the identity file that `registry.authority.add_device` wrote. Raises IdentityError."""
     path = Path(identity)
     ca_pem = _check_identity(path)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = True
-    context.hostname_checks_common_name = False  # a device chooses its common name
-    return _finish(context, path, ca_pem)
+    return context(path, ca_pem, SERVER_NAME)
 
 
-def _finish(context: ssl.SSLContext, chain: Path, ca_pem: bytes) -> ssl.SSLContext:
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.verify_mode = ssl.CERT_REQUIRED
-    context.verify_flags |= ssl.VERIFY_X509_STRICT
+def context(chain: Path, ca_pem: bytes, peer_name: str | None) -> Context:
+    """For who has the key and the certificate in `chain`, and believes the authority `ca_pem` alone; a client names its
+    peer. Raises IdentityError."""
     try:
-        # An empty password instead of OpenSSL's prompt on the terminal, which nobody may be watching.
-        context.load_cert_chain(chain, password=lambda: b"")
-        # Only the authority: OpenSSL would take every certificate of the file for an authority.
-        context.load_verify_locations(cadata=ca_pem.decode("ascii"))
-    except (OSError, ValueError):
+        data = chain.read_bytes()
+        own, key = x509.load_pem_x509_certificates(data)[0], serialization.load_pem_private_key(data, password=None)
+        if not isinstance(key, ec.EllipticCurvePrivateKey):  # as the authority makes them
+            raise ValueError
+        return Context(own, key, x509.load_pem_x509_certificate(ca_pem), peer_name)
+    except (OSError, ValueError, TypeError):
         raise IdentityError(f"{chain} does not hold a matching key and certificate") from None
-    return context
 
 
 def _check_identity(path: Path) -> bytes:
@@ -109,7 +101,7 @@ def explain(error: ssl.SSLError, peer: str) -> SlipError:
     if isinstance(error, ssl.SSLCertVerificationError):
         why = _VERIFY.get(error.verify_code, f"was rejected ({error.verify_message})")
         return HandshakeError(f"{peer}'s certificate {why}")
-    reason = error.reason or ""
+    reason = getattr(error, "reason", None) or ""  # those that Python code makes may have none
     for alert, sentence in _ALERTS.items():
         if alert in reason:
             return HandshakeError(sentence.format(us="the edge" if peer == "the trusted side" else "the trusted side"))

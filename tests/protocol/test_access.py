@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import socket
-import ssl
 import threading
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from link_fakes import (
     wait_until,
     working,
 )
+from OpenSSL import SSL
 
 from sliplm.edge.connection import ATTEMPTS
 from sliplm.edge.worker import EdgeWorker
@@ -29,6 +29,7 @@ from sliplm.errors import BundleError, IdentityError, LinkError, VersionError
 from sliplm.protocol import channel, frames, tls
 from sliplm.protocol.connect import connect
 from sliplm.protocol.frames import Hello, Role
+from sliplm.protocol.openssl import Context, Tls
 from sliplm.registry import authority
 
 
@@ -45,8 +46,7 @@ def test_another_authority_s_edge(home, identity, tmp_path):
 def test_an_expired_edge(home, identity, tmp_path):
     old = tmp_path / "old.pem"
     issue(home, old, days=-1)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    tls._finish(context, old, authority.server_files(home)[1])  # past the edge's own check
+    context = tls.context(old, authority.server_files(home)[1], tls.SERVER_NAME)  # past the edge's own check
     with serving(home) as server:
         refused(server, context, IdentityError, "has expired")
 
@@ -58,10 +58,12 @@ def test_an_expired_trusted_side(home, identity, monkeypatch):
 
 
 def test_an_edge_without_a_certificate(home):
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.load_verify_locations(cadata=authority.server_files(home)[1].decode())
+    class Anonymous:
+        def session(self) -> Tls:
+            return Tls(SSL.Connection(SSL.Context(SSL.TLS_METHOD)), tls.SERVER_NAME)
+
     with serving(home) as server:
-        refused(server, context, IdentityError, "requires a certificate")
+        refused(server, Anonymous(), IdentityError, "requires a certificate")
 
 
 def test_an_edge_that_was_never_registered(home, tmp_path):
@@ -72,15 +74,13 @@ def test_an_edge_that_was_never_registered(home, tmp_path):
 
 def test_a_server_s_certificate_is_no_edge_s(home, tmp_path):
     path, ca = authority.server_files(home)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    tls._finish(context, path, ca)
     with serving(home) as server:
-        refused(server, context, IdentityError, "wrong kind")
+        refused(server, tls.context(path, ca, tls.SERVER_NAME), IdentityError, "wrong kind")
 
 
 def test_an_edge_cannot_pose_as_the_trusted_side(home, identity):
-    def as_edge(_: Path) -> ssl.SSLContext:
-        return tls._finish(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), identity, authority.server_files(home)[1])
+    def as_edge(_: Path) -> Context:
+        return tls.context(identity, authority.server_files(home)[1], None)
 
     with scripted(home, lambda c: None, as_edge) as address:
         with pytest.raises(IdentityError, match=r"wrong kind|does not belong to a trusted side"):
@@ -171,7 +171,8 @@ def test_an_identity_that_expires_on_the_way_is_final_at_once(home, identity):
 
 def test_older_tls_is_refused(home, identity):
     context = tls.client_context(identity)
-    context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_2
+    context._context.set_min_proto_version(SSL.TLS1_2_VERSION)
+    context._context.set_max_proto_version(SSL.TLS1_2_VERSION)
     with serving(home) as server:
         refused(server, context, LinkError, "the encrypted connection to the trusted side failed")
 

@@ -16,6 +16,7 @@ from link_fakes import (
     ask,
     break_registry,
     enrol,
+    python_context,
     refused,
     serving,
     text,
@@ -47,7 +48,7 @@ def test_a_silent_peer_is_dropped(home, identity, monkeypatch):
     monkeypatch.setattr("sliplm.serve.greeting.HANDSHAKE_SECONDS", 0.2)
     with serving(home) as server, socket.create_connection(server.address, 10) as sock:
         assert sock.recv(1) == b""
-        context = tls.client_context(identity)
+        context = python_context(identity)
         with context.wrap_socket(socket.create_connection(server.address, 10), server_hostname="sliplm-trusted") as s:
             while data := s.recv(4096):  # the handshake is done, and HELLO does not come
                 assert b"did not answer" in data
@@ -65,8 +66,9 @@ PLAUSIBLE = st.builds(HEADER.pack, st.integers(0, 11), SMALL, SMALL, SMALL, SMAL
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary(min_size=1, max_size=100) | PLAUSIBLE, st.booleans())
-def test_garbage_in_frames_disturbs_nobody(live, data, greet):
-    server, worker, context = live
+def test_garbage_in_frames_disturbs_nobody(live, identity, data, greet):
+    server, worker, _ = live
+    context = python_context(identity)
     with context.wrap_socket(socket.create_connection(server.address, 10), server_hostname="sliplm-trusted") as sock:
         if greet:
             hello = frames.pack_hello(Hello(*frames.VERSIONS, Role.REQUEST, DIGEST))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import random
 import socket
 import ssl
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -14,10 +16,12 @@ from typing import Any
 
 import pytest
 from cryptography import x509
-from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from link_fakes import server_context
+from link_fakes import python_context, server_context
 
 from sliplm.protocol import tls
 from sliplm.protocol.session import MOST_BYTES, Session
@@ -32,17 +36,17 @@ def connected(home: Path, identity: Path) -> Iterator[tuple[Session, ssl.SSLSock
         here = listener.accept()[0]
     here.settimeout(10)
     made: list[Any] = []
-    context = tls.client_context(identity)
+    context = python_context(identity)
     thread = threading.Thread(target=lambda: made.append(context.wrap_socket(there, server_hostname=tls.SERVER_NAME)))
     thread.start()
-    session = Session(here, server_context(home), server_side=True)
+    session = Session(here, server_context(home))
     thread.join(10)
     with here, made[0]:
         yield session, made[0]
 
 
 def read(session: Session, seconds: float) -> int:
-    return session.read(1, memoryview(bytearray(1)))
+    return session.read(memoryview(bytearray(1)))
 
 
 def fill(session: Session, seconds: float) -> int:
@@ -52,7 +56,7 @@ def fill(session: Session, seconds: float) -> int:
 def exactly(session: Session, size: int) -> bytes:
     data, done = memoryview(bytearray(size)), 0
     while done < size:
-        count = session.read(size - done, data[done:])
+        count = session.read(data[done:])
         assert count
         done += count
     return bytes(data)
@@ -91,7 +95,7 @@ def test_a_socket_that_does_not_wait_keeps_what_it_has_no_room_for(home: Path, i
     with connected(home, identity) as (ours, theirs):
         ours.socket.settimeout(0)
         with pytest.raises(BlockingIOError):
-            ours.read(1, memoryview(bytearray(1)))
+            ours.read(memoryview(bytearray(1)))
         done = 0
         with pytest.raises(BlockingIOError):
             while True:
@@ -111,17 +115,17 @@ def test_the_end_is_the_end_also_within_a_record(home: Path, identity: Path) -> 
         socket.socket.shutdown(theirs, socket.SHUT_WR)
         assert exactly(ours, 3) == b"all"
         with pytest.raises(ssl.SSLEOFError):
-            ours.read(1, memoryview(bytearray(1)))
+            ours.read(memoryview(bytearray(1)))
     with connected(home, identity) as (ours, theirs):
         theirs.settimeout(1)
         with contextlib.suppress(OSError):
             theirs.unwrap()  # says that it ends, and would wait for us to
-        assert ours.read(1, memoryview(bytearray(1))) == 0
+        assert ours.read(memoryview(bytearray(1))) == 0
     with connected(home, identity) as (ours, theirs):
         socket.socket.send(theirs, bytes([23, 3, 3, 0, 100]) + bytes(50))  # a record that stops in its middle
         socket.socket.shutdown(theirs, socket.SHUT_WR)
         with pytest.raises(ssl.SSLError):
-            ours.read(1, memoryview(bytearray(1)))
+            ours.read(memoryview(bytearray(1)))
 
 
 def test_a_payload_of_many_records_is_whole_or_cut(home: Path, identity: Path) -> None:
@@ -144,7 +148,7 @@ def test_what_was_changed_on_its_way_is_refused(home: Path, identity: Path) -> N
     with connected(home, identity) as (ours, theirs):
         socket.socket.send(theirs, bytes([23, 3, 3, 0, 50]) + bytes(50))
         with pytest.raises(ssl.SSLError):
-            ours.read(1, memoryview(bytearray(1)))
+            ours.read(memoryview(bytearray(1)))
 
 
 def test_the_peer_is_told_why_its_certificate_is_refused(home: Path, identity: Path, tmp_path: Path) -> None:
@@ -168,7 +172,7 @@ def test_the_peer_is_told_why_its_certificate_is_refused(home: Path, identity: P
     thread.start()
     here.settimeout(10)
     with here, pytest.raises(ssl.SSLCertVerificationError):
-        Session(here, server_context(home), server_side=True)
+        Session(here, server_context(home))
     thread.join(10)
     assert said and "ALERT" in said[0]
 
@@ -221,7 +225,7 @@ def test_a_stranger_that_trickles_has_no_more_time_for_its_handshake(home: Path)
         thread.start()
         begin = time.monotonic()
         with pytest.raises(TimeoutError):
-            Session(here, server_context(home), server_side=True)
+            Session(here, server_context(home))
         assert time.monotonic() - begin < 2
         over.set()
         thread.join(10)
@@ -235,14 +239,16 @@ def test_records_without_data_end_a_session(
     with connected(home, identity) as (ours, theirs):
 
         class Updates:
-            def read(self, size: int, into: memoryview) -> int:
-                for _ in range(len(ours._in.read()) // 27):
-                    ours._out.write(bytes(27))
-                raise ssl.SSLWantReadError
+            to_send = 0
+            came = 0
 
-            pending = staticmethod(lambda: 0)
+            def receive(self, data: memoryview) -> None:
+                self.came += len(data)
 
-        monkeypatch.setattr(ours, "_tls", Updates())
+            def read(self, into: memoryview) -> None:
+                self.to_send, self.came = self.to_send + self.came // 27 * 27, self.came % 27
+
+        monkeypatch.setattr(ours, "_tls", updates := Updates())
 
         def flood() -> None:
             with contextlib.suppress(OSError):
@@ -253,6 +259,99 @@ def test_records_without_data_end_a_session(
         thread.start()
         with pytest.raises(OSError, match="the peer"):
             how(ours, 10.0)
-        assert ours._out.pending < 2 * MOST_BYTES
+        assert updates.to_send < 2 * MOST_BYTES
         ours.socket.close()
         thread.join(10)
+
+
+def test_a_session_that_failed_is_garbage_like_any_other(
+    home: Path, identity: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory that was still lent to the cipher when the collector found it made Python crash."""
+    unraisable: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", unraisable.append)
+
+    class Holder:
+        error: Exception
+
+    def fail(session: Session, into: memoryview, holder: Holder) -> None:
+        try:
+            session.read(into)
+        except ssl.SSLError as error:
+            holder.error = error
+
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(20):
+            with connected(home, identity) as (ours, theirs):
+                socket.socket.send(theirs, bytes([23, 3, 3, 0, 50]) + bytes(50))
+                for _ in range(2):  # it fails again the same way
+                    fail(ours, memoryview(bytearray(10)), holder := Holder())
+                    assert "DECRYPTION_FAILED" in str(getattr(holder.error, "reason", ""))
+            del ours, theirs, holder
+        gc.collect()
+    finally:
+        gc.enable()
+    assert not unraisable
+
+
+def test_no_session_is_resumed(home: Path, identity: Path) -> None:
+    with connected(home, identity) as (ours, theirs):
+        write(ours, b"x")
+        assert theirs.recv(1) == b"x"
+        kept, context = theirs.session, theirs.context
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        there = socket.create_connection(listener.getsockname(), 10)
+        here = listener.accept()[0]
+    here.settimeout(10)
+    thread = threading.Thread(target=lambda: write(Session(here, server_context(home)), b"y"))
+    thread.start()
+    with here, context.wrap_socket(there, server_hostname=tls.SERVER_NAME, session=kept) as again:
+        assert again.recv(1) == b"y" and not again.session_reused
+    thread.join(10)
+
+
+def test_a_name_that_is_not_the_trusted_side_s_is_refused(home: Path, identity: Path, tmp_path: Path) -> None:
+    """Not even the common name of the right authority's certificate helps: devices choose theirs."""
+    path, ca = authority.server_files(home)
+    for names in ([], ["other"], ["xsliplm-trusted", "sliplm-trusted.evil"]):
+        chain = reissued(path, home / "ca.pem", names, tmp_path / "server.pem")
+        here, there = socket.socketpair()
+        here.settimeout(10)
+        there.settimeout(10)
+        seen: list[Exception] = []
+
+        def serve(sock: socket.socket = here, chain: Path = chain, seen: list[Exception] = seen) -> None:
+            try:
+                Session(sock, tls.context(chain, ca, None)).read(memoryview(bytearray(1)))
+            except OSError as error:
+                seen.append(error)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        with here, there:
+            with pytest.raises(ssl.SSLCertVerificationError) as caught:
+                Session(there, tls.client_context(identity))
+            thread.join(10)
+        assert caught.value.verify_code == 62 and "ALERT" in str(getattr(seen[0], "reason", ""))
+        assert str(tls.explain(caught.value, "the trusted side")).endswith("does not belong to a trusted side")
+
+
+def reissued(path: Path, ca: Path, names: list[str], to: Path) -> Path:
+    """The certificate in `path`, with its key, for other hosts."""
+    key, ca_key = (load_pem_private_key(p.read_bytes(), None) for p in (path, ca))
+    old, issuer = (x509.load_pem_x509_certificate(p.read_bytes()) for p in (path, ca))
+    builder = x509.CertificateBuilder(issuer.subject, old.subject, old.public_key(), x509.random_serial_number())
+    builder = builder.not_valid_before(old.not_valid_before_utc).not_valid_after(old.not_valid_after_utc)
+    for extension in old.extensions:
+        if not isinstance(extension.value, x509.SubjectAlternativeName):
+            builder = builder.add_extension(extension.value, extension.critical)
+    if names:
+        builder = builder.add_extension(x509.SubjectAlternativeName([x509.DNSName(n) for n in names]), critical=False)
+    assert isinstance(ca_key, ec.EllipticCurvePrivateKey)
+    certificate = builder.sign(ca_key, hashes.SHA256())
+    to.write_bytes(
+        key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()) + certificate.public_bytes(Encoding.PEM)
+    )
+    return to
