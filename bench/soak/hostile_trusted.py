@@ -40,7 +40,7 @@ class HostileTrusted:
     def _converse(self, sock: socket.socket) -> None:
         sock.settimeout(PATIENCE)
         try:
-            channel = Channel(Session(sock, self._context, server_side=True), "the edge", PATIENCE)
+            channel = Channel(Session(sock, self._context), "the edge", PATIENCE)
         except OSError:
             sock.close()
             return

@@ -27,9 +27,9 @@ HOSTNAME_MISMATCH = 62  # X509_V_ERR_HOSTNAME_MISMATCH
 class Context:
     """One side's: its certificate and key, and the authority that the other side's certificate must come from.
 
-    `peer_name`, for a client, must be the one name in the server's certificate. Nothing is ever resumed: each
-    connection proves its certificates afresh. No keys are logged, whatever the environment says. Raises ValueError if
-    the key is not the certificate's.
+    `peer_name`, for a client, must be a host in the server's certificate. Nothing is ever resumed, since the server
+    keeps no sessions: each connection proves its certificates afresh. No keys are logged, whatever the environment
+    says. Raises ValueError if the key is not the certificate's.
     """
 
     def __init__(
@@ -74,6 +74,7 @@ class Tls:
         self._out: Any = connection._from_ssl
         self._start = _ffi.new("char **")
         self._sealed = memoryview(bytearray(1 << 14))
+        self._over = False  # the peer has ended it, or it failed
         self._failed: _Failure | None = None
         connection.set_app_data(self._peer)
         if peer_name is None:
@@ -98,8 +99,8 @@ class Tls:
 
     @property
     def waiting(self) -> bool:
-        """Whether something was received that has not been read; it may be less than a record."""
-        return bool(_lib.BIO_get_mem_data(self._in, self._start) or _lib.SSL_pending(self._ssl))
+        """Whether something was received that has not been read: maybe less than a record, maybe the end."""
+        return self._over or bool(_lib.BIO_get_mem_data(self._in, self._start) or _lib.SSL_pending(self._ssl))
 
     @property
     def to_send(self) -> int:
@@ -135,12 +136,14 @@ class Tls:
 
     def read(self, into: memoryview) -> int | None:
         """Open the records that are here, as far as there is room for them: how many bytes of data; 0 at the end of
-        the session. None: more must be received first."""
+        the session. None: more must be received first. Raises ValueError if there is no room at all."""
+        if not into:
+            raise ValueError("there is no room to read to")
         if self._failed is not None:
             raise self._failed.error()
         _lib.ERR_clear_error()  # or a failure of something else in this thread would look like one of this
         result, size, done = 0, len(into), 0
-        with _ffi.from_buffer(into) as start:
+        with _ffi.from_buffer(into, require_writable=True) as start:
             while done < size and (result := _lib.SSL_read(self._ssl, start + done, size - done)) > 0:
                 done += result
         return done if done == size else self._stopped(result, done)
@@ -149,6 +152,7 @@ class Tls:
         """What `read` returns after SSL_read gave no data but `result`, when `done` bytes came before."""
         if _lib.SSL_get_error(self._ssl, result) == _lib.SSL_ERROR_WANT_READ:
             return done or None
+        self._over = True
         try:
             self._connection._raise_ssl_error(self._ssl, result)
         except SSL.ZeroReturnError:
@@ -162,6 +166,8 @@ class Tls:
 
     def write(self, data: memoryview | bytes) -> None:
         """Seal all of it."""
+        if self._failed is not None:
+            raise self._failed.error()
         result, size, done = 0, len(data), 0
         _lib.ERR_clear_error()
         with _ffi.from_buffer(data) as start:
@@ -186,20 +192,21 @@ class _Peer:
 def _verify(connection: SSL.Connection, certificate: crypto.X509, error: int, depth: int, fine: int) -> bool:
     """Called for every certificate of the peer's chain: OpenSSL's verdict, and whether the name is the right one."""
     peer: _Peer = connection.get_app_data()
-    if fine and not depth and peer.name is not None and not _names(certificate.to_cryptography(), peer.name):
+    if fine and not depth and peer.name is not None and not _names(certificate, peer.name):
         fine, error = 0, HOSTNAME_MISMATCH
     if not fine:
         peer.refused = error
     return bool(fine)
 
 
-def _names(certificate: x509.Certificate, name: str) -> bool:
+def _names(certificate: crypto.X509, name: str) -> bool:
     """Whether `name` is one of the hosts' that the certificate is for. Its common name counts for nothing: a device
     chooses its own."""
     try:
-        found = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-        return name in found.get_values_for_type(x509.DNSName)
-    except (x509.ExtensionNotFound, ValueError):
+        extensions = certificate.to_cryptography().extensions
+        hosts = extensions.get_extension_for_class(x509.SubjectAlternativeName).value.get_values_for_type(x509.DNSName)
+        return name in hosts
+    except Exception:  # without one, or with one that cannot be read: OpenSSL's callback must not raise
         return False
 
 

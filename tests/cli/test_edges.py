@@ -24,7 +24,7 @@ from sliplm.edge.multiplier import Multiplier
 honest = Multiplier.product
 def lie(self, group, x, out=None):
     y = honest(self, group, x, out)
-    if self.asked > 300 and group == 3: y[-1, 5] ^= 4
+    if self.asked > 10: y[-1, 5] ^= 4
     self.asked += 1
     return y
 Multiplier.asked = 0
@@ -45,6 +45,7 @@ class Two:
 
     def __init__(self, run: Any, bundle: Path, folder: Path) -> None:
         self.bundle, self.folder = bundle, folder
+        self.asked, self._lock = 0, threading.Lock()
         authority.add_device(bundle / "trusted" / "authority", "two", folder / "two.identity")
         self.trusted = run("trusted", bundle / "trusted", "--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0")
         ready = self.trusted.ready()
@@ -60,26 +61,37 @@ class Two:
         text = httpx.get(f"{self.metrics}/metrics", trust_env=False).text
         return float(next(line.split()[1] for line in text.splitlines() if line.startswith(f"slip_trusted_{name} ")))
 
-    def ask_while(self, happens: Callable[[], None]) -> None:
-        """Several requests at once, in the middle of which something `happens`; their texts are right."""
+    def ask_until(self, enough: Callable[[], bool], happens: Callable[[], None] = lambda: None) -> None:
+        """Several requests at once, again and again until it is `enough`, and some after that, when something
+        `happens`. Their texts are right. An edge that is not worth it is only tried now and then."""
         prompts = [f"Prompt {i}" for i in range(6)]
-        alone = [ask(self.api, prompt, max_tokens=60) for prompt in prompts]
-        together: dict[str, str] = {}
+        alone = {prompt: self.ask(prompt) for prompt in prompts}
+        wrong: list[str] = []
+        happened = threading.Event()
 
         def one(prompt: str) -> None:
-            together[prompt] = ask(self.api, prompt, max_tokens=60)
+            left = 3  # after it
+            while left:
+                left -= happened.is_set()
+                if self.ask(prompt) != alone[prompt]:
+                    wrong.append(prompt)
 
         threads = [threading.Thread(target=one, args=(prompt,)) for prompt in prompts]
-        before = self.value('edge_rows_total{kind="two"}')
         for thread in threads:
             thread.start()
-        deadline = time.monotonic() + 30
-        while self.value('edge_rows_total{kind="two"}') < before + 20 and time.monotonic() < deadline:
+        deadline = time.monotonic() + 100
+        while not (reached := enough()) and time.monotonic() < deadline:
             time.sleep(0.01)
         happens()
+        happened.set()
         for thread in threads:
             thread.join(120)
-        assert [together.get(prompt) for prompt in prompts] == alone
+        assert reached and not wrong and not any(thread.is_alive() for thread in threads)
+
+    def ask(self, prompt: str) -> str:
+        with self._lock:
+            self.asked += 1
+        return ask(self.api, prompt, max_tokens=60)
 
 
 @pytest.fixture
@@ -94,21 +106,21 @@ def two(run: Any, bundle: Path, tmp_path: Path) -> Iterator[Two]:
 def test_an_edge_that_dies_or_stalls_costs_no_request(two: Two, run: Any, how: signal.Signals) -> None:
     other = run(*two.edge("two"))
     other.ready()
-    two.ask_while(lambda: other.process.send_signal(how))
+    two.ask_until(lambda: two.value('edge_rows_total{kind="two"}') >= 20, lambda: other.process.send_signal(how))
     assert two.value("exchanges_replaced_total") <= 1  # none if it was idle at that moment
-    assert eventually(lambda: two.value("edges_connected")) == 1
-    assert two.value('requests_total{outcome="length"}') + two.value('requests_total{outcome="stop"}') == 12
+
+    def alone() -> None:
+        assert two.value("edges_connected") == 1
+
+    eventually(alone)
+    assert two.value('requests_total{outcome="length"}') + two.value('requests_total{outcome="stop"}') == two.asked
 
 
 def test_a_lying_edge_of_another_customer_costs_no_request(two: Two) -> None:
     liar = Lying(*two.edge("two"))
     try:
         liar.ready()
-        two.ask_while(lambda: None)
-        for i in range(20):  # until it has lied
-            if two.value("verification_failures_total"):
-                break
-            ask(two.api, f"Another {i}", max_tokens=60)
+        two.ask_until(lambda: two.value("verification_failures_total") > 0)
         assert two.value("verification_failures_total") == 1
         assert two.value('requests_total{outcome="unverified"}') == 0
         assert liar.process.wait(30) != 0

@@ -296,6 +296,31 @@ def test_a_session_that_failed_is_garbage_like_any_other(
     assert not unraisable
 
 
+def test_what_came_with_data_shows_after_it(home: Path, identity: Path) -> None:
+    """The end, or what is wrong, in the same piece as data: nobody sleeps on it, and a write says why it cannot be."""
+    room = memoryview(bytearray(100))
+    with connected(home, identity) as (ours, theirs):
+        theirs.settimeout(0.2)
+        theirs.sendall(b"all")
+        with contextlib.suppress(OSError):
+            theirs.unwrap()
+        assert ours.read(room) == 3 and ours.waiting and ours.read(room) == 0
+    with connected(home, identity) as (ours, theirs):
+        theirs.sendall(b"all")
+        socket.socket.send(theirs, bytes([23, 3, 3, 0, 50]) + bytes(50))
+        time.sleep(0.05)
+        assert ours.read(room) == 3 and ours.waiting
+        for use in (lambda: ours.write(b"x"), lambda: ours.read(room)):
+            with pytest.raises(ssl.SSLError) as caught:
+                use()
+            assert "BAD_RECORD_MAC" in str(caught.value.reason)
+    with connected(home, identity) as (ours, theirs):
+        theirs.sendall(b"all")
+        for wrong in (memoryview(b"for reading only"), room[:0]):
+            with pytest.raises((BufferError, ValueError)):
+                ours.read(wrong)
+
+
 def test_no_session_is_resumed(home: Path, identity: Path) -> None:
     with connected(home, identity) as (ours, theirs):
         write(ours, b"x")
@@ -315,8 +340,14 @@ def test_no_session_is_resumed(home: Path, identity: Path) -> None:
 def test_a_name_that_is_not_the_trusted_side_s_is_refused(home: Path, identity: Path, tmp_path: Path) -> None:
     """Not even the common name of the right authority's certificate helps: devices choose theirs."""
     path, ca = authority.server_files(home)
-    for names in ([], ["other"], ["xsliplm-trusted", "sliplm-trusted.evil"]):
-        chain = reissued(path, home / "ca.pem", names, tmp_path / "server.pem")
+    san = x509.SubjectAlternativeName.oid
+    for extension in (
+        None,
+        x509.SubjectAlternativeName([x509.DNSName("other")]),
+        x509.SubjectAlternativeName([x509.DNSName("xsliplm-trusted"), x509.DNSName("sliplm-trusted.evil")]),
+        x509.UnrecognizedExtension(san, bytes([48, 4, 163, 2, 48, 0])),  # an X.400 address, which nobody reads
+    ):
+        chain = reissued(path, home / "ca.pem", extension, tmp_path / "server.pem")
         here, there = socket.socketpair()
         here.settimeout(10)
         there.settimeout(10)
@@ -338,7 +369,7 @@ def test_a_name_that_is_not_the_trusted_side_s_is_refused(home: Path, identity: 
         assert str(tls.explain(caught.value, "the trusted side")).endswith("does not belong to a trusted side")
 
 
-def reissued(path: Path, ca: Path, names: list[str], to: Path) -> Path:
+def reissued(path: Path, ca: Path, names: x509.ExtensionType | None, to: Path) -> Path:
     """The certificate in `path`, with its key, for other hosts."""
     key, ca_key = (load_pem_private_key(p.read_bytes(), None) for p in (path, ca))
     old, issuer = (x509.load_pem_x509_certificate(p.read_bytes()) for p in (path, ca))
@@ -348,7 +379,7 @@ def reissued(path: Path, ca: Path, names: list[str], to: Path) -> Path:
         if not isinstance(extension.value, x509.SubjectAlternativeName):
             builder = builder.add_extension(extension.value, extension.critical)
     if names:
-        builder = builder.add_extension(x509.SubjectAlternativeName([x509.DNSName(n) for n in names]), critical=False)
+        builder = builder.add_extension(names, critical=False)
     assert isinstance(ca_key, ec.EllipticCurvePrivateKey)
     certificate = builder.sign(ca_key, hashes.SHA256())
     to.write_bytes(
