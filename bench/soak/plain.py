@@ -12,6 +12,8 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from sliplm.protocol.openssl import Room
+
 
 class Plain:
     """What `protocol.session.Session` uses of a TLS session: two bytes with a length and this side's certificate, then
@@ -20,12 +22,12 @@ class Plain:
     def __init__(self, certificate: bytes) -> None:
         self._server, self._hello = not certificate, b""
         self._in, self._out = bytearray(), bytearray()
-        self._ended = False
+        self._ended, self.room = False, Room(1 << 14)
         if certificate:
             self._out += len(certificate).to_bytes(2, "little") + certificate
 
-    def receive(self, data: memoryview) -> None:
-        self._in += data
+    def receive(self, count: int) -> None:
+        self._in += self.room.view[:count]
 
     def end(self) -> None:
         self._ended = True

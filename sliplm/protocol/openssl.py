@@ -62,8 +62,8 @@ class Context:
 
 
 class Tls:
-    """One TLS session, of bytes in memory: what comes from the peer is put in with `receive`, and `sealed` is what is
-    to be sent. For one thread at a time. Raises ssl.SSLError."""
+    """One TLS session, of bytes in memory: what comes from the peer is written to `room` and taken with `receive`, and
+    `sealed` is what is to be sent. For one thread at a time. Raises ssl.SSLError."""
 
     def __init__(self, connection: SSL.Connection, peer_name: str | None) -> None:
         self._peer = _Peer(peer_name)
@@ -73,7 +73,7 @@ class Tls:
         self._in: Any = connection._into_ssl
         self._out: Any = connection._from_ssl
         self._start = _ffi.new("char **")
-        self._sealed = memoryview(bytearray(1 << 14))
+        self.room, self._sealed = Room(1 << 14), Room(1 << 14)
         self._over = False  # the peer has ended it, or it failed
         self._failed: _Failure | None = None
         connection.set_app_data(self._peer)
@@ -86,15 +86,14 @@ class Tls:
     def __repr__(self) -> str:
         return "Tls(<secret>)"
 
-    def receive(self, data: memoryview) -> None:
-        """Take what the peer sent."""
-        with _ffi.from_buffer(data) as start:
-            done: int = _lib.BIO_write(self._in, start, len(data))
-        if done != len(data):
+    def receive(self, count: int) -> None:
+        """Take the first bytes of `room`, so many, as what the peer sent."""
+        if _lib.BIO_write(self._in, self.room.start, count) != count:
             raise MemoryError
 
     def end(self) -> None:
         """The peer will send nothing more."""
+        self._over = True
         self._connection.bio_shutdown()
 
     @property
@@ -111,13 +110,11 @@ class Tls:
     def sealed(self) -> memoryview:
         """What is to be sent, once. The next that is sealed will be in the same place."""
         count = self.to_send
-        if count > len(self._sealed):
-            self._sealed = memoryview(bytearray(2 * count))
-        with _ffi.from_buffer(self._sealed) as start:
-            done: int = _lib.BIO_read(self._out, start, count) if count else 0
-        if done != count:
+        if count > len(self._sealed.view):
+            self._sealed = Room(2 * count)
+        if count and _lib.BIO_read(self._out, self._sealed.start, count) != count:
             raise MemoryError
-        return self._sealed[:count]
+        return self._sealed.view[:count]
 
     def handshake(self) -> bool:
         """Do what can be done of it by now; whether it is over."""
@@ -141,12 +138,17 @@ class Tls:
             raise ValueError("there is no room to read to")
         if self._failed is not None:
             raise self._failed.error()
+        if not self.waiting:
+            return None
         _lib.ERR_clear_error()  # or a failure of something else in this thread would look like one of this
         result, size, done = 0, len(into), 0
         with _ffi.from_buffer(into, require_writable=True) as start:
-            while done < size and (result := _lib.SSL_read(self._ssl, start + done, size - done)) > 0:
+            while (result := int(_lib.SSL_read(self._ssl, start + done, size - done))) > 0:
                 done += result
-        return done if done == size else self._stopped(result, done)
+                # To be told by OpenSSL that nothing is left would take longer.
+                if done == size or not _lib.BIO_get_mem_data(self._in, self._start):
+                    return done
+        return self._stopped(result, done)
 
     def _stopped(self, result: int, done: int) -> int | None:
         """What `read` returns after SSL_read gave no data but `result`, when `done` bytes came before."""
@@ -179,6 +181,14 @@ class Tls:
             except SSL.Error as error:
                 raise _failure(error).error() from None
             raise _Failure(ssl.SSLError).error()
+
+
+class Room:
+    """Memory that OpenSSL reads and writes, too: `view` shows it."""
+
+    def __init__(self, size: int) -> None:
+        self.start = _ffi.new("char[]", size)
+        self.view = memoryview(_ffi.buffer(self.start))
 
 
 class _Peer:

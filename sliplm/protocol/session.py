@@ -12,11 +12,11 @@ import socket
 import ssl
 import time
 
-from sliplm.protocol.openssl import Context
+from sliplm.protocol.openssl import Context, Room
 
 WRITE_BYTES = 1 << 16
-READ_BYTES, MOST_BYTES = 1 << 14, 1 << 18
-"""So much is written at a time, and read: little at first, as most connections carry no more."""
+MOST_BYTES = 1 << 18
+"""So much is written at a time, and read: less at first, as most connections carry little."""
 
 EMPTY_BYTES = 1 << 16
 """More than a record, which is what may come before the next byte of data."""
@@ -32,8 +32,7 @@ class Session:
     def __init__(self, sock: socket.socket, context: Context) -> None:
         self.socket = sock
         self._tls = context.session()
-        self._room = memoryview(bytearray(READ_BYTES))
-        self._unsent: memoryview = self._room[:0]
+        self._unsent = memoryview(b"")
         deadline = self._deadline()
         try:
             while not self._tls.handshake():
@@ -112,11 +111,12 @@ class Session:
             raise TimeoutError
         if self._tls.to_send > WRITE_BYTES:  # what TLS answers by itself leaves with the next write
             raise OSError("the peer asks for new keys again and again")
-        count = self.socket.recv_into(self._room)
+        room = self._tls.room.view
+        count = self.socket.recv_into(room)
         if not count:
             self._tls.end()
             return 0
-        self._tls.receive(self._room[:count])
-        if count == len(self._room) < MOST_BYTES:
-            self._room = memoryview(bytearray(2 * count))
+        self._tls.receive(count)
+        if count == len(room) < MOST_BYTES:
+            self._tls.room = Room(2 * count)
         return count
