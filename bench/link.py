@@ -4,10 +4,12 @@
 
 The edge sends its input back, so all that is timed is TLS, the sockets and Python on both sides. Beside it,
 the same bytes over a bare ssl socket of Python's: what the link itself adds is the difference. Where the scheduler puts
-the two processes matters as much: `taskset -c 1` in front puts them on one core.
+the two processes matters as much: `taskset -c 1` in front puts them on one core. Last, TLS alone, through memory
+in this process: what a megabyte costs to seal and to open, with our OpenSSL and with Python's.
 """
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import socket
@@ -25,6 +27,7 @@ from sliplm.edge.multiplier import Multiplier
 from sliplm.edge.worker import EdgeWorker
 from sliplm.field import P
 from sliplm.protocol import tls
+from sliplm.protocol.openssl import Room, Tls
 from sliplm.registry import authority
 from sliplm.serve.server import TrustedServer
 
@@ -90,6 +93,76 @@ def echo(address: tuple[str, int], identity: Path, sizes: list[int]) -> None:
                 break
 
 
+class Ours:
+    """Two ends of a TLS session, by `protocol.openssl`."""
+
+    def __init__(self, home: Path, identity: Path) -> None:
+        self.here = tls.server_context(*authority.server_files(home)).session()
+        self.there = tls.client_context(identity).session()
+        for _ in range(2):
+            for end, other in ((self.there, self.here), (self.here, self.there)):
+                end.handshake()
+                self._receive(other, end.sealed())
+
+    def _receive(self, end: Tls, sealed: memoryview) -> None:
+        end.room = end.room if len(sealed) <= len(end.room.view) else Room(len(sealed))
+        end.room.view[: len(sealed)] = sealed  # as a socket would
+        end.receive(len(sealed))
+
+    def seal(self, data: memoryview) -> memoryview:
+        self.there.write(data)
+        return self.there.sealed()
+
+    def open(self, sealed: memoryview, into: memoryview) -> None:
+        self._receive(self.here, sealed)
+        assert self.here.read(into) == len(into)
+
+
+class Pythons:
+    """The same by `ssl`."""
+
+    def __init__(self, home: Path, identity: Path) -> None:
+        self.here_in, self.there_out, back = ssl.MemoryBIO(), ssl.MemoryBIO(), ssl.MemoryBIO()
+        server = bare(ssl.PROTOCOL_TLS_SERVER, *authority.server_files(home))
+        ca = b"".join(identity.read_bytes().rpartition(b"-----BEGIN")[1:])
+        client = bare(ssl.PROTOCOL_TLS_CLIENT, identity, ca)
+        self.here = server.wrap_bio(self.here_in, back, server_side=True)
+        self.there = client.wrap_bio(back, self.there_out, server_hostname=tls.SERVER_NAME)
+        for end in (self.there, self.here, self.there, self.here):
+            with contextlib.suppress(ssl.SSLWantReadError):
+                end.do_handshake()
+            self.here_in.write(self.there_out.read())
+
+    def seal(self, data: memoryview) -> bytes:
+        self.there.write(data)
+        return self.there_out.read()
+
+    def open(self, sealed: bytes, into: memoryview) -> None:
+        self.here_in.write(sealed)
+        done = 0
+        while done < len(into):
+            done += self.here.read(len(into) - done, into[done:])
+
+
+def time_memory(ends: dict[str, Ours | Pythons], size: int = 1 << 17) -> list[dict[str, object]]:
+    """Milliseconds of this process a megabyte, in pieces of `size` bytes, by turns: medians."""
+    data, into = memoryview(bytes(size)), memoryview(bytearray(size))
+    spent: dict[str, list[tuple[float, float]]] = {name: [] for name in ends}
+    for _ in range(1000):
+        for name, pair in ends.items():
+            times = [time.process_time()]
+            sealed = pair.seal(data)
+            times.append(time.process_time())
+            pair.open(sealed, into)
+            times.append(time.process_time())
+            spent[name].append((times[1] - times[0], times[2] - times[1]))
+    scale = 1e3 * (1 << 20) / size
+    medians = {
+        name: [scale * statistics.median(some) for some in zip(*each, strict=True)] for name, each in spent.items()
+    }
+    return [{"what": f"in memory, {name}", "seal_ms": a, "open_ms": b} for name, (a, b) in medians.items()]
+
+
 def time_rounds(step: Callable[[bool], object], rounds: int) -> dict[str, float]:
     times = []
     for i in range(rounds + rounds // 5 + 1):
@@ -147,9 +220,12 @@ def main() -> None:
 
                     results.append({"what": "bare ssl", "rows": rows, "bytes": size, **time_rounds(once, rounds)})
             mirror.join(10)
+        memory = time_memory({"ours": Ours(home, identity), ssl.OPENSSL_VERSION: Pythons(home, identity)})
     if args.json:
-        print(json.dumps(results))
+        print(json.dumps(results + memory))
         return
+    for r in memory:
+        print(f"{r['what']}: {r['seal_ms']:.2f} ms to seal a megabyte, {r['open_ms']:.2f} ms to open it")
     for r in results:
         print(f"{r['what']:9} {r['rows']:5} rows {r['bytes'] / 1024:8.0f} KiB each way"
               f"  median {r['median_us']:9.1f} us  p10 {r['p10_us']:9.1f} us")  # fmt: skip
