@@ -102,16 +102,15 @@ class Ours:
         for _ in range(2):
             for end, other in ((self.there, self.here), (self.here, self.there)):
                 end.handshake()
-                self._receive(other, end.sealed())
+                self._receive(other, end.seal())
 
     def _receive(self, end: Tls, sealed: memoryview) -> None:
         end.room = end.room if len(sealed) <= len(end.room.view) else Room(len(sealed))
         end.room.view[: len(sealed)] = sealed  # as a socket would
-        end.receive(len(sealed))
+        end.receive(end.room.start, len(sealed))
 
     def seal(self, data: memoryview) -> memoryview:
-        self.there.write(data)
-        return self.there.sealed()
+        return self.there.seal(data)
 
     def open(self, sealed: memoryview, into: memoryview) -> None:
         self._receive(self.here, sealed)

@@ -22,21 +22,22 @@ class Plain:
     def __init__(self, certificate: bytes) -> None:
         self._server, self._hello = not certificate, b""
         self._in, self._out = bytearray(), bytearray()
-        self._ended, self.room = False, Room(1 << 14)
+        self.over, self.room = False, Room(1 << 14)
         if certificate:
             self._out += len(certificate).to_bytes(2, "little") + certificate
 
-    def receive(self, count: int) -> None:
+    def receive(self, _: object, count: int) -> int:
         self._in += self.room.view[:count]
+        return count
 
     def end(self) -> None:
-        self._ended = True
+        self.over = True
 
     def handshake(self) -> bool:
         while missing := self._missing():
             data = self._take(missing)
             if not data:
-                if self._ended:
+                if self.over:
                     raise ssl.SSLEOFError
                 return False
             self._hello += data
@@ -51,26 +52,25 @@ class Plain:
         del self._in[:size]
         return data
 
-    @property
-    def waiting(self) -> bool:
-        return bool(self._in)
+    def received(self) -> int:
+        return len(self._in)
 
-    @property
+    def pending(self) -> int:
+        return 0
+
     def to_send(self) -> int:
         return len(self._out)
-
-    def sealed(self) -> memoryview:
-        data = memoryview(bytes(self._out))
-        self._out.clear()
-        return data
 
     def read(self, into: memoryview) -> int | None:
         data = self._take(len(into))
         into[: len(data)] = data
-        return len(data) if data or self._ended else None
+        return len(data) if data or self.over else None
 
-    def write(self, data: memoryview | bytes) -> None:
+    def seal(self, data: memoryview | bytes = b"") -> memoryview:
         self._out += data
+        sealed = memoryview(bytes(self._out))
+        self._out.clear()
+        return sealed
 
     def certificate(self) -> bytes | None:
         return self._hello[2:]

@@ -270,7 +270,13 @@ class Channel:
         self._in[:left] = self._in[self._start : self._end]
         self._start, self._end = 0, left
         while self._end < HEADER.size:
-            self._end += self._receive_some(self._in[self._end :])
+            try:
+                count = self._session.read(self._in[self._end :])
+            except (OSError, ValueError) as error:
+                self._fail(error)
+            if not count:
+                raise LinkError(f"{self.peer} closed the connection")
+            self._end += count
             if self._end < HEADER.size and time.monotonic() > deadline:
                 self._fail(TimeoutError())
 

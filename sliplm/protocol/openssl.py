@@ -8,6 +8,8 @@ one call here opens all records that are there, into their place. Errors are tho
 from __future__ import annotations
 
 import ssl
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 from cryptography import x509
@@ -62,19 +64,30 @@ class Context:
 
 
 class Tls:
-    """One TLS session, of bytes in memory: what comes from the peer is written to `room` and taken with `receive`, and
-    `sealed` is what is to be sent. For one thread at a time. Raises ssl.SSLError."""
+    """One TLS session, of bytes in memory. For one thread at a time. Raises ssl.SSLError.
+
+    What takes no more than a call of OpenSSL's is an attribute, for calls of Python take longer than most of those.
+
+    Attributes:
+        room: where the peer's bytes are to be written.
+        receive: (room.start, count) takes the first bytes of it, and returns how many.
+        received, pending: () how many bytes were received that were not opened, and opened that were not read.
+        to_send: () how many bytes there are to send.
+        over: whether the peer has ended the session, or it failed.
+    """
 
     def __init__(self, connection: SSL.Connection, peer_name: str | None) -> None:
         self._peer = _Peer(peer_name)
         self._connection = connection
-        # Of pyOpenSSL's connection: the session, what it reads from and what it writes to.
         self._ssl: Any = connection._ssl
-        self._in: Any = connection._into_ssl
         self._out: Any = connection._from_ssl
-        self._start = _ffi.new("char **")
-        self.room, self._sealed = Room(1 << 14), Room(1 << 14)
-        self._over = False  # the peer has ended it, or it failed
+        self._sealed, self.room = Room(1 << 14), Room(1 << 14)
+        self.receive: Callable[[Any, int], int] = partial(_lib.BIO_write, connection._into_ssl)
+        start = _ffi.new("char **")  # of the bytes: not used
+        self.received: Callable[[], int] = partial(_lib.BIO_get_mem_data, connection._into_ssl, start)
+        self.pending: Callable[[], int] = partial(_lib.SSL_pending, self._ssl)
+        self.to_send: Callable[[], int] = partial(_lib.BIO_get_mem_data, self._out, start)
+        self.over = False
         self._failed: _Failure | None = None
         connection.set_app_data(self._peer)
         if peer_name is None:
@@ -86,35 +99,10 @@ class Tls:
     def __repr__(self) -> str:
         return "Tls(<secret>)"
 
-    def receive(self, count: int) -> None:
-        """Take the first bytes of `room`, so many, as what the peer sent."""
-        if _lib.BIO_write(self._in, self.room.start, count) != count:
-            raise MemoryError
-
     def end(self) -> None:
         """The peer will send nothing more."""
-        self._over = True
+        self.over = True
         self._connection.bio_shutdown()
-
-    @property
-    def waiting(self) -> bool:
-        """Whether something was received that has not been read: maybe less than a record, maybe the end."""
-        return self._over or bool(_lib.BIO_get_mem_data(self._in, self._start) or _lib.SSL_pending(self._ssl))
-
-    @property
-    def to_send(self) -> int:
-        """How many bytes `sealed` would give."""
-        count: int = _lib.BIO_get_mem_data(self._out, self._start)
-        return count
-
-    def sealed(self) -> memoryview:
-        """What is to be sent, once. The next that is sealed will be in the same place."""
-        count = self.to_send
-        if count > len(self._sealed.view):
-            self._sealed = Room(2 * count)
-        if count and _lib.BIO_read(self._out, self._sealed.start, count) != count:
-            raise MemoryError
-        return self._sealed.view[:count]
 
     def handshake(self) -> bool:
         """Do what can be done of it by now; whether it is over."""
@@ -138,15 +126,13 @@ class Tls:
             raise ValueError("there is no room to read to")
         if self._failed is not None:
             raise self._failed.error()
-        if not self.waiting:
-            return None
         _lib.ERR_clear_error()  # or a failure of something else in this thread would look like one of this
         result, size, done = 0, len(into), 0
         with _ffi.from_buffer(into, require_writable=True) as start:
             while (result := int(_lib.SSL_read(self._ssl, start + done, size - done))) > 0:
                 done += result
                 # To be told by OpenSSL that nothing is left would take longer.
-                if done == size or not _lib.BIO_get_mem_data(self._in, self._start):
+                if done == size or not self.received():
                     return done
         return self._stopped(result, done)
 
@@ -154,7 +140,7 @@ class Tls:
         """What `read` returns after SSL_read gave no data but `result`, when `done` bytes came before."""
         if _lib.SSL_get_error(self._ssl, result) == _lib.SSL_ERROR_WANT_READ:
             return done or None
-        self._over = True
+        self.over = True
         try:
             self._connection._raise_ssl_error(self._ssl, result)
         except SSL.ZeroReturnError:
@@ -166,14 +152,14 @@ class Tls:
             raise self._failed.error()
         return done
 
-    def write(self, data: memoryview | bytes) -> None:
-        """Seal all of it."""
+    def seal(self, data: memoryview | bytes = b"") -> memoryview:
+        """Seal all of it; what is to be sent, once. The next that is sealed will be in the same place."""
         if self._failed is not None:
             raise self._failed.error()
         result, size, done = 0, len(data), 0
         _lib.ERR_clear_error()
         with _ffi.from_buffer(data) as start:
-            while done < size and (result := _lib.SSL_write(self._ssl, start + done, size - done)) > 0:
+            while done < size and (result := int(_lib.SSL_write(self._ssl, start + done, size - done))) > 0:
                 done += result
         if done < size:
             try:
@@ -181,6 +167,12 @@ class Tls:
             except SSL.Error as error:
                 raise _failure(error).error() from None
             raise _Failure(ssl.SSLError).error()
+        count = self.to_send()
+        if count > len(self._sealed.view):
+            self._sealed = Room(2 * count)
+        if count and _lib.BIO_read(self._out, self._sealed.start, count) != count:
+            raise MemoryError
+        return self._sealed.view[:count]
 
 
 class Room:

@@ -53,8 +53,9 @@ class Session:
 
     @property
     def waiting(self) -> bool:
-        """Whether something has been received that was not read; it may be less than a record."""
-        return self._tls.waiting
+        """Whether something has been received that was not read: maybe less than a record, maybe the end."""
+        tls = self._tls
+        return tls.over or tls.received() > 0 or tls.pending() > 0
 
     @property
     def unsent(self) -> bool:
@@ -63,14 +64,15 @@ class Session:
 
     def read(self, into: memoryview, deadline: float | None = None) -> int:
         """Up to as many bytes as there is room for, and at least one; 0 at the end."""
-        left = EMPTY_BYTES
-        while (count := self._tls.read(into)) is None:  # of a record no more than a part is here
-            if left <= 0:
-                raise OSError(EMPTY)
+        tls, left = self._tls, EMPTY_BYTES
+        while True:
+            if tls.over or tls.received() or tls.pending():
+                if (count := tls.read(into)) is not None:
+                    return count
+                if left <= 0:  # of a record, no more than a part is here
+                    raise OSError(EMPTY)
+                deadline = deadline or self._deadline()
             left -= self._fetch(deadline)
-            if deadline is None:
-                deadline = self._deadline()
-        return count
 
     def fill(self, into: memoryview, deadline: float) -> int:
         """Read until `into` is full, or up to the end; how many bytes. Not for a socket that does not wait."""
@@ -85,10 +87,13 @@ class Session:
         if self._unsent:
             self.flush()
         some = data[:WRITE_BYTES]
-        self._tls.write(some)
-        self._unsent = self._tls.sealed()
-        with contextlib.suppress(BlockingIOError):
-            self.flush()
+        self._unsent = sealed = self._tls.seal(some)
+        try:
+            self._unsent = sealed[self.socket.send(sealed) :]
+            if self._unsent:
+                self.flush()
+        except BlockingIOError:
+            pass
         return len(some)
 
     def flush(self) -> None:
@@ -97,7 +102,7 @@ class Session:
             self._unsent = self._unsent[self.socket.send(self._unsent) :]
 
     def _send(self) -> None:
-        self._unsent = self._tls.sealed()
+        self._unsent = self._tls.seal()
         self.flush()
 
     def _deadline(self) -> float:
@@ -109,14 +114,16 @@ class Session:
         """Receive something; how many bytes."""
         if deadline is not None and time.monotonic() > deadline:
             raise TimeoutError
-        if self._tls.to_send > WRITE_BYTES:  # what TLS answers by itself leaves with the next write
+        tls = self._tls
+        if tls.to_send() > WRITE_BYTES:  # what TLS answers by itself leaves with the next write
             raise OSError("the peer asks for new keys again and again")
-        room = self._tls.room.view
-        count = self.socket.recv_into(room)
+        room = tls.room
+        count = self.socket.recv_into(room.view)
         if not count:
-            self._tls.end()
+            tls.end()
             return 0
-        self._tls.receive(count)
-        if count == len(room) < MOST_BYTES:
-            self._tls.room = Room(2 * count)
+        if tls.receive(room.start, count) != count:
+            raise MemoryError
+        if count == len(room.view) < MOST_BYTES:
+            tls.room = Room(2 * count)
         return count
