@@ -165,7 +165,7 @@ def _attack_edge(here: Site, size: int, encrypted: bool, seed: int, fresh: bool,
     context = (
         tls.server_context(*authority.server_files(here.bundle / "trusted" / "authority"))
         if encrypted
-        else plain.Context()
+        else plain.Context(server=True)
     )
     tally = Tally(size)
     hostile = HostileTrusted(context, bundle.digest, bundle.shapes, tally, seed)

@@ -19,8 +19,8 @@ class Plain:
     """What `protocol.session.Session` uses of a TLS session: two bytes with a length and this side's certificate, then
     bytes as they are."""
 
-    def __init__(self, certificate: bytes) -> None:
-        self._server, self._hello = not certificate, b""
+    def __init__(self, certificate: bytes, server: bool) -> None:
+        self._server, self._hello = server, b""
         self._in, self._out = bytearray(), bytearray()
         self.over, self.room = False, Room(1 << 14)
         if certificate:
@@ -77,14 +77,14 @@ class Plain:
 
 
 class Context:
-    """What it uses of `protocol.openssl.Context`. `certificate` is this side's, in DER form, unless it is the trusted
-    one's."""
+    """What it uses of `protocol.openssl.Context`. `certificate` is this side's, in DER form; a `server` wants the
+    peer's."""
 
-    def __init__(self, certificate: bytes = b"") -> None:
-        self._certificate = certificate
+    def __init__(self, certificate: bytes = b"", server: bool = False) -> None:
+        self._certificate, self._server = certificate, server
 
     def session(self) -> Plain:
-        return Plain(self._certificate)
+        return Plain(self._certificate, self._server)
 
 
 def context(identity: Path | str) -> Context:
@@ -97,7 +97,7 @@ def server() -> None:
     """For `slip trusted`."""
     from sliplm.protocol import tls
 
-    tls.server_context = lambda *_: Context()  # type: ignore[assignment,return-value]
+    tls.server_context = lambda *_: Context(server=True)  # type: ignore[assignment,return-value]
 
 
 def client() -> None:
