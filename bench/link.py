@@ -80,11 +80,15 @@ def bare(side: int, chain: Path, ca_pem: bytes) -> ssl.SSLContext:
     return context
 
 
+def bare_client(identity: Path) -> ssl.SSLContext:
+    _, begin, rest = identity.read_bytes().rpartition(b"-----BEGIN")  # the authority's certificate is the last
+    return bare(ssl.PROTOCOL_TLS_CLIENT, identity, begin + rest)
+
+
 def echo(address: tuple[str, int], identity: Path, sizes: list[int]) -> None:
     raw = socket.create_connection(address)
     raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    ca = identity.read_bytes().rpartition(b"-----BEGIN")
-    sock = bare(ssl.PROTOCOL_TLS_CLIENT, identity, b"".join(ca[1:])).wrap_socket(raw, server_hostname=tls.SERVER_NAME)
+    sock = bare_client(identity).wrap_socket(raw, server_hostname=tls.SERVER_NAME)
     for size in sizes:
         data = memoryview(bytearray(size))
         while read(sock, data):
@@ -123,10 +127,8 @@ class Pythons:
     def __init__(self, home: Path, identity: Path) -> None:
         self.here_in, self.there_out, back = ssl.MemoryBIO(), ssl.MemoryBIO(), ssl.MemoryBIO()
         server = bare(ssl.PROTOCOL_TLS_SERVER, *authority.server_files(home))
-        ca = b"".join(identity.read_bytes().rpartition(b"-----BEGIN")[1:])
-        client = bare(ssl.PROTOCOL_TLS_CLIENT, identity, ca)
         self.here = server.wrap_bio(self.here_in, back, server_side=True)
-        self.there = client.wrap_bio(back, self.there_out, server_hostname=tls.SERVER_NAME)
+        self.there = bare_client(identity).wrap_bio(back, self.there_out, server_hostname=tls.SERVER_NAME)
         for end in (self.there, self.here, self.there, self.here):
             with contextlib.suppress(ssl.SSLWantReadError):
                 end.do_handshake()
@@ -223,11 +225,11 @@ def main() -> None:
     if args.json:
         print(json.dumps(results + memory))
         return
-    for r in memory:
-        print(f"{r['what']}: {r['seal_ms']:.2f} ms to seal a megabyte, {r['open_ms']:.2f} ms to open it")
     for r in results:
         print(f"{r['what']:9} {r['rows']:5} rows {r['bytes'] / 1024:8.0f} KiB each way"
               f"  median {r['median_us']:9.1f} us  p10 {r['p10_us']:9.1f} us")  # fmt: skip
+    for r in memory:
+        print(f"{r['what']}: {r['seal_ms']:.2f} ms to seal a megabyte, {r['open_ms']:.2f} ms to open it")
 
 
 if __name__ == "__main__":
