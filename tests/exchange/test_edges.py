@@ -5,119 +5,35 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
+from edges_fakes import Fake, all_seen, know, pool_of_edges, quickened, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layers import COLUMNS, ROWS, Layer, inputs
+from layers import Layer, inputs
 
-from sliplm.errors import BusyError, LinkError, NoWorkerError, NumericsError, VerificationError
+from sliplm.errors import LinkError, NoWorkerError, NumericsError, VerificationError
 from sliplm.exchange import edges as module
 from sliplm.exchange import shares
 from sliplm.exchange.edges import Edges
-from sliplm.exchange.link import Field, Link, Own
 from sliplm.exchange.measured import Measured
 from sliplm.exchange.step import exchange
 from sliplm.pads.pool import Pool
-from sliplm.prg import expand
 from sliplm.trusted.runtime import Runtime
-
-
-class Fake(Link):
-    """An edge that answers after `delay` seconds, and has the `fault` at its question number `at`, for good."""
-
-    def __init__(
-        self, layer: Layer, fault: str = "", at: int = 0, delay: float = 0.0, party: str | None = None
-    ) -> None:
-        self.layer, self.fault, self.at, self.delay, self.party = layer, fault, at, delay, party
-        self.seen: list[np.ndarray] = []
-        self.lies = 0
-        self._closed = threading.Event()
-        self._lock = threading.Lock()
-
-    @property
-    def alive(self) -> bool:
-        return not self._closed.is_set()
-
-    def exchange(self, group: int, x: Field, own: Callable[[], Own]) -> tuple[Field, Own]:
-        if not self.alive:
-            raise LinkError("the connection to the edge is closed")
-        assert self._lock.acquire(blocking=False), "two exchanges at once"
-        try:
-            fault = self.fault if len(self.seen) >= self.at else ""
-            if fault == "die":
-                self._fail()
-            self.seen.append(x.copy())
-            mine = own()
-            if fault == "die late":
-                self._fail()
-            if fault == "stall":
-                self._closed.wait(2)
-                self._fail()
-            time.sleep(self.delay)
-            y = self.layer.matrices[group].product(x)
-            y[-1, -1] ^= np.uint32(fault == "lie")
-            return y, mine
-        finally:
-            self._lock.release()
-
-    def _fail(self) -> None:
-        self.close()
-        raise LinkError("the connection to the edge was lost")
-
-    def lied(self) -> None:
-        self.lies += 1
-
-    def close(self) -> None:
-        self._closed.set()
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr("sliplm.exchange.edge.STALL_SECONDS", 0.4)
-    monkeypatch.setattr("sliplm.exchange.edge.STALL_NEW_SECONDS", 0.4)
-    monkeypatch.setattr(module, "BEAT_SECONDS", 0.02)
-    yield
-    for edges in STARTED:
-        edges.close()
-    STARTED.clear()
-
-
-STARTED: list[Edges] = []
-
-
-def pool_of_edges(*links: Fake, patience: float = 0.1) -> Edges:
-    edges = Edges(patience)
-    STARTED.append(edges)
-    for i, link in enumerate(links):
-        edges.add(link, f"edge{i}", link.lied)
-    return edges
-
-
-def know(edges: Edges, *each: float) -> None:
-    """As if it were known that a row takes so many seconds."""
-    for edge, seconds in zip(edges._edges, each, strict=True):
-        edge.speed.count = shares.NEW
-        edge.speed.latency, edge.speed.reading = 0.0, 0.0
-        edge.speed.each = seconds * shares.ROWS * shares.SIZE / (2 * ROWS * COLUMNS)
-        edge.begun = time.perf_counter()
-
-
-def run(edges: Edges, layer: Layer, x: np.ndarray, pads: Pool | None = None, step: Any = exchange) -> np.ndarray:
-    return edges.run(step, layer.op, x, pads or layer.pads, layer.own)
+    yield from quickened(monkeypatch)
 
 
 @pytest.fixture(scope="module")
 def layer() -> Layer:
     return Layer()
-
-
-def all_seen(*links: Fake) -> list[bytes]:
-    return [row.tobytes() for link in links for x in link.seen for row in x]
 
 
 @pytest.mark.parametrize("how", [exchange, Measured().exchange])
@@ -329,55 +245,6 @@ def test_an_error_of_ours_is_no_failure_of_an_edge(layer: Layer) -> None:
         run(edges, layer, inputs(6), empty)
     assert all(link.alive for link in links) and edges.replaced == 0
     assert np.isfinite(run(edges, layer, inputs(6))).all()  # and no turn was kept
-
-
-class Maker:
-    def __init__(self, party: str) -> None:
-        self.name, self.parties = party, frozenset({party})
-
-    def reject(self) -> None:
-        raise AssertionError
-
-
-def test_pads_of_a_party_go_to_edges_of_others_without_waiting(layer: Layer) -> None:
-    pads = Pool([layer.op.shape], depth=64, batch=16, patience=30)
-    pads.expected = 1
-    maker = Maker("red")
-    pads.hire(maker)
-    while job := pads.job(maker, 0):
-        pads.deliver(job, layer.matrices[0].product(expand(job.key, 0, job.count, COLUMNS)))
-    red, blue = Fake(layer, party="red"), Fake(layer, party="blue")
-    edges = pool_of_edges(red, blue)
-    know(edges, 1e-4, 1e-3)  # the red one would be faster
-    for rows in (1, 8, 1):
-        x = inputs(rows)
-        assert np.allclose(run(edges, layer, x, pads), layer.wanted(x), rtol=0, atol=2e-4)
-    assert not red.seen and len(blue.seen) == 3 and pads.refused == 0
-    assert pads.ready(0, "blue") and not pads.ready(0, "red")
-
-
-def test_pads_that_come_late_are_no_stall_of_the_edge(layer: Layer) -> None:
-    links = [Fake(layer), Fake(layer)]
-    edges = pool_of_edges(*links)
-    take = layer.pads.take
-
-    class Late:
-        ready = layer.pads.ready
-
-        def take(self, *arguments: Any) -> Any:
-            time.sleep(0.5)
-            return take(*arguments)
-
-    run(edges, layer, inputs(1), Late())  # type: ignore[arg-type]
-    assert all(link.alive for link in links)
-
-
-def test_if_helpers_are_too_slow_it_says_so(layer: Layer) -> None:
-    pads = Pool([layer.op.shape], patience=0.05)
-    pads.expected = 1
-    edges = pool_of_edges(Fake(layer, party="a"), Fake(layer, party="b"))
-    with pytest.raises(BusyError):
-        run(edges, layer, inputs(1), pads)
 
 
 def test_one_link_for_what_is_kept_on_an_edge(layer: Layer) -> None:
