@@ -135,6 +135,7 @@ def main() -> None:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         python = given.python or make_environment(Path(scratch) / "environment")
+        sizes = size_of_packages(python)
         directory = given.directory
         if directory is None:
             split_model(find_smollm2(), directory := Path(scratch) / "bundle")
@@ -145,7 +146,6 @@ def main() -> None:
         authority.add_device(Path(scratch) / "authority", "bench", identity)
         with trusted_side(bundle, Path(scratch) / "authority") as server:
             starts = [one_start(python, edge, server, identity, bundle.shapes) for _ in range(given.rounds)]
-    sizes = size_of_packages(python)
     largest = ", ".join(f"{name} {sizes[name]:.0f}" for name in sorted(sizes, key=sizes.__getitem__)[:-5:-1])
     print(f"packages: {sum(sizes.values()):.0f} MB in {len(sizes)} ({largest})")
     for name, what in LAPS:
