@@ -8,13 +8,12 @@ namespace slip {
 constexpr uint32_t P = 0x7FFFFFFF;  // 2^31 - 1
 
 // Packed weights: [group of up to 4 row blocks][quad of 4 columns][row block][16 rows][4 columns]. So 64 consecutive
-// bytes hold 16 rows x 4 columns; the four digits they meet are one 32-bit broadcast; no sum ever crosses lanes, and
+// bytes hold 16 rows x 4 columns; the four digits they meet are one broadcast; and
 // a product reads the matrix once, front to back (prefetching by hand made that slower).
 constexpr size_t kRows = 16, kQuad = 4, kBlocks = 4, kGroup = kRows * kBlocks;
 
-constexpr size_t kTokens = 48;        // tokens that share one pass over a group's weights
-constexpr size_t kQuadsAtOnce = 512;  // columns / 4 per pass: a group's slice stays in L2, three tokens' digits in L1
-constexpr size_t kMaxDigits = 5;
+constexpr size_t kTokens = 48;  // tokens that share one pass over a group's weights
+constexpr size_t kMaxSums = 5;
 
 // A secret change of basis of n values, four rounds (sliplm/split/blinding.py): permutations (4, n), cosines and sines
 // (4, 2, n / 2), the diagonal (n). Null pointers leave the basis as it is.
@@ -38,16 +37,17 @@ constexpr size_t kTogether = 8;  // rows that the arithmetic of an exchange take
 struct Isa {
     const char* name;
     bool (&supported)();
-    // How many digits an x has: 4 of 8 bits, or 5 of 7 bits where 8 would saturate or need a sign.
-    size_t digits;
+    // An x is split into digits, as many and as wide as the set multiplies exactly: `quad_bytes` are those of four x.
+    // A row of the matrix has so many `sums`.
+    size_t quad_bytes, sums;
 
     // Digits of x (n values): out[quad][digit][4], zero-padded to whole quads.
     void (&split)(const uint32_t* x, size_t n, uint8_t* out);
     // One group (`blocks` row blocks) times `tokens` tokens over `quads` quads, added to
-    // acc[token][digit][blocks * 16].
+    // acc[token][sum][blocks * 16].
     void (&multiply)(const int8_t* w, size_t blocks, const uint8_t* d, size_t token_bytes, size_t tokens, size_t quads,
                      int32_t* acc);
-    // acc[digit][stride] recombined modulo p into out[rows].
+    // acc[sum][stride] recombined modulo p into out[rows].
     void (&combine)(const int32_t* acc, size_t stride, size_t rows, uint32_t* out);
 
     bool (&canonical)(const uint32_t* x, size_t n);

@@ -27,8 +27,9 @@ constexpr size_t kArmDigits = 5;
 #endif
 
 struct Ops {
-    static constexpr size_t kDigits = kArmDigits, kShift = kDigits == 4 ? 8 : 7, kTokenTile = 1;
+    static constexpr size_t kSums = kArmDigits, kShift = kSums == 4 ? 8 : 7, kQuadBytes = 4 * kSums, kTokenTile = 1;
     static constexpr int kRowTile(int) { return 1; }
+    static constexpr size_t kQuadsAtOnce(size_t) { return 512; }
 
     template <int J>
     static inline int32x4_t dot(int32x4_t sum, int8x16_t weights, uint8x16_t digits) {
@@ -42,10 +43,10 @@ struct Ops {
     template <int R, int T>
     static inline void tile(const int8_t* w, size_t stride, const uint8_t* d, size_t, size_t quads, int32_t* acc,
                             size_t, size_t digit_stride) {
-        int32x4_t sum[kDigits][4];
-        for (size_t j = 0; j < kDigits; j++)
+        int32x4_t sum[kSums][4];
+        for (size_t j = 0; j < kSums; j++)
             for (int b = 0; b < 4; b++) sum[j][b] = vld1q_s32(acc + j * digit_stride + b * 4);
-        for (size_t q = 0; q < quads; q++, w += stride, d += kDigits * 4) {
+        for (size_t q = 0; q < quads; q++, w += stride, d += kSums * 4) {
             const uint8x16_t digits = vld1q_u8(d);
 #pragma GCC unroll 4
             for (int b = 0; b < 4; b++) {
@@ -60,7 +61,7 @@ struct Ops {
 #endif
             }
         }
-        for (size_t j = 0; j < kDigits; j++)
+        for (size_t j = 0; j < kSums; j++)
             for (int b = 0; b < 4; b++) vst1q_s32(acc + j * digit_stride + b * 4, sum[j][b]);
     }
 };

@@ -2,8 +2,9 @@
 // compiler vectorises them for it. Everything is in an anonymous namespace and free of standard templates: code compiled
 // for one instruction set must never be linked into another's callers.
 //
-// Ops provides: kDigits, kShift, kRowTile, kTokenTile, and
-//   template <int R, int T> tile(w, stride, d, token_bytes, quads, acc, token_stride, digit_stride)
+// Ops provides: kSums, kShift (bits from one sum to the next), kQuadBytes, kRowTile, kTokenTile, kQuadsAtOnce, and
+//   template <int R, int T> tile(w, stride, d, token_bytes, quads, acc, token_stride, sum_stride)
+// and split, unless its digits are bytes of kShift bits, one for each sum.
 #pragma once
 #include "core.h"
 #include "loops_decoder.h"
@@ -18,9 +19,10 @@ constexpr Isa make(const char* name, bool (*supported)()) {
     return {
         .name = name,
         .supported = *supported,
-        .digits = Ops::kDigits,
+        .quad_bytes = Ops::kQuadBytes,
+        .sums = Ops::kSums,
 
-        .split = split,
+        .split = split<Ops>,
         .multiply = multiply,
         .combine = combine,
 

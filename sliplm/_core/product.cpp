@@ -75,7 +75,7 @@ private:
     }
 
     void some(const uint32_t* x, size_t tokens, uint32_t* out, size_t threads) const {
-        const size_t token_bytes = quads_ * isa_.digits * kQuad;
+        const size_t token_bytes = quads_ * isa_.quad_bytes;
         const size_t most = threads_for(nbytes() * (1 + tokens / 8), 1 << 17);
         threads = threads ? std::min(threads, most) : most;
         std::unique_ptr<uint8_t[]> digits(new uint8_t[tokens * token_bytes]);
@@ -94,12 +94,10 @@ private:
     }
 
     void one(size_t group, const uint8_t* digits, size_t token_bytes, size_t tokens, uint32_t* out) const {
-        alignas(64) int32_t acc[kTokens * kMaxDigits * kGroup];
-        const size_t blocks = blocks_in(group), width = blocks * kRows, step = isa_.digits * width;
+        alignas(64) int32_t acc[kTokens * kMaxSums * kGroup];
+        const size_t blocks = blocks_in(group), width = blocks * kRows, step = isa_.sums * width;
         std::memset(acc, 0, tokens * step * sizeof *acc);
-        for (size_t q = 0; q < quads_; q += kQuadsAtOnce)
-            isa_.multiply(weights_.get() + offset(group) + q * width * kQuad, blocks, digits + q * isa_.digits * kQuad,
-                          token_bytes, tokens, std::min(kQuadsAtOnce, quads_ - q), acc);
+        isa_.multiply(weights_.get() + offset(group), blocks, digits, token_bytes, tokens, quads_, acc);
         const size_t first = group * kGroup;
         for (size_t t = 0; t < tokens; t++)
             isa_.combine(acc + t * step, width, std::min(width, rows_ - first), out + t * rows_ + first);

@@ -72,14 +72,17 @@ def test_more_tokens_than_one_pass_and_no_tokens(make):
     assert matrix.product(x[:0]).shape == (0, 80)
 
 
-@pytest.mark.parametrize("cols", [4, 513, 65535])
+@pytest.mark.parametrize("cols", [4, 513, 2048, 65535])
 def test_extreme_values(make, cols):
     """Where an accumulator would overflow or saturate, if any could."""
     q = np.empty((8, cols), np.int8)
     q[:] = np.array([-128, 127, -127, 0, 1, -1, -128, 127])[:, None]
     q[6, ::2], q[7, 1::2] = 127, -128
-    x = np.empty((9, cols), np.uint32)
-    x[:] = np.array([0, P - 1, 0x7F7F7F7F, 0x00FFFFFF, 0x7FFFFF00, HALF, HALF + 1, 0x000000FF, P - 2])[:, None]
+    bytes_of_7_or_8_bits = [0x7F7F7F7F, 0x00FFFFFF, 0x7FFFFF00, 0x000000FF]
+    words_of_16_bits = [0x00008000, 0x00007FFF, 0x3FFF8000, 0x40008000, P - 0x8000, P - 0x3FFF8000]
+    values = [0, P - 1, P - 2, HALF, HALF + 1, *bytes_of_7_or_8_bits, *words_of_16_bits]
+    x = np.empty((len(values), cols), np.uint32)
+    x[:] = np.array(values)[:, None]
     assert (make(q).product(x) == exact(q, x)).all()
 
 
