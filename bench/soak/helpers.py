@@ -4,11 +4,17 @@ Helpers of the real kind make pads, rightly up to a random batch, of which one o
 text all the time and have to get the true one every time: what was unmasked with a wrong image fails its check, the
 helper is found out and suspended, its pads are dropped, and the exchange is repeated with a pad of the honest helper.
 The owner then lets the liar in again, for the next lie.
+
+Not every lie is used: a batch that comes when nobody lacks it any more goes nowhere, and what a suspended helper made
+is dropped. So the trusted side's process logs which pads it used and which it found wrong (`watch`), and no wrong one
+may be among the first and not among the second.
 """
 
 from __future__ import annotations
 
 import collections
+import functools
+import os
 import random
 import threading
 import time
@@ -18,6 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bench.soak import watch
 from bench.soak.liar import NUMBERS, Undeterred
 from bench.soak.processes import Site, site, text
 from sliplm.bundle import EdgeBundle
@@ -28,12 +35,14 @@ from sliplm.protocol.frames import PadsWanted
 
 PROMPT = "Hello there"
 TOKENS = 8
+STOCK = 4
+"""Few, so that a wrong pad is used soon."""
+
 PATIENCE = 60.0
 """Seconds within which a liar is connected again."""
 
-USED_SECONDS = 5.0
-"""Within this time a wrong pad is used, and with that found. If not, its batch came when nobody lacked it any more, as
-happens to who owed pads, and went nowhere; a wrong pad that was used and not found would show in the texts."""
+USED_SECONDS = 3.0
+"""A liar whose lie has not been found within this time tells another."""
 
 Field = NDArray[np.uint32]
 
@@ -44,12 +53,13 @@ class Liar(Undeterred, HelperWorker):
     """Makes pads rightly, but for one batch in each life, which is wrong in the way that was last asked for.
 
     Attributes:
-        told: the lies told.
+        told: the lies told: of each, what `watch` logs of the pads that it made wrong.
     """
 
-    def __init__(self, engine: Multiplier, address: str, identity: Path, seed: int) -> None:
+    def __init__(self, engine: Multiplier, address: str, identity: Path, seed: int, key: bytes) -> None:
         super().__init__(engine, address, identity)
-        self.told = 0
+        self.told: list[list[bytes]] = []
+        self._key = key
         self._rng = np.random.default_rng(seed)
         self._lie: tuple[str, int] | None = None
         self._past: dict[tuple[int, tuple[int, ...]], dict[str, Field]] = {}
@@ -66,7 +76,9 @@ class Liar(Undeterred, HelperWorker):
         past["previous"] = images
         if wrong is None:
             return images
-        self._lie, self.told = None, self.told + 1
+        self._lie = None
+        pads = expand(wanted.key, wanted.first, wanted.rows, self._engine.shapes[group][1])
+        self.told.append(watch.entries(self._key, pads[np.any(wrong != images, axis=1)]))
         return wrong
 
     def _wrong(self, group: int, wanted: PadsWanted, images: Field) -> Field | None:
@@ -95,12 +107,15 @@ class Liar(Undeterred, HelperWorker):
 
 def run(bundle: Path, size: int = 10_000, liars: int = 3, clients: int = 2, seed: int = 0) -> dict[str, Any]:
     """Let `liars` helpers tell `size` lies in all, and say what came of them."""
+    key = os.urandom(32)
     with site(bundle) as here:
-        trusted, address = here.trusted(0, "--pads", "helpers", "--stock", "16")
+        used, found = here.scratch / "used.log", here.scratch / "found.log"
+        watched = functools.partial(_watch, used, found, key)
+        trusted, address = here.trusted(0, "--pads", "helpers", "--stock", str(STOCK), before=watched)
         engine = Multiplier.from_bundle(EdgeBundle.open(here.bundle / "edge"))
         honest = HelperWorker(engine, address, here.enrol("honest", edge=False, helper=True))
         workers = [
-            Liar(engine, address, here.enrol(f"liar{i}", edge=False, helper=True), seed + i) for i in range(liars)
+            Liar(engine, address, here.enrol(f"liar{i}", edge=False, helper=True), seed + i, key) for i in range(liars)
         ]
         for worker in [honest, *workers]:
             threading.Thread(target=worker.run, daemon=True).start()
@@ -129,18 +144,26 @@ def run(bundle: Path, size: int = 10_000, liars: int = 3, clients: int = 2, seed
             problems.append("the trusted side ended")
         if complaints := trusted.complaints():
             problems.append(complaints)
-        told = sum(worker.told for worker in workers)
-        if told != counts.caught.total() + counts.unused:
-            problems.append(f"{told} lies were told, {counts.caught.total()} caught, and {counts.unused} not used")
+        told = [lie for worker in workers for lie in worker.told]
+        were_used, were_found = (watch.read(log) for log in (used, found))
+        in_use = [were_used.intersection(lie) for lie in told]
+        if missed := sum(bool(wrong - were_found) for wrong in in_use):
+            problems.append(f"{missed} lies were used and not found")
         return {
-            "told": told,
-            "not used": counts.unused,
-            "caught": dict(sorted(counts.caught.items())),
+            "told": len(told),
+            "used, in part at least": sum(map(bool, in_use)),
+            "of them not found": missed,
+            "helpers suspended for": dict(sorted(counts.caught.items())),
             "requests": counts.asked,
             "of them lost or wrong": counts.lost,
             "seconds": round(time.monotonic() - started, 1),
             "problems": problems,
         }
+
+
+def _watch(used: Path, found: Path, key: bytes) -> None:
+    watch.pads(used, key)
+    watch.wrong(found, key)
 
 
 class _Counts:
@@ -149,7 +172,7 @@ class _Counts:
         self.left = size
         self.over = False
         self.caught: collections.Counter[str] = collections.Counter()
-        self.asked = self.lost = self.unused = 0
+        self.asked = self.lost = 0
         self.problems: list[str] = []
 
     def next(self) -> bool:
@@ -183,19 +206,17 @@ def _lie(here: Site, name: str, worker: Liar, counts: _Counts, groups: int, seed
             time.sleep(0.01)
         lives = worker.counters.connections
         kind = rng.choice(LIES)
-        told, deadline = worker.told, time.monotonic() + PATIENCE
+        told, deadline = len(worker.told), time.monotonic() + PATIENCE
         worker.lie(kind, rng.randrange(groups) if rng.random() < 0.2 else 0)
         again = time.monotonic() + USED_SECONDS
         while here.registry.devices.get(name).state != "suspended":
             if time.monotonic() > deadline:
-                counts.problems.append(f"of {worker.told - told} lies ({kind}) none was found")
+                counts.problems.append(f"of {len(worker.told) - told} lies ({kind}) none was found")
                 return
-            if worker.told > told and time.monotonic() > again:
+            if len(worker.told) > told and time.monotonic() > again:
                 worker.lie(kind, 0)
                 again = time.monotonic() + USED_SECONDS
             time.sleep(0.02)
-        with counts.lock:
-            counts.unused += worker.told - told - 1
         with counts.lock:
             counts.caught[kind] += 1
         here.registry.devices.resume(name)

@@ -1,4 +1,5 @@
-"""Logs of the pads that a trusted side uses and of the rows that an edge sees, to check that none comes twice.
+"""Logs of the pads that a trusted side uses or finds wrong, and of the rows that an edge sees: to check that none comes
+twice, and that no wrong one was used and not found.
 
 The program itself cannot keep such a log: a switch for it would be one more thing that can be on by mistake. The
 experiment's own processes run it with these functions in front.
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import hmac
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +46,24 @@ def pads(log: Path, key: bytes) -> None:
     Pad.mask = mask  # type: ignore[method-assign]
 
 
+def wrong(log: Path, key: bytes) -> None:
+    """From now on, write an entry for each row of every part of a pad that this process finds wrong."""
+    from sliplm.pads.pad import Pad
+
+    handle = _open(log)
+    blame = Pad.blame
+
+    def note(self: Pad, right: Callable[[np.ndarray, np.ndarray], bool]) -> int:
+        def check(mask: np.ndarray, image: np.ndarray) -> bool:
+            if not (fine := right(mask, image)):
+                _write(handle, key, mask)
+            return fine
+
+        return blame(self, check)
+
+    Pad.blame = note  # type: ignore[method-assign]
+
+
 def rows(log: Path, key: bytes) -> None:
     """From now on, write an entry for each row that this edge multiplies."""
     from sliplm.edge.multiplier import Multiplier
@@ -64,12 +84,23 @@ def count(log: Path) -> tuple[int, int]:
     return len(data), len(data) - len(np.unique(data))
 
 
+def read(log: Path) -> set[bytes]:
+    """The entries, without repetitions."""
+    data = log.read_bytes() if log.exists() else b""
+    return {data[i : i + ENTRY] for i in range(0, len(data), ENTRY)}
+
+
+def entries(key: bytes, rows: np.ndarray, group: int = 0) -> list[bytes]:
+    """What stands in a log for `rows`; for those of a pad, the group is left out."""
+    label = group.to_bytes(4, "little")
+    return [hmac.digest(key, label + row.tobytes(), "sha256")[:ENTRY] for row in np.ascontiguousarray(rows)]
+
+
 def _open(log: Path) -> int:
     return os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
 
 
 def _write(handle: int, key: bytes, rows: np.ndarray, group: int = 0) -> None:
-    label = group.to_bytes(4, "little")
-    entries = b"".join(hmac.digest(key, label + row.tobytes(), "sha256")[:ENTRY] for row in np.ascontiguousarray(rows))
-    if os.write(handle, entries) != len(entries):
+    data = b"".join(entries(key, rows, group))
+    if os.write(handle, data) != len(data):
         raise OSError("the log of pads could not be written")

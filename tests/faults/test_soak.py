@@ -26,7 +26,8 @@ def test_tampered_answers_are_caught(tiny_split: Path) -> None:
 def test_lies_of_helpers_are_caught_and_no_request_notices(tiny_split: Path) -> None:
     result = helpers.run(tiny_split, size=2 * len(helpers.LIES))
     assert not result["problems"]
-    assert sum(result["caught"].values()) == 2 * len(helpers.LIES) == result["told"] - result["not used"]
+    assert sum(result["helpers suspended for"].values()) == 2 * len(helpers.LIES) <= result["used, in part at least"]
+    assert result["told"] >= result["used, in part at least"] and result["of them not found"] == 0
     assert result["requests"] > 0
 
 
