@@ -1,14 +1,15 @@
 """What the trusted side's core is worth: its CPU time for a token beside what the whole model would cost there.
 
 Leverage is tokens a CPU second of the trusted process with an edge, over tokens a CPU second of the same core running
-the whole model unprotected; both decode the same number of sequences as one batch. Below 1, an owner is better off
-without an edge. Either process has one core and one thread, and they take turns on it; the edge, and whoever else
-makes pads, have the other cores.
+the whole model unprotected, in bfloat16 or in float32, whichever is the faster there (many processors multiply
+bfloat16 several times slower); all decode the same number of sequences as one batch. Below 1, an owner is better off
+without an edge. Each of the three processes has one core and one thread, and they take turns on it; the edge, and
+whoever else makes pads, have the other cores.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
@@ -16,6 +17,9 @@ from typing import Any
 
 from sliplm.speed.contender import Ask, contender
 from sliplm.speed.cores import apart
+
+DTYPES = {"bf16_cpu_ms": "bfloat16", "fp32_cpu_ms": "float32"}
+"""What is measured of the unprotected model."""
 
 
 def measure(
@@ -34,7 +38,7 @@ def measure(
     """
     core, others = apart()
     with ExitStack() as running:
-        plain = running.enter_context(contender("bfloat16", source, core))
+        plain = {name: running.enter_context(contender(dtype, source, core)) for name, dtype in DTYPES.items()}
         options = {"pads": pads, "clocks": False, "others": others}
         trusted = running.enter_context(contender("protected", str(directory), core, **options))
         trusted(do="decode", tokens=4)  # warms up, so that what is mapped has been read
@@ -45,7 +49,7 @@ def measure(
             "peak": held["peak"],
             "bundle": sum(f.stat().st_size for f in (directory / "trusted").iterdir() if f.is_file()),
             "load_seconds": trusted(do="loaded")["seconds"],
-            "bf16": 2 * plain(do="loaded")["parameters"],
+            "bf16": 2 * plain["bf16_cpu_ms"](do="loaded")["parameters"],
         }
         rows = []
         for count in sorted(set(streams)):  # upwards, as `stock` wants it
@@ -54,17 +58,18 @@ def measure(
     return {"trusted": memory, "streams": rows}
 
 
-def _row(plain: Ask, trusted: Ask, streams: int, tokens: int, rounds: int) -> dict[str, float]:
+def _row(plain: Mapping[str, Ask], trusted: Ask, streams: int, tokens: int, rounds: int) -> dict[str, float]:
     """Medians of CPU milliseconds a token, and their ratio."""
-    for ask in (plain, trusted):  # as many tokens as will be counted: memory has been used before, as in a server
+    for ask in (*plain.values(), trusted):  # as many tokens as will be counted: its memory has been used before
         ask(do="decode", tokens=tokens, streams=streams)
-    spent: dict[str, list[float]] = {"trusted_cpu_ms": [], "pads_cpu_ms": [], "unprotected_cpu_ms": []}
+    spent: dict[str, list[float]] = {name: [] for name in ("trusted_cpu_ms", "pads_cpu_ms", *plain)}
     per_step = 1e3 / streams
     for _ in range(rounds):
-        spent["unprotected_cpu_ms"].append(
-            per_step * plain(do="decode", tokens=tokens, streams=streams)["spent"]["cpu"]
-        )
+        for name, ask in plain.items():
+            spent[name].append(per_step * ask(do="decode", tokens=tokens, streams=streams)["spent"]["cpu"])
         spent["pads_cpu_ms"].append(1e3 * trusted(do="stock", tokens=tokens, streams=streams)["cpu"])
         spent["trusted_cpu_ms"].append(per_step * trusted(do="decode", tokens=tokens, streams=streams)["spent"]["cpu"])
     row = {name: median(values) for name, values in spent.items()}
-    return {"leverage": row["unprotected_cpu_ms"] / (row["trusted_cpu_ms"] + row["pads_cpu_ms"]), **row}
+    unprotected = min(row[name] for name in plain)
+    leverage = unprotected / (row["trusted_cpu_ms"] + row["pads_cpu_ms"])
+    return {"leverage": leverage, "unprotected_cpu_ms": unprotected, **row}

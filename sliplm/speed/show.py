@@ -77,11 +77,12 @@ def _drafts(r: dict[str, Any], console: Console) -> None:
 
 
 def _leverage(r: dict[str, Any], console: Console) -> None:
-    table = Table("streams", "leverage", "trusted CPU ms a token", "pads", "by", "unprotected", box=None)
+    columns = ("trusted CPU ms a token", "pads", "by", "unprotected, bf16", "fp32")
+    table = Table("streams", "leverage", *columns, box=None)
     for row in r["streams"]:
-        spent = (f"{row[name]:.2f}" for name in ("trusted_cpu_ms", "pads_cpu_ms", "unprotected_cpu_ms"))
-        trusted, pads, unprotected = spent
-        table.add_row(str(row["streams"]), f"{row['leverage']:.2f}", trusted, pads, row["pads"], unprotected)
+        names = ("trusted_cpu_ms", "pads_cpu_ms", "bf16_cpu_ms", "fp32_cpu_ms")
+        trusted, pads, *unprotected = (f"{row[name]:.2f}" for name in names)
+        table.add_row(str(row["streams"]), f"{row['leverage']:.2f}", trusted, pads, row["pads"], *unprotected)
     console.print(table)
     t = r["trusted"]
     console.print(

@@ -36,9 +36,10 @@ def test_leverage_is_measured_and_is_what_its_parts_say(tmp_path: Path) -> None:
     assert (result["model"], result["block"], result["planes"]) == ("llama-tiny", False, 1)
     assert [row["streams"] for row in result["streams"]] == [1, 3]
     for row in result["streams"]:
-        parts = [row[name] for name in ("trusted_cpu_ms", "pads_cpu_ms", "unprotected_cpu_ms")]
+        parts = [row[name] for name in ("trusted_cpu_ms", "pads_cpu_ms", "bf16_cpu_ms", "fp32_cpu_ms")]
         assert min(parts) > 0 and row["pads"] == "helpers"
-        assert row["leverage"] == pytest.approx(parts[2] / (parts[0] + parts[1]))
+        assert row["unprotected_cpu_ms"] == min(parts[2:])  # an owner would take the faster one
+        assert row["leverage"] == pytest.approx(row["unprotected_cpu_ms"] / (parts[0] + parts[1]))
     trusted = result["trusted"]
     parameters = 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 160 * 64 + 2 * 64) + 64 + 2 * 512 * 64
     assert trusted["bf16"] == 2 * parameters
@@ -122,7 +123,7 @@ def test_blocks_are_blocks_and_say_so() -> None:
         all_of_it = sum(p.numel() for p in model.parameters())
         block = sum(p.numel() for p in model.model.layers[0].parameters())
         assert 0 < 1 - block / all_of_it < 0.011
-    row = dict.fromkeys(("trusted_cpu_ms", "pads_cpu_ms", "unprotected_cpu_ms", "leverage"), 1.0)
+    row = dict.fromkeys(("trusted_cpu_ms", "pads_cpu_ms", "bf16_cpu_ms", "fp32_cpu_ms", "leverage"), 1.0)
     trusted = dict.fromkeys(("resident", "anonymous", "peak", "bundle", "load_seconds", "bf16"), 1.0)
     result = {"model": "llama-7b-block", "block": True, "planes": 1, "rank": 16, "trusted": trusted}
     result["streams"] = [{"streams": 8, "pads": "self", **row}]
