@@ -146,6 +146,6 @@ class Ragged:
         """Write the keys and values of heads (N, H + 2 G, D), which has the rows' queries, keys and values, to their
         places; then out (N, H, D) = softmax(scale q K^T) V, each row seeing its sequence's positions up to its own."""
 
-def wait_readable(fd: int, sleep: float, spin: float) -> bool:
-    """Whether the socket has something to read, or an end, or an error. Sleeps for `sleep` microseconds at most, then
-    stays awake for `spin` more."""
+def wait_readable(fd: int, expected: float, spin: float) -> bool:
+    """Whether the socket has something to read, or an end, or an error. Sleeps so as to be awake shortly before
+    `expected` microseconds are over, by how late this thread woke before; then stays awake for `spin` more."""

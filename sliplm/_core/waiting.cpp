@@ -6,6 +6,7 @@
 #include <sys/prctl.h>
 #endif
 
+#include <algorithm>
 #include <chrono>
 
 namespace nb = nanobind;
@@ -15,6 +16,9 @@ namespace slip {
 namespace {
 
 using Clock = std::chrono::steady_clock;
+
+constexpr double kMargin = 30;   // microseconds before what is expected: it varies, too
+constexpr double kLatest = 200;  // what took longer was something else: another process had the core
 
 int ready(int fd, int64_t nanoseconds) {
     pollfd one{fd, POLLIN, 0};
@@ -34,14 +38,20 @@ void wake_in_time() {
 #endif
 }
 
-// Whether the socket `fd` has something to read (or an end, or an error): sleeps for so many microseconds at most, then
-// asks again and again for so many more. Waking up takes longer than many exchanges do, so whoever knows how long one
-// takes sleeps for less and stays awake for the rest. Gives way to others.
-bool wait_readable(int fd, double sleep, double spin) {
+// Whether the socket `fd` has something to read (or an end, or an error): sleeps until shortly before it is `expected`, in
+// so many microseconds, then asks again and again for `spin` more. Waking up takes longer than many exchanges do, how
+// long depends on the machine, and to ask is work: so a thread sleeps as long as it may by how late it woke before.
+// Gives way to others.
+bool wait_readable(int fd, double expected, double spin) {
     nb::gil_scoped_release release;
+    static thread_local double late = 50;  // by so many microseconds it woke too late, on average
+    const double sleep = expected - late - kMargin;
     if (sleep > 0) {
         wake_in_time();
+        const auto before = Clock::now();
         if (ready(fd, int64_t(sleep * 1e3)) != 0) return true;
+        const std::chrono::duration<double, std::micro> slept = Clock::now() - before;
+        late += (std::min(slept.count() - sleep, kLatest) - late) / 16;
     }
     const auto deadline = Clock::now() + std::chrono::duration<double, std::micro>(spin);
     for (;;) {
@@ -53,6 +63,6 @@ bool wait_readable(int fd, double sleep, double spin) {
 
 }  // namespace
 
-void bind_waiting(nb::module_& m) { m.def("wait_readable", &wait_readable, "fd"_a, "sleep"_a, "spin"_a); }
+void bind_waiting(nb::module_& m) { m.def("wait_readable", &wait_readable, "fd"_a, "expected"_a, "spin"_a); }
 
 }  // namespace slip

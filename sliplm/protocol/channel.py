@@ -34,11 +34,10 @@ SPIN_MICROSECONDS = 2e3
 """So long an edge asks again and again whether the next question is there before it sleeps: waking up costs more than
 most exchanges take. It gives way to whoever else wants the core."""
 
-EARLY_MICROSECONDS = 120.0
-"""The trusted side, whose core is the dear one, sleeps until so long before it expects an answer, and then asks again
+SHORT_MICROSECONDS, LONG_MICROSECONDS = 400.0, 3000.0
+"""The trusted side, whose core is the dear one, sleeps until shortly before it expects an answer, and then asks again
 and again for SHORT_MICROSECONDS at most. Where it expects to wait for longer than LONG_MICROSECONDS, it only sleeps:
 being woken late costs little then."""
-SHORT_MICROSECONDS, LONG_MICROSECONDS = 400.0, 3000.0
 
 DRAIN_SECONDS = 1.0
 READ_BYTES = 1 << 15
@@ -249,9 +248,7 @@ class Channel:
             if self._session.waiting:
                 return
             handle = self._sock.fileno()
-            if expected > LONG_MICROSECONDS or not native.wait_readable(
-                handle, expected - EARLY_MICROSECONDS, SHORT_MICROSECONDS
-            ):
+            if expected > LONG_MICROSECONDS or not native.wait_readable(handle, expected, SHORT_MICROSECONDS):
                 native.wait_readable(handle, 1e6, 0)
         except (OSError, ValueError) as error:
             self._fail(error)
