@@ -162,14 +162,19 @@ class Helpers:
     def close(self, fingerprint: str | None = None) -> None:
         """End the links of one device and forget its unused pads; or end the links of all."""
         with self._lock:  # whoever comes later is known again, and cut off by the next look
-            links = [link for link in self._links if fingerprint in (None, link.name)]
             known = fingerprint in self._known
             self._known.discard(fingerprint or "")
-        for link in links:
-            link.close()
+        self._end(fingerprint)
         if fingerprint is not None and known:
             dropped = self._work.drop(fingerprint)
             _log.warning("a helper was cut off: %d unused pads of its are dropped", dropped)
+            self._end(fingerprint)  # who came meanwhile was dismissed with those before, and would wait in vain
+
+    def _end(self, fingerprint: str | None) -> None:
+        with self._lock:
+            links = [link for link in self._links if fingerprint in (None, link.name)]
+        for link in links:
+            link.close()
 
     def _rejected(self, link: HelperLink) -> None:
         with self._lock:

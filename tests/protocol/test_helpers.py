@@ -280,6 +280,29 @@ def test_a_connection_that_comes_while_its_device_is_cut_off_leaves_no_pads(monk
     assert pool.level == 0
 
 
+def test_a_connection_that_is_dismissed_with_those_before_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that the owner lets in again at once: one that waited for work in vain would wait for ever."""
+    pool = Pool(SHAPES, 8, batch=4)
+    helpers = Helpers(SHAPES, pool, lambda *_: None, 5, 5, threading.Event())
+    device: Any = SimpleNamespace(fingerprint="f", party="x", name="h")
+    monkeypatch.setattr(HelperLink, "serve", lambda link, *_: link._ended.wait(20))
+    threads = [threading.Thread(target=helpers.serve, args=(Silent(), device)) for _ in range(2)]
+    threads[0].start()
+    wait_until(lambda: bool(pool._makers))
+    first, drop = set(pool._makers), pool.drop
+
+    def another_comes_and_then_drop(name: str) -> int:
+        threads[1].start()
+        wait_until(lambda: bool(set(pool._makers) - first))
+        return drop(name)
+
+    monkeypatch.setattr(pool, "drop", another_comes_and_then_drop)
+    helpers.close("f")
+    for thread in threads:
+        thread.join(5)
+    assert not pool._makers and not any(thread.is_alive() for thread in threads)
+
+
 def refusal(server: TrustedServer, identity: Path, role: Role, digest: bytes = DIGEST) -> Exception:
     try:
         connect(server.address, tls.client_context(identity), role, digest, 10)[0].close()
