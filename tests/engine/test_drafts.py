@@ -186,6 +186,7 @@ def test_requests_of_all_kinds_are_answered_alike(eager: BuiltinEngine, monkeypa
 SCHEMA = {"type": "object", "properties": {"a": {"type": "string", "maxLength": 9}}, "required": ["a"]}
 
 
+@pytest.mark.slow  # the schema is tried in a process of its own
 def test_a_schema_holds_and_never_sees_a_wrong_guess(eager: BuiltinEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = [{"prompt": '{"a": "xy"} {"a": "xy"} {', "max_tokens": 30, "schema": SCHEMA, "seed": 5}]
     assert_same([ask(eager, **asked[0])], alone(eager, monkeypatch, asked), 1e-3)
