@@ -5,26 +5,25 @@
 namespace slip {
 namespace {
 
-constexpr size_t kS = Ops::kSums;
-
 template <class O>
 void split(const uint32_t* x, size_t n, uint8_t* out) {
     if constexpr (requires { O::split(x, n, out); }) return O::split(x, n, out);
     constexpr uint32_t mask = (1u << Ops::kShift) - 1;
     const size_t whole = n / kQuad;
     for (size_t q = 0; q < whole; q++)
-        for (size_t j = 0; j < kS; j++)
+        for (size_t j = 0; j < Ops::kSums; j++)
             for (size_t k = 0; k < kQuad; k++)
-                out[(q * kS + j) * kQuad + k] = uint8_t(x[q * kQuad + k] >> (Ops::kShift * j) & mask);
+                out[(q * Ops::kSums + j) * kQuad + k] = uint8_t(x[q * kQuad + k] >> (Ops::kShift * j) & mask);
     for (size_t k = 0; n % kQuad && k < kQuad; k++) {
         const uint32_t value = whole * kQuad + k < n ? x[whole * kQuad + k] : 0;
-        for (size_t j = 0; j < kS; j++) out[(whole * kS + j) * kQuad + k] = uint8_t(value >> (Ops::kShift * j) & mask);
+        for (size_t j = 0; j < Ops::kSums; j++)
+            out[(whole * Ops::kSums + j) * kQuad + k] = uint8_t(value >> (Ops::kShift * j) & mask);
     }
 }
 
 template <int R, int T>
 inline void tile(const int8_t* w, size_t blocks, const uint8_t* d, size_t token_bytes, size_t quads, int32_t* acc) {
-    Ops::template tile<R, T>(w, blocks * kRows * kQuad, d, token_bytes, quads, acc, kS * blocks * kRows,
+    Ops::template tile<R, T>(w, blocks * kRows * kQuad, d, token_bytes, quads, acc, Ops::kSums * blocks * kRows,
                              blocks * kRows);
 }
 
@@ -39,7 +38,7 @@ inline void rows(const int8_t* w, size_t blocks, const uint8_t* d, size_t token_
 inline void some(const int8_t* w, size_t blocks, const uint8_t* d, size_t token_bytes, size_t tokens, size_t quads,
                  int32_t* acc) {
     constexpr size_t T = Ops::kTokenTile;
-    const size_t step = kS * blocks * kRows;
+    const size_t step = Ops::kSums * blocks * kRows;
     size_t t = 0;
     if constexpr (T > 1) {
         for (; t + T <= tokens && tokens - t != T + 1; t += T)  // two pairs rather than T and a straggler
@@ -60,7 +59,7 @@ void multiply(const int8_t* w, size_t blocks, const uint8_t* d, size_t token_byt
 void combine(const int32_t* acc, size_t stride, size_t rows, uint32_t* out) {
     for (size_t i = 0; i < rows; i++) {
         int64_t sum = int64_t(P) << 30;  // a multiple of p that makes the sum, above -2^60, positive
-        for (size_t j = 0; j < kS; j++) sum += int64_t(acc[j * stride + i]) * (int64_t(1) << (Ops::kShift * j));
+        for (size_t j = 0; j < Ops::kSums; j++) sum += int64_t(acc[j * stride + i]) * (int64_t(1) << (Ops::kShift * j));
         uint64_t z = uint64_t(sum);
         z = (z & P) + (z >> 31);
         z = (z & P) + (z >> 31);

@@ -12,6 +12,7 @@ import pytest
 from bench.soak import fuzz, helpers, kills, streams, tamper, watch
 from bench.soak.liar import LIES
 from bench.soak.processes import Command
+from sliplm.prg import expand
 
 pytestmark = pytest.mark.slow
 
@@ -57,6 +58,25 @@ def use_pads(twice: bool) -> None:
     batch = Batch(SelfSource([]), [bytes(32)], 4, 4, np.zeros((4, 1), np.uint32))
     Pad([Part(batch, 0, 3)]).mask()
     Pad([Part(batch, 0 if twice else 3, 1)]).mask()
+
+
+def blame_pads() -> None:
+    from sliplm.pads.pad import Batch, Pad, Part
+
+    class Nobody:
+        name, parties = "h", frozenset({"h"})
+
+        def reject(self) -> None: ...
+
+    wrong, right = (Batch(Nobody(), [bytes([i]) * 32], 4, 4, np.full((4, 1), i, np.uint32)) for i in range(2))
+    Pad([Part(wrong, 1, 2), Part(right, 0, 1)]).blame(lambda _, image: bool(image.all()))
+
+
+def test_the_log_of_wrong_pads_has_those_and_no_others(tmp_path: Path) -> None:
+    log, key = tmp_path / "found.log", os.urandom(32)
+    command = Command(tmp_path, "pads", before=functools.partial(watch.wrong, log, key), main=blame_pads)
+    assert command.wait() == 0
+    assert watch.read(log) == set(watch.entries(key, expand(bytes(32), 1, 2, 4)))
 
 
 @pytest.mark.parametrize("twice", [False, True])
