@@ -31,7 +31,7 @@ from sliplm.protocol.frames import Kind, Role, Welcome
 from sliplm.protocol.messages import Chunk, GenerateRequest
 from sliplm.protocol.openssl import Context
 from sliplm.protocol.remote import RemoteLink
-from sliplm.protocol.session import Session
+from sliplm.protocol.session import Session, secure
 from sliplm.registry import Device, authority
 from sliplm.serve.server import TrustedServer
 
@@ -257,9 +257,9 @@ class Pair:
             b = listener.accept()[0]
         sides: list[Session] = []
         server = server_context(home)
-        thread = threading.Thread(target=lambda: sides.append(Session(b, server)))
+        thread = threading.Thread(target=lambda: sides.append(secure(b, server)))
         thread.start()
-        edge = Session(a, tls.client_context(identity))
+        edge = secure(a, tls.client_context(identity))
         thread.join(10)
         self.edge = Channel(edge, "the trusted side", timeout)
         self.trusted = Channel(sides[0], "the edge", timeout)
@@ -301,7 +301,7 @@ def scripted(home: Path, script, role_context=server_context):
                 except TimeoutError:
                     continue
                 try:
-                    c = Channel(Session(sock, context), "the edge", 10)
+                    c = Channel(secure(sock, context), "the edge", 10)
                     c.read(c.receive())
                     c.send(Kind.WELCOME, frames.pack_welcome(Welcome(VERSION, DIGEST, "scripted")))
                     c.version = VERSION

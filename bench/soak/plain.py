@@ -95,15 +95,17 @@ def context(identity: Path | str) -> Context:
 
 def server() -> None:
     """For `slip trusted`."""
-    from sliplm.protocol import tls
+    from sliplm.protocol import openssl, tls
 
+    openssl.FUNCTIONS.clear()  # the native core moves real TLS alone
     tls.server_context = lambda *_: Context(server=True)  # type: ignore[assignment,return-value]
 
 
 def client() -> None:
     """For `slip edge`, which also comes back without a pause."""
     from sliplm.edge import worker
-    from sliplm.protocol import tls
+    from sliplm.protocol import openssl, tls
 
+    openssl.FUNCTIONS.clear()
     tls.client_context = context  # type: ignore[assignment]
     worker.FIRST_DELAY = worker.LAST_DELAY = 0.0

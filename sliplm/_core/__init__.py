@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         rotate = staticmethod(_native.rotate)
         first_seen = staticmethod(_native.first_seen)
         attend = staticmethod(_native.attend)
+        Records = _native.Records
         wait_readable = staticmethod(_native.wait_readable)
 
 

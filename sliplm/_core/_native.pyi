@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TypeAlias, TypeVar
 
 import numpy as np
+from typing_extensions import Buffer
 
 _T = TypeVar("_T", bound=np.generic)
 Vector: TypeAlias = np.ndarray[tuple[int], np.dtype[_T]]
@@ -145,6 +146,42 @@ class Ragged:
     def attend(self, layer: int, heads: Cube[np.float32], scale: float, out: Cube[np.float32], isa: str = "") -> None:
         """Write the keys and values of heads (N, H + 2 G, D), which has the rows' queries, keys and values, to their
         places; then out (N, H, D) = softmax(scale q K^T) V, each row seeing its sequence's positions up to its own."""
+
+class Records:
+    """What moves between a socket and a TLS session of OpenSSL's, which `owner` keeps alive. `ssl`, `in_` and `out` are
+    the addresses of its SSL and of its BIOs, which are memory; `functions` those of SSL_read, SSL_write, SSL_pending,
+    SSL_get_error, BIO_read, BIO_write, BIO_get_mem_data and ERR_clear_error.
+
+    For one thread at a time. `fd` is the socket. `silence` (seconds) is how long the peer may be silent: below 0 for
+    ever, and at 0 nothing waits. `deadline` is in `time.monotonic` and may be infinite: then it is `silence` after the
+    first bytes without data. Handlers of signals run, and may raise.
+
+    Attributes:
+        stop: what stopped the last call before it was done: 0 nothing, 1 TLS failed or ended (`result` is what SSL_read
+            or SSL_write returned, and the reasons are still in OpenSSL's queue of this thread), 2 the end of the
+            connection, 3 the system (`error` is its errno), 4 time was over, 5 it would have had to wait, 6 nothing
+            but records without data came, 7 nor does the peer read what these are answered with.
+        unsent: whether something is sealed that the socket had no room for.
+        waiting: whether something was received that was not read.
+    """
+
+    def __init__(self, owner: object, ssl: int, in_: int, out: int, functions: Sequence[int]) -> None: ...
+    def read(self, fd: int, into: Buffer, least: int, silence: float, deadline: float) -> int:
+        """Read at least so many bytes, and what else is there and has room; how many, fewer if something stopped it."""
+    def write(self, fd: int, data: Buffer, silence: float) -> int:
+        """Send what is unsent, then seal and send `data`; how many bytes were sealed, fewer if something stopped it."""
+    def flush(self, fd: int, silence: float) -> bool:
+        """Send what is unsent; whether all of it went."""
+    @property
+    def unsent(self) -> bool: ...
+    @property
+    def waiting(self) -> bool: ...
+    @property
+    def stop(self) -> int: ...
+    @property
+    def result(self) -> int: ...
+    @property
+    def error(self) -> int: ...
 
 def wait_readable(fd: int, expected: float, spin: float) -> bool:
     """Whether the socket has something to read, or an end, or an error. Sleeps so as to be awake shortly before

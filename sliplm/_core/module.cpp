@@ -12,6 +12,7 @@ namespace slip {
 void bind_product(nanobind::module_& m);
 void bind_exchange(nanobind::module_& m);
 void bind_decoder(nanobind::module_& m);
+void bind_records(nanobind::module_& m);
 void bind_waiting(nanobind::module_& m);
 
 }  // namespace slip
@@ -26,5 +27,6 @@ NB_MODULE(_native, m) {
     slip::bind_product(m);
     slip::bind_exchange(m);
     slip::bind_decoder(m);
+    slip::bind_records(m);
     slip::bind_waiting(m);
 }

@@ -1,5 +1,4 @@
 // Waiting for a socket.
-#include <nanobind/nanobind.h>
 #include <poll.h>
 #include <sched.h>
 #if defined(__linux__)
@@ -8,6 +7,8 @@
 
 #include <algorithm>
 #include <chrono>
+
+#include "released.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -43,7 +44,7 @@ void wake_in_time() {
 // long depends on the machine, and to ask is work: so a thread sleeps as long as it may by how late it woke before.
 // Gives way to others.
 bool wait_readable(int fd, double expected, double spin) {
-    nb::gil_scoped_release release;
+    const Released released;
     static thread_local double late = 50;  // by so many microseconds it woke too late, on average
     const double sleep = expected - late - kMargin;
     if (sleep > 0) {

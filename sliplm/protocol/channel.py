@@ -80,6 +80,7 @@ class Channel:
         self._session = session
         self._sock = session.socket
         self._in = memoryview(bytearray(READ_BYTES))
+        self._header = self._in[: HEADER.size]
         self._start = self._end = 0  # the part of `_in` that has not been used yet
         self._out = np.empty(READ_BYTES, np.uint8)
         self._staged: dict[tuple[int, int], NDArray[np.uint32]] = {}
@@ -87,7 +88,7 @@ class Channel:
 
     def set_timeout(self, timeout: float) -> None:
         self.timeout = timeout
-        self._sock.settimeout(timeout)
+        self._session.set_timeout(timeout)
 
     # --- sending --------------------------------------------------------------------------------------------
 
@@ -130,10 +131,10 @@ class Channel:
         data = array.data.cast("B")
         begin = RECORD_BYTES - HEADER.size
         deadline = time.monotonic() + self.timeout + array.nbytes / SLOWEST
-        self._sock.settimeout(0)
+        self._session.set_timeout(0)
         self._write_by_turns(header + bytes(data[:begin]), take, deadline)
         self._write_by_turns(data[begin:], take, deadline)
-        self._sock.settimeout(self.timeout)
+        self._session.set_timeout(self.timeout)
 
     def _write_by_turns(self, data: bytes | memoryview, take: Callable[[], bool], deadline: float) -> None:
         done = 0
@@ -201,6 +202,12 @@ class Channel:
 
     def comes(self, header: tuple[int, ...]) -> bool:
         """Whether the next frame has exactly this header; it is then done with. Otherwise, `receive` it."""
+        if self._end == self._start:
+            # What follows a header that comes alone goes where it belongs, and not through this buffer.
+            try:
+                self._start, self._end = 0, self._session.read(self._in if header[-1] < READ_BYTES else self._header)
+            except (OSError, ValueError) as error:
+                self._fail(error)
         if self._end - self._start < HEADER.size:
             self._fetch_header(time.monotonic() + self.timeout)
         if HEADER.unpack_from(self._in, self._start) != header:
@@ -329,7 +336,7 @@ class Channel:
     def peer_left(self) -> bool:
         """Whether the peer closed the connection, or spoke although it was not its turn. Does not wait."""
         try:
-            self._sock.settimeout(0)
+            self._session.set_timeout(0)
             self._session.read(memoryview(bytearray(1)))
             return True
         except BlockingIOError:
@@ -338,7 +345,7 @@ class Channel:
             return True
         finally:
             with contextlib.suppress(OSError):
-                self._sock.settimeout(self.timeout)
+                self._session.set_timeout(self.timeout)
 
     def _fail(self, error: Exception) -> NoReturn:
         if isinstance(error, TimeoutError):

@@ -11,7 +11,7 @@ from sliplm.protocol import frames, tls
 from sliplm.protocol.channel import Channel
 from sliplm.protocol.frames import Hello, Kind, Role, Welcome
 from sliplm.protocol.openssl import Context
-from sliplm.protocol.session import Session
+from sliplm.protocol.session import secure
 
 Address = tuple[str, int]
 
@@ -59,7 +59,7 @@ def connect(address: Address, context: Context, role: Role, digest: bytes, timeo
         raise LinkError(f"{peer} at {where} cannot be reached: {why}") from None
     try:
         tune(sock)
-        session = Session(sock, context)
+        session = secure(sock, context)
     except ssl.SSLError as error:
         sock.close()
         raise tls.explain(error, peer) from None

@@ -7,21 +7,46 @@ one call here opens all records that are there, into their place. Errors are tho
 
 from __future__ import annotations
 
+import logging
 import ssl
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 from OpenSSL import SSL, crypto
 
+from sliplm._core import native
+
+if TYPE_CHECKING:
+    from sliplm._core._native import Records
+
 _lib: Any = SSL._lib
 _ffi: Any = SSL._ffi
 """For reading and writing: pyOpenSSL's own methods copy every record once more, which costs as much as opening it.
 Memory is lent to OpenSSL in `with` blocks: a memoryview that is still lent when the garbage collector finds it, in the
 frames of an exception, say, would crash Python (3.11)."""
+
+
+def _addresses(*names: str) -> list[int]:
+    """Of functions of OpenSSL's, for the native core; none if it, or one of them, cannot be had."""
+    if native is None:
+        return []
+    try:
+        from cryptography.hazmat.bindings._rust import _openssl
+
+        return [int(_ffi.cast("uintptr_t", _ffi.addressof(_openssl.lib, name))) for name in names]
+    except (ImportError, AttributeError, TypeError) as reason:
+        logging.getLogger(__name__).warning("the native core does not reach OpenSSL (%s): TLS will be slower", reason)
+        return []
+
+
+FUNCTIONS = _addresses(
+    "SSL_read", "SSL_write", "SSL_pending", "SSL_get_error",
+    "BIO_read", "BIO_write", "BIO_get_mem_data", "ERR_clear_error",
+)  # fmt: skip
 
 HOSTNAME_MISMATCH = 62  # X509_V_ERR_HOSTNAME_MISMATCH
 
@@ -99,6 +124,14 @@ class Tls:
     def __repr__(self) -> str:
         return "Tls(<secret>)"
 
+    def records(self) -> Records:
+        """What moves this session's records by the native core, which must be there, and FUNCTIONS."""
+        assert native is not None
+        ssl_, into, out = (
+            int(_ffi.cast("uintptr_t", end)) for end in (self._ssl, self._connection._into_ssl, self._out)
+        )
+        return native.Records(self._connection, ssl_, into, out, FUNCTIONS)
+
     def end(self) -> None:
         """The peer will send nothing more."""
         self.over = True
@@ -124,8 +157,7 @@ class Tls:
         the session. None: more must be received first. Raises ValueError if there is no room at all."""
         if not into:
             raise ValueError("there is no room to read to")
-        if self._failed is not None:
-            raise self._failed.error()
+        self.check()
         _lib.ERR_clear_error()  # or a failure of something else in this thread would look like one of this
         result, size, done = 0, len(into), 0
         with _ffi.from_buffer(into, require_writable=True) as start:
@@ -134,9 +166,9 @@ class Tls:
                 # To be told by OpenSSL that nothing is left would take longer.
                 if done == size or not self.received():
                     return done
-        return self._stopped(result, done)
+        return self.stopped(result, done)
 
-    def _stopped(self, result: int, done: int) -> int | None:
+    def stopped(self, result: int, done: int) -> int | None:
         """What `read` returns after SSL_read gave no data but `result`, when `done` bytes came before."""
         if _lib.SSL_get_error(self._ssl, result) == _lib.SSL_ERROR_WANT_READ:
             return done or None
@@ -152,21 +184,29 @@ class Tls:
             raise self._failed.error()
         return done
 
-    def seal(self, data: memoryview | bytes = b"") -> memoryview:
-        """Seal all of it; what is to be sent, once. The next that is sealed will be in the same place."""
+    def refused(self, result: int) -> NoReturn:
+        """Raise why SSL_write, which returned `result`, took no data."""
+        try:
+            self._connection._raise_ssl_error(self._ssl, result)
+        except SSL.Error as error:
+            raise _failure(error).error() from None
+        raise _Failure(ssl.SSLError).error()
+
+    def check(self) -> None:
+        """Raise why the session failed, if it did."""
         if self._failed is not None:
             raise self._failed.error()
+
+    def seal(self, data: memoryview | bytes = b"") -> memoryview:
+        """Seal all of it; what is to be sent, once. The next that is sealed will be in the same place."""
+        self.check()
         result, size, done = 0, len(data), 0
         _lib.ERR_clear_error()
         with _ffi.from_buffer(data) as start:
             while done < size and (result := int(_lib.SSL_write(self._ssl, start + done, size - done))) > 0:
                 done += result
         if done < size:
-            try:
-                self._connection._raise_ssl_error(self._ssl, result)
-            except SSL.Error as error:
-                raise _failure(error).error() from None
-            raise _Failure(ssl.SSLError).error()
+            self.refused(result)
         count = self.to_send()
         if count > len(self._sealed.view):
             self._sealed = Room(2 * count)

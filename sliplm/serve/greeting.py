@@ -13,7 +13,7 @@ from sliplm.protocol.channel import Channel, drain_socket
 from sliplm.protocol.connect import check_digest
 from sliplm.protocol.frames import Kind, Role, Welcome
 from sliplm.protocol.openssl import Context
-from sliplm.protocol.session import Session
+from sliplm.protocol.session import secure
 from sliplm.registry import Device, authority
 from sliplm.serve.connections import Known
 
@@ -24,7 +24,7 @@ def shake_hands(sock: socket.socket, context: Context) -> Channel:
     """The channel over a connection just accepted. Raises HandshakeError or LinkError."""
     try:
         sock.settimeout(HANDSHAKE_SECONDS)
-        session = Session(sock, context)
+        session = secure(sock, context)
     except (OSError, ValueError) as error:
         drain_socket(sock)  # so that the alert arrives, which tells the edge what is wrong
         if isinstance(error, ssl.SSLError):
