@@ -1,16 +1,17 @@
 """Where the trusted side's CPU time goes while it decodes a batch: milliseconds a token of its one core and thread.
 
-    python bench/stages.py [smollm2 | llama-1.1b | DIR] [--streams 16] [--tokens 16] [--rounds 2] [--keep DIR]
+    python bench/stages.py [smollm2 | llama-1.1b | DIR] [--streams 16] [--tokens 16] [--rounds 2] [--turns] [--keep DIR]
 
 The processes are those of `slip bench --streams`: the trusted side on one core, a real edge and a real helper, which
 makes the pads beforehand, on the others. A clock of this thread's CPU time stands around every step; the clocks cost
 some themselves, and what no step accounts for is the model around the exchanges: attention, norms, embeddings, the
-head's logits, Python.
+head's logits, Python. With `--turns`, every round is done twice: records moved by the native core, and by Python.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 import tempfile
@@ -30,6 +31,7 @@ from sliplm.exchange import step  # noqa: E402
 from sliplm.pads.pad import Batch  # noqa: E402
 from sliplm.pads.pool import Pool  # noqa: E402
 from sliplm.protocol.channel import Channel  # noqa: E402
+from sliplm.protocol.session import NativeSession, Session  # noqa: E402
 from sliplm.speed import models, runner  # noqa: E402
 from sliplm.trusted.group import ProtectedGroup  # noqa: E402
 
@@ -79,6 +81,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default="smollm2")
     for name, default in (("streams", 16), ("tokens", 16), ("rounds", 2)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--turns", action="store_true")
     parser.add_argument("--keep", type=Path)
     args = parser.parse_args()
     with ExitStack() as running:
@@ -90,7 +93,9 @@ def main() -> None:
         others = _all - _core or _core
         trusted = runner.Protected(directory, running, "helpers", clocks=False, others=others)
         trusted.decode(4, args.streams)
-        for _ in range(args.rounds):
+        for way in args.rounds * ([NativeSession, Session] if args.turns else [None]):
+            for session in [known for known in gc.get_objects() if way and isinstance(known, Session)]:
+                session.__class__ = way  # between rounds nothing is under way
             pads = trusted.stock(args.tokens, args.streams)["cpu"]
             marks = Marks(trusted._sample)
             trusted._sample = marks  # type: ignore[method-assign]
@@ -100,7 +105,7 @@ def main() -> None:
             each = {name: s / steps / args.streams for name, s in (marks.spent[-1] - marks.spent[0]).items()}
             each["the model around them"] = step_seconds / args.streams - sum(each.values())
             each["receiving images for pads"] = pads
-            print(f"{args.model}, {args.streams} streams")
+            print(f"{args.model}, {args.streams} streams{f', {way.__name__}' if way else ''}")
             for name, seconds in each.items():
                 print(f"  {name:28}{1e3 * seconds:8.2f} ms a token")
             for name, size in (("sending", sum(k for _, k in shapes)), ("receiving", sum(m for m, _ in shapes))):
