@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import TypeAlias, TypeVar
 
 import numpy as np
-from typing_extensions import Buffer
 
 _T = TypeVar("_T", bound=np.generic)
 Vector: TypeAlias = np.ndarray[tuple[int], np.dtype[_T]]
@@ -166,10 +165,12 @@ class Records:
     """
 
     def __init__(self, owner: object, ssl: int, in_: int, out: int, functions: Sequence[int]) -> None: ...
-    def read(self, fd: int, into: Buffer, least: int, silence: float, deadline: float) -> int:
-        """Read at least so many bytes, and what else is there and has room; how many, fewer if something stopped it."""
-    def write(self, fd: int, data: Buffer, silence: float) -> int:
-        """Send what is unsent, then seal and send `data`; how many bytes were sealed, fewer if something stopped it."""
+    def read(self, fd: int, into: object, least: int, silence: float, deadline: float) -> int:
+        """Read at least so many bytes into memory, and what else is there and has room; how many, fewer if something
+        stopped it."""
+    def write(self, fd: int, data: object, silence: float) -> int:
+        """Send what is unsent, then seal and send `data`, bytes in memory; how many were sealed, fewer if something
+        stopped it."""
     def flush(self, fd: int, silence: float) -> bool:
         """Send what is unsent; whether all of it went."""
     @property

@@ -65,7 +65,9 @@ private:
 
 class Records {
 public:
-    Records(nb::object owner, uintptr_t ssl, uintptr_t in, uintptr_t out, nb::sequence functions)
+    using Addresses = nb::typed<nb::sequence, uintptr_t>;
+
+    Records(nb::object owner, uintptr_t ssl, uintptr_t in, uintptr_t out, Addresses functions)
         : owner_(std::move(owner)), ssl_(pointer(ssl)), in_(pointer(in)), out_(pointer(out)) {
         if (nb::len(functions) != 8) throw std::invalid_argument("eight functions are needed");
         const auto address = [&](size_t i) { return nb::cast<uintptr_t>(functions[i]); };
@@ -267,7 +269,7 @@ private:
 
 void bind_records(nb::module_& m) {
     nb::class_<Records>(m, "Records")
-        .def(nb::init<nb::object, uintptr_t, uintptr_t, uintptr_t, nb::sequence>(), "owner"_a, "ssl"_a, "in_"_a, "out"_a,
+        .def(nb::init<nb::object, uintptr_t, uintptr_t, uintptr_t, Records::Addresses>(), "owner"_a, "ssl"_a, "in_"_a, "out"_a,
              "functions"_a)
         .def("read", &Records::read, "fd"_a, "into"_a, "least"_a, "silence"_a, "deadline"_a)
         .def("write", &Records::write, "fd"_a, "data"_a, "silence"_a)
