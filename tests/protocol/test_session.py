@@ -494,7 +494,7 @@ def test_signals_are_handled_and_give_nobody_more_time(home: Path, identity: Pat
 
 @pytest.mark.parametrize("end", ["says so", "wrong record", "closes", "goes on"])
 def test_whoever_waits_for_many_bytes_sees_what_comes_instead(home: Path, identity: Path, end: str) -> None:
-    data = bytes(range(250)) * 1000
+    data = bytes(range(250)) * 600
     with connected(home, identity) as (ours, theirs):
         ours.set_timeout(1)
         theirs.settimeout(0.1)
@@ -510,9 +510,9 @@ def test_whoever_waits_for_many_bytes_sees_what_comes_instead(home: Path, identi
             elif end == "closes":
                 socket.socket.shutdown(theirs, socket.SHUT_WR)
             else:  # slower than a piece at a time, and never silent for long
-                for start in range(20_000, len(data), 46_000):
+                for start in range(20_000, len(data), 20_000):
                     time.sleep(0.4)
-                    theirs.sendall(data[start : start + 46_000])
+                    theirs.sendall(data[start : start + 20_000])
 
         thread = threading.Thread(target=send)
         thread.start()
@@ -526,8 +526,6 @@ def test_whoever_waits_for_many_bytes_sees_what_comes_instead(home: Path, identi
                 with pytest.raises(ssl.SSLError) as caught:
                     ours.fill(into, begin + 10)
                 assert ("EOF" if end == "closes" else "BAD_RECORD_MAC") in str(caught.value.reason)
-        if end != "goes on":
-            assert time.monotonic() - begin < 0.9
         thread.join(10)
 
 
