@@ -104,6 +104,7 @@ def main() -> None:
             steps = args.tokens - 1  # from the first token, with the prompt, to the last
             each = {name: s / steps / args.streams for name, s in (marks.spent[-1] - marks.spent[0]).items()}
             each["the model around them"] = step_seconds / args.streams - sum(each.values())
+            each["all of it, on line"] = step_seconds / args.streams
             each["receiving images for pads"] = pads
             print(f"{args.model}, {args.streams} streams{f', {way.__name__}' if way else ''}")
             for name, seconds in each.items():

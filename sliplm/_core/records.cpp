@@ -22,11 +22,11 @@ namespace {
 
 using Clock = std::chrono::steady_clock;  // Linux: what Python's time.monotonic reads
 
-constexpr size_t kRecord = 1 << 14;          // bytes of data in a record, at most
-constexpr size_t kRecordOnTheWire = kRecord + 256 + 5;
-constexpr size_t kPiece = 1 << 16;           // so much is received and sent at a time: what is in a cache stays there
+constexpr size_t kRecord = 1 << 14;  // bytes of data in a record, at most
+constexpr size_t kRecordOnTheWire = kRecord + 256 + 5;  // RFC 8446, section 5.2
+constexpr size_t kPiece = 1 << 16;  // so much is received and sent at a time: what is in a cache stays there
 constexpr size_t kRoom = kPiece + 8 * 1024;  // for a piece's records, and what TLS answers by itself
-constexpr size_t kMostWithoutData = 1 << 16;
+constexpr size_t kMostWithoutData = 1 << 16;  // bytes that may come before the next one of data
 constexpr int kTogether = 5;  // milliseconds in which the bytes of a piece are expected to come together
 constexpr int kWantRead = 2;  // SSL_ERROR_WANT_READ
 

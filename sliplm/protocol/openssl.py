@@ -47,6 +47,7 @@ FUNCTIONS = _addresses(
     "SSL_read", "SSL_write", "SSL_pending", "SSL_get_error",
     "BIO_read", "BIO_write", "BIO_get_mem_data", "ERR_clear_error",
 )  # fmt: skip
+"""The addresses that `_core.native.Records` takes; none if records have to be moved by Python."""
 
 HOSTNAME_MISMATCH = 62  # X509_V_ERR_HOSTNAME_MISMATCH
 
