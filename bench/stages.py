@@ -93,7 +93,8 @@ def main() -> None:
         others = _all - _core or _core
         trusted = runner.Protected(directory, running, "helpers", clocks=False, others=others)
         trusted.decode(4, args.streams)
-        for way in args.rounds * ([NativeSession, Session] if args.turns else [None]):
+        both = [NativeSession, Session, Session, NativeSession]  # neither is always the second
+        for way in [both[i % 4] for i in range(2 * args.rounds)] if args.turns else [None] * args.rounds:
             for session in [known for known in gc.get_objects() if way and isinstance(known, Session)]:
                 session.__class__ = way  # between rounds nothing is under way
             pads = trusted.stock(args.tokens, args.streams)["cpu"]
