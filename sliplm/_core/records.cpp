@@ -22,10 +22,10 @@ namespace {
 
 using Clock = std::chrono::steady_clock;  // Linux: what Python's time.monotonic reads
 
-constexpr size_t kRecord = 1 << 14;  // bytes of data in a record, at most
+constexpr size_t kRecord = 1 << 14;                     // bytes of data in a record, at most
 constexpr size_t kRecordOnTheWire = kRecord + 256 + 5;  // RFC 8446, section 5.2
-constexpr size_t kPiece = 1 << 16;  // so much is received and sent at a time: what is in a cache stays there
-constexpr size_t kRoom = kPiece + 8 * 1024;  // for a piece's records, and what TLS answers by itself
+constexpr size_t kPiece = 1 << 16;            // so much is received and sent at a time: what is in a cache stays there
+constexpr size_t kRoom = kPiece + 8 * 1024;   // for a piece's records, and what TLS answers by itself
 constexpr size_t kMostWithoutData = 1 << 16;  // bytes that may come before the next one of data
 constexpr int kTogether = 5;  // milliseconds in which the bytes of a piece are expected to come together
 constexpr int kWantRead = 2;  // SSL_ERROR_WANT_READ
@@ -261,7 +261,7 @@ private:
     void (*clear_errors_)();
     Room incoming_, sealed_;
     size_t sent_ = 0;  // of what is sealed
-    int fd_ = -1;  // of the call under way: between calls, Python may close the socket
+    int fd_ = -1;      // of the call under way: between calls, Python may close the socket
     int stop_ = kNothing, result_ = 0, error_ = 0;
 };
 
@@ -269,8 +269,8 @@ private:
 
 void bind_records(nb::module_& m) {
     nb::class_<Records>(m, "Records")
-        .def(nb::init<nb::object, uintptr_t, uintptr_t, uintptr_t, Records::Addresses>(), "owner"_a, "ssl"_a, "in_"_a, "out"_a,
-             "functions"_a)
+        .def(nb::init<nb::object, uintptr_t, uintptr_t, uintptr_t, Records::Addresses>(), "owner"_a, "ssl"_a, "in_"_a,
+             "out"_a, "functions"_a)
         .def("read", &Records::read, "fd"_a, "into"_a, "least"_a, "silence"_a, "deadline"_a)
         .def("write", &Records::write, "fd"_a, "data"_a, "silence"_a)
         .def("flush", &Records::flush, "fd"_a, "silence"_a)
