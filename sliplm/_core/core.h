@@ -9,7 +9,7 @@ constexpr uint32_t P = 0x7FFFFFFF;  // 2^31 - 1
 
 // Packed weights: [group of up to 4 row blocks][quad of 4 columns][row block][16 rows][4 columns]. So 64 consecutive
 // bytes hold 16 rows x 4 columns; the four digits they meet are one broadcast; and a product reads the matrix once, front
-// to back (prefetching by hand made that slower).
+// to back (where a tile does so, prefetching by hand makes it slower).
 constexpr size_t kRows = 16, kQuad = 4, kBlocks = 4, kGroup = kRows * kBlocks;
 
 constexpr size_t kTokens = 48;  // tokens that share one pass over a group's weights

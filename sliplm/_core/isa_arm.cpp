@@ -30,6 +30,7 @@ struct Ops {
     static constexpr size_t kSums = kArmDigits, kShift = kSums == 4 ? 8 : 7, kQuadBytes = 4 * kSums, kTokenTile = 1;
     static constexpr int kRowTile(int) { return 1; }
     static constexpr size_t kQuadsAtOnce(size_t) { return 512; }
+    static constexpr size_t kFetched = 0;
 
     template <int J>
     static inline int32x4_t dot(int32x4_t sum, int8x16_t weights, uint8x16_t digits) {

@@ -11,8 +11,9 @@ struct Ops {
     static constexpr size_t kSums = 3, kShift = 16, kQuadBytes = 16, kTokenTile = 3;
     static constexpr int kRowTile(int) { return 1; }
     // A tile reads a quarter of each 256 bytes, so the blocks beside it should find the rest near by: in a page of memory
-    // for few tokens, in L1 for many.
+    // for few tokens, which also asks for the next page, in L1 for many, where arithmetic is the limit.
     static constexpr size_t kQuadsAtOnce(size_t tokens) { return tokens <= kTokenTile ? 16 : 64; }
+    static constexpr size_t kFetched = 16;
 
     // out[quad][digit][4], 16 bits each.
     static void split(const uint32_t* x, size_t n, uint8_t* out) {

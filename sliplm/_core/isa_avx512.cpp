@@ -7,6 +7,7 @@ namespace {
 struct Ops {
     static constexpr size_t kSums = 4, kShift = 8, kQuadBytes = 16, kTokenTile = 3;
     static constexpr int kRowTile(int tokens) { return tokens == 1 ? 4 : 2; }  // at most 24 of 32 registers accumulate
+    static constexpr size_t kFetched = 0;
     static constexpr size_t kQuadsAtOnce(size_t) {
         return 512;
     }  // a group's slice stays in L2, three tokens' digits in L1

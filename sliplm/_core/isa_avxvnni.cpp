@@ -9,6 +9,7 @@ struct Ops {
     static constexpr size_t kSums = 4, kShift = 8, kQuadBytes = 16, kTokenTile = 1;
     static constexpr int kRowTile(int) { return 1; }
     static constexpr size_t kQuadsAtOnce(size_t) { return 512; }
+    static constexpr size_t kFetched = 0;
 
     template <int R, int T>
     static inline void tile(const int8_t* w, size_t stride, const uint8_t* d, size_t, size_t quads, int32_t* acc,

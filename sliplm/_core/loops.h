@@ -2,7 +2,8 @@
 // compiler vectorises them for it. Everything is in an anonymous namespace and free of standard templates: code compiled
 // for one instruction set must never be linked into another's callers.
 //
-// Ops provides: kSums, kShift (bits from one sum to the next), kQuadBytes, kRowTile, kTokenTile, kQuadsAtOnce, and
+// Ops provides: kSums, kShift (bits from one sum to the next), kQuadBytes, kRowTile, kTokenTile, kQuadsAtOnce,
+// kFetched (while so many quads at most are multiplied, the next ones are fetched), and
 //   template <int R, int T> tile(w, stride, d, token_bytes, quads, acc, token_stride, sum_stride)
 // and split, unless its digits are bytes of kShift bits, one for each sum.
 #pragma once
