@@ -80,6 +80,8 @@ class Context:
     """What it uses of `protocol.openssl.Context`. `certificate` is this side's, in DER form; a `server` wants the
     peer's."""
 
+    native = False
+
     def __init__(self, certificate: bytes = b"", server: bool = False) -> None:
         self._certificate, self._server = certificate, server
 
@@ -95,17 +97,15 @@ def context(identity: Path | str) -> Context:
 
 def server() -> None:
     """For `slip trusted`."""
-    from sliplm.protocol import openssl, tls
+    from sliplm.protocol import tls
 
-    openssl.FUNCTIONS.clear()  # the native core moves real TLS alone
     tls.server_context = lambda *_: Context(server=True)  # type: ignore[assignment,return-value]
 
 
 def client() -> None:
     """For `slip edge`, which also comes back without a pause."""
     from sliplm.edge import worker
-    from sliplm.protocol import openssl, tls
+    from sliplm.protocol import tls
 
-    openssl.FUNCTIONS.clear()
     tls.client_context = context  # type: ignore[assignment]
     worker.FIRST_DELAY = worker.LAST_DELAY = 0.0

@@ -58,7 +58,12 @@ class Context:
     `peer_name`, for a client, must be a host in the server's certificate. Nothing is ever resumed, since the server
     keeps no sessions: each connection proves its certificates afresh. No keys are logged, whatever the environment
     says. Raises ValueError if the key is not the certificate's.
+
+    Attributes:
+        native: whether the native core can move the records of its sessions.
     """
+
+    native = bool(FUNCTIONS)
 
     def __init__(
         self,

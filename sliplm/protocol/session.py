@@ -14,7 +14,6 @@ import ssl
 import time
 from typing import NoReturn
 
-from sliplm.protocol import openssl
 from sliplm.protocol.openssl import Context, Room
 
 WRITE_BYTES = 1 << 16
@@ -221,4 +220,4 @@ class NativeSession(Session):
 
 def secure(sock: socket.socket, context: Context) -> Session:
     """A session by the native core, or else by Python. Raises as Session does."""
-    return (NativeSession if openssl.FUNCTIONS else Session)(sock, context)
+    return (NativeSession if context.native else Session)(sock, context)

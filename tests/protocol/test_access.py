@@ -59,6 +59,8 @@ def test_an_expired_trusted_side(home, identity, monkeypatch):
 
 def test_an_edge_without_a_certificate(home):
     class Anonymous:
+        native = Context.native
+
         def session(self) -> Tls:
             return Tls(SSL.Connection(SSL.Context(SSL.TLS_METHOD)), tls.SERVER_NAME)
 
