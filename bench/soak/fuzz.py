@@ -208,7 +208,9 @@ def _summary(tally: Tally, command: Command, before: dict[str, int], started: fl
     if not command.alive:
         return {"frames": tally.sent.total(), "problems": [*problems, f"it ended: {command.log.read_text()[-500:]}"]}
     with contextlib.suppress(AssertionError):
-        eventually(functools.partial(_settled, command, before), PATIENCE, 0.5)
+        eventually(functools.partial(_settled, command, before, tally), PATIENCE, 0.5)
+    if tally.unsent:
+        problems.append(f"{tally.unsent} frames were not sent")
     after = command.usage()
     for what, allowed in ALLOWED.items():
         if after[what] > before[what] + allowed:
@@ -227,6 +229,7 @@ def _summary(tally: Tally, command: Command, before: dict[str, int], started: fl
     }
 
 
-def _settled(command: Command, before: dict[str, int]) -> None:
+def _settled(command: Command, before: dict[str, int], tally: Tally) -> None:
+    assert not tally.unsent
     now = command.usage()
     assert all(now[what] <= before[what] + allowed for what, allowed in ALLOWED.items())

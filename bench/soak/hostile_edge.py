@@ -49,6 +49,8 @@ class HostileEdge(threading.Thread):
                         self._devices.resume(self.name)
                 elif "try again later" not in str(error) and "closed" not in str(error):
                     self._tally.problems.append(f"{what}: {error}")
+            except Exception as error:  # of this experiment itself, which must not pass for want of frames
+                self._tally.problems.append(f"{what} could not be sent: {error!r}")
             else:
                 self._tally.record(what, seconds)
 

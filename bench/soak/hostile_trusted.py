@@ -65,8 +65,6 @@ class HostileTrusted:
             return
         channel.send(Kind.PING, sequence=1)  # an edge that was asked nothing would wait longer every time
         channel.receive()
-        if not self._tally.next():
-            return
         rng = self._rng
         group = rng.randrange(len(self._shapes))
         rows = rng.randrange(1, 4)
@@ -77,14 +75,10 @@ class HostileTrusted:
                 frame(Kind.ERROR, VERSION, b"no such thing", rng.randrange(len(Code))),
             )
         )
-        with contextlib.suppress(LinkError):
-            channel._write(mutate(question, rng))
-        self._tally.record("EXCHANGE", until_closed(channel))
+        self._finish(channel, mutate(question, rng), "EXCHANGE")
 
     def _request(self, channel: Channel, welcome: bytes) -> None:
         rng = self._rng
-        if not self._tally.next():
-            return
         if rng.random() < 0.3:
             data, what = mutate(frame(Kind.WELCOME, 0, welcome), rng), "WELCOME"
         else:
@@ -93,6 +87,10 @@ class HostileTrusted:
             channel.read(channel.receive())
             text = json.dumps({"text": "x", "finish_reason": rng.choice((None, "stop"))}).encode()
             data, what = mutate(frame(rng.choice((Kind.TEXT, Kind.DONE)), VERSION, text), rng), "TEXT"
-        with contextlib.suppress(LinkError):
-            channel._write(data)
-        self._tally.record(what, until_closed(channel))
+        self._finish(channel, data, what)
+
+    def _finish(self, channel: Channel, data: bytes, what: str) -> None:
+        if self._tally.next():
+            with contextlib.suppress(LinkError):
+                channel._write(data)
+            self._tally.record(what, until_closed(channel))

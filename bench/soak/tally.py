@@ -19,7 +19,7 @@ class Tally:
 
     def __init__(self, size: int) -> None:
         self._lock = threading.Lock()
-        self._left = size
+        self._size = self._left = size
         self.sent: Counter[str] = Counter()
         self.refused = 0
         self.closed_after = 0.0
@@ -41,6 +41,11 @@ class Tally:
     @property
     def done(self) -> bool:
         return self._left <= 0 or len(self.problems) >= 10
+
+    @property
+    def unsent(self) -> int:
+        """How many frames are not known to have been sent."""
+        return self._size - self.sent.total()
 
     def record(self, what: str, seconds: float | None) -> None:
         with self._lock:

@@ -35,7 +35,7 @@ def test_lies_of_helpers_are_caught_and_no_request_notices(tiny_split: Path) -> 
 def test_malformed_frames_disturb_nobody(tiny_split: Path) -> None:
     result = fuzz.run(tiny_split, size=2_000, fresh=False)
     assert not result["problems"]
-    assert result["frames"] >= 1_950  # a few are refused before they can be sent
+    assert result["frames"] >= 2_000
 
 
 def test_either_side_survives_the_other_s_death(tiny_split: Path) -> None:
