@@ -11,6 +11,7 @@ import struct
 import sys
 import threading
 import time
+from operator import eq  # what pytest compares by itself, it explains: for megabytes that takes minutes
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def test_bytes_of_any_number_come_as_they_were_sent(home: Path, identity: Path) 
                 assert ours.fill(memoryview(got), time.monotonic() + 10) == len(got)
             else:
                 got[:] = exactly(ours, len(got))
-            assert got == b"".join(data)
+            assert eq(got, b"".join(data))
             thread.join(10)
             thread = threading.Thread(target=lambda: [write(ours, piece) for piece in data])
             thread.start()
@@ -65,7 +66,7 @@ def test_bytes_of_any_number_come_as_they_were_sent(home: Path, identity: Path) 
             while len(got) < sum(sizes):
                 got += theirs.recv(1 << 20)
             thread.join(10)
-            assert got == b"".join(data) and not ours.waiting and not ours.unsent
+            assert eq(got, b"".join(data)) and not ours.waiting and not ours.unsent
 
     both_ways()
 
@@ -86,7 +87,7 @@ def test_a_socket_that_does_not_wait_keeps_what_it_has_no_room_for(home: Path, i
             got += theirs.recv(1 << 20)
             with contextlib.suppress(BlockingIOError):
                 ours.flush()
-        assert got == data[:done] and not ours.unsent
+        assert eq(got, data[:done]) and not ours.unsent
 
 
 def test_the_end_is_the_end_also_within_a_record(home: Path, identity: Path) -> None:
@@ -114,7 +115,7 @@ def test_a_payload_of_many_records_is_whole_or_cut(home: Path, identity: Path) -
         thread = threading.Thread(target=theirs.sendall, args=(data,))
         thread.start()
         got = bytearray(len(data))
-        assert ours.fill(memoryview(got), time.monotonic() + 10) == len(data) and got == data
+        assert ours.fill(memoryview(got), time.monotonic() + 10) == len(data) and eq(got, data)
         thread.join(10)
         theirs.settimeout(1)
         theirs.sendall(data[:20_000])
@@ -230,14 +231,14 @@ def test_a_stream_may_be_cut_anywhere_on_its_way(home: Path, identity: Path, see
             sender = threading.Thread(target=theirs.sendall, args=(data,))
             sender.start()
             got = bytearray(size)
-            assert ours.fill(memoryview(got), time.monotonic() + 10) == size and got == data
+            assert ours.fill(memoryview(got), time.monotonic() + 10) == size and eq(got, data)
             sender.join(10)
             sender = threading.Thread(target=write, args=(ours, data))
             sender.start()
             received = b""
             while len(received) < size:
                 received += theirs.recv(1 << 20)
-            assert received == data
+            assert eq(received, data)
             sender.join(10)
         here.shutdown(socket.SHUT_RDWR)
         socket.socket.shutdown(theirs, socket.SHUT_RDWR)
