@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import session_fakes
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 from hypothesis import given, settings
@@ -24,7 +25,7 @@ from link_fakes import python_context, server_context
 from session_fakes import connected, kind, session_of, write
 
 from sliplm.protocol import tls
-from sliplm.protocol.session import MOST_BYTES, Session
+from sliplm.protocol.session import MOST_BYTES, Session, secure
 
 __all__ = ["kind"]  # a fixture
 
@@ -36,6 +37,14 @@ def exactly(session: Session, size: int) -> bytes:
         assert count
         done += count
     return bytes(data)
+
+
+def test_what_links_take_is_the_native_core_s_where_that_reaches_openssl(
+    home: Path, identity: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session_fakes, "_kind", secure)
+    with connected(home, identity) as (ours, _):
+        assert type(ours) is session_fakes.SESSIONS[-1]
 
 
 def test_bytes_of_any_number_come_as_they_were_sent(home: Path, identity: Path) -> None:
